@@ -1,0 +1,1 @@
+"""Megatron-Core on a device: patches, process groups, configuration, module specifications."""

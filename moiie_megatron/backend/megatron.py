@@ -1,0 +1,207 @@
+"""The only file that spells Megatron-Core's configuration fields.
+
+Differences between Megatron-Core versions belong here: a renamed field is one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+
+from moiie_megatron.backend.device import Device
+from moiie_megatron.config.checks import check_megatron_section
+from moiie_megatron.config.schema import RunConfig
+
+# Fields that the project sets, and the configuration key that decides each.  The `megatron:`
+# section may hold every other field of TransformerConfig.
+OWNED_FIELDS = {
+    "num_layers": "language.num_layers",
+    "hidden_size": "language.hidden_size",
+    "ffn_hidden_size": "language.ffn_hidden_size",
+    "num_attention_heads": "language.num_attention_heads",
+    "num_query_groups": "language.num_query_groups",
+    "layernorm_epsilon": "language.norm_epsilon",
+    "normalization": "language.family",
+    "activation_func": "language.family",
+    "gated_linear_unit": "language.family",
+    "add_bias_linear": "language.family",
+    "window_size": "language.sliding_window",
+    "num_moe_experts": "moe.variant",
+    "moe_layer_freq": "moe.layers",
+    "moe_ffn_hidden_size": "language.ffn_hidden_size",
+    "moe_router_topk": "moe.top_k",
+    "moe_router_dtype": "moe.router_dtype",
+    "moe_token_dispatcher_type": "moe.dispatcher",
+    "moe_router_load_balancing_type": "moe.text_aux_loss_coeff",
+    "moe_aux_loss_coeff": "moe.text_aux_loss_coeff",
+    "tensor_model_parallel_size": "parallel.tensor",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "expert_model_parallel_size": "parallel.expert",
+    "expert_tensor_parallel_size": "parallel.expert_tensor",
+    "sequence_parallel": "parallel.sequence",
+    "variable_seq_lengths": "data.padding",
+    "params_dtype": "train.precision",
+    "pipeline_dtype": "train.precision",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "autocast_dtype": "train.precision",
+    "calculate_per_token_loss": "nothing: the loss is averaged over the global batch",
+    "transformer_impl": "the machine (Transformer Engine where it is installed)",
+}
+
+
+def torch_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype of weights and activations."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def check_passthrough(config: RunConfig) -> None:
+    """Check the ``megatron:`` section against TransformerConfig.
+
+    Raises:
+        ValueError: A field that does not exist or that another key decides.
+    """
+    fields = [field.name for field in dataclasses.fields(TransformerConfig)]
+    check_megatron_section(config.megatron, fields, OWNED_FIELDS)
+
+
+def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
+    """Megatron's description of the language model of this run.
+
+    Raises:
+        ValueError: The ``megatron:`` section names a field that is unknown or not free.
+    """
+    check_passthrough(config)
+    language, moe, parallel = config.language, config.moe, config.parallel
+    dtype = torch_dtype(config)
+    fields: dict[str, Any] = {
+        "num_layers": language.num_layers,
+        "hidden_size": language.hidden_size,
+        "ffn_hidden_size": language.ffn_hidden_size,
+        "num_attention_heads": language.num_attention_heads,
+        "num_query_groups": language.num_query_groups,
+        "layernorm_epsilon": language.norm_epsilon,
+        "normalization": "RMSNorm",
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "sequence_parallel": parallel.sequence_parallel,
+        # Micro-batches may differ in length: pipeline stages tell each other the shapes.
+        "variable_seq_lengths": config.data.padding == "longest" and parallel.pipeline > 1,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "persist_layer_norm": False,
+        # Fused kernels come with Transformer Engine; the same arithmetic runs without them.
+        "bias_activation_fusion": device.is_cuda,
+        "apply_rope_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "batch_p2p_comm": device.is_cuda,
+        "use_cpu_initialization": not device.is_cuda,
+    }
+    if language.sliding_window is not None:
+        # transformers: a token sees `sliding_window` positions, itself included.
+        fields["window_size"] = (language.sliding_window - 1, 0)
+    moe_layers = config.moe_layers
+    if moe_layers:
+        fields |= {
+            "num_moe_experts": moe.layout.num_experts,
+            "moe_layer_freq": [int(i in moe_layers) for i in range(language.num_layers)],
+            "moe_ffn_hidden_size": language.ffn_hidden_size,
+            "moe_router_topk": moe.top_k,
+            "moe_router_dtype": "fp32" if moe.router_dtype == "fp32" else None,
+            "moe_router_load_balancing_type": "none",  # ours: moe/losses.py
+            "moe_token_dispatcher_type": moe.dispatcher,
+            "moe_grouped_gemm": True,
+            "expert_model_parallel_size": parallel.expert,
+            "expert_tensor_parallel_size": parallel.expert_tensor,
+        }
+    return TransformerConfig(**(fields | config.megatron))
+
+
+def ddp_config(config: RunConfig, device: Device) -> DistributedDataParallelConfig:
+    """Gradients are reduced in fp32; they overlap with the backward pass on GPUs."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.optimizer.distributed,
+        overlap_grad_reduce=device.is_cuda,
+        overlap_param_gather=False,
+        check_for_nan_in_grad=False,
+    )
+
+
+def optimizer_config(config: RunConfig) -> MegatronOptimizerConfig:
+    """AdamW; learning rates come from the parameter groups (``part_overrides``)."""
+    optimizer = config.optimizer
+    max_lr = max(config.stage.learning_rates.values())
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=max_lr,
+        min_lr=max_lr * optimizer.min_lr_ratio,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.epsilon,
+        clip_grad=optimizer.clip_grad,
+        bf16=config.train.precision == "bf16",
+        params_dtype=torch_dtype(config),
+        use_distributed_optimizer=optimizer.distributed,
+    )
+
+
+def part_overrides(config: RunConfig, marks: dict[str, str]) -> dict[ParamKey, Any]:
+    """Parameter-group settings: a learning rate per part, and no weight decay on vectors.
+
+    Args:
+        marks: Name of the attribute that marks the parameters of a part, by part.
+    """
+    overrides: dict[ParamKey, Any] = get_standard_config_overrides(optimizer_config(config))
+    for part, lr in config.stage.learning_rates.items():
+        overrides[ParamKey(attr=marks[part])] = {
+            "max_lr": lr,
+            "min_lr": lr * config.optimizer.min_lr_ratio,
+        }
+    return overrides
+
+
+def lr_scheduler(config: RunConfig, optimizer: Any, steps: int) -> OptimizerParamScheduler:
+    """Cosine decay over ``steps`` after a linear warm-up; one tick is one step."""
+    max_lr = max(config.stage.learning_rates.values())
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=max_lr,
+        min_lr=max_lr * config.optimizer.min_lr_ratio,
+        lr_warmup_steps=min(round(config.optimizer.warmup_ratio * steps), steps - 1),
+        lr_decay_steps=steps,
+        lr_decay_style="cosine",
+        start_wd=config.optimizer.weight_decay,
+        end_wd=config.optimizer.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=False,
+    )
+
+
+def connect_schedules(model: Any, ddp_model: Any, optimizer: Any) -> None:
+    """Tell the model's config what Megatron's pipeline schedules call back."""
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.grad_scale_func = optimizer.scale_loss
+    if ddp_model.ddp_config.overlap_grad_reduce:
+        model.config.no_sync_func = ddp_model.no_sync

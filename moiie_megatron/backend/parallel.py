@@ -1,0 +1,108 @@
+"""Process groups: one call builds Megatron-Core's grid, one call takes it down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from moiie_megatron.backend.device import Device, choose_device
+from moiie_megatron.backend.quiet import quiet_megatron
+from moiie_megatron.config.schema import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher (torchrun) tells a process about itself."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others: its device and Megatron's process groups."""
+
+    device: Device
+    groups: ProcessGroupCollection
+    rank: int
+    size: int
+
+    @property
+    def dp_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.groups.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+
+def start_world(
+    parallel: ParallelConfig,
+    launch: Launch,
+    *,
+    device: str = "auto",
+    seed: int = 1234,
+    timeout: timedelta = timedelta(minutes=10),
+) -> World:
+    """Initialise torch.distributed, Megatron's process groups and its RNG tracker.
+
+    A single process needs no launcher: it gets an in-memory store.
+
+    Raises:
+        ValueError: No GPU although one was asked for (see ``choose_device``).
+    """
+    quiet_megatron()
+    chosen = choose_device(device, launch.local_rank)
+    if not dist.is_initialized():
+        if launch.world_size == 1:
+            dist.init_process_group(
+                chosen.collectives, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+        else:
+            dist.init_process_group(
+                chosen.collectives,
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=timeout,
+                device_id=chosen.torch_device if chosen.is_cuda else None,
+            )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        # Gloo groups beside NCCL ones are only for saving checkpoints in the old format.
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=int(timeout.total_seconds() // 60) or 1,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    seed_everything(seed, groups)
+    return World(chosen, groups, dist.get_rank(), dist.get_world_size())
+
+
+def seed_everything(seed: int, groups: ProcessGroupCollection) -> None:
+    """Seed torch and Megatron's tracker: equal over data parallelism, distinct per stage."""
+    torch.manual_seed(seed + 100 * groups.pp.rank())
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * groups.pp.rank())
+
+
+def stop_world() -> None:
+    """Destroy the process groups; safe to call when there are none."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

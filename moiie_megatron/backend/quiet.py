@@ -1,0 +1,33 @@
+"""Silences warnings of Megatron-Core that are wrong or expected in this project."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+# Logger, and the start of the message that it is not to print.
+_EXPECTED = (
+    # MoIIELayer is a MoELayer; it gets its process groups from its own specification.
+    ("megatron.core.transformer.transformer_layer", "Unknown MLP type"),
+    # On the CPU the tracker's generator *is* the CPU generator.
+    ("megatron.core.tensor_parallel.random", "CPU RNG state changed"),
+)
+
+
+class _StartsWith(logging.Filter):
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self.start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.start)
+
+
+def quiet_megatron() -> None:
+    """Install the filters; repeated calls add nothing."""
+    for name, start in _EXPECTED:
+        logger = logging.getLogger(name)
+        if not any(isinstance(f, _StartsWith) for f in logger.filters):
+            logger.addFilter(_StartsWith(start))
+    for message in (".*Apex.*", ".*full scope is deprecated.*", ".*pin_memory.*"):
+        warnings.filterwarnings("ignore", message=message)

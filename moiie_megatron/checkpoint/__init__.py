@@ -1,0 +1,1 @@
+"""Weights from Hugging Face, upcycling, and distributed checkpoints."""

@@ -1,0 +1,1 @@
+"""What a run is: typed values, their YAML form, and the conditions that join them."""

@@ -1,0 +1,173 @@
+"""From a YAML file, presets and ``a.b=c`` overrides to a checked ``RunConfig``, and back."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moiie_megatron.config import yaml_text
+from moiie_megatron.config.checks import check_config
+from moiie_megatron.config.messages import first_problem, listed, show
+from moiie_megatron.config.schema import RunConfig
+
+# ${NAME} is a variable; $${NAME} is the text ${NAME} (each further $ is kept).
+_VARIABLE = re.compile(r"(\$+)\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> RunConfig:
+    """Read, complete and check the configuration of a run.
+
+    A section may name a preset, ``language: {preset: phi3-mini, pretrained: weights/phi3}``; the
+    section's other keys are laid over the preset's, mapping by mapping.  ``${NAME}`` in a value
+    is replaced by the variable's value, ``$${NAME}`` stands for the text itself.  Relative paths
+    inside the configuration are left as they are: relative to the current directory, not to the
+    file.
+
+    Args:
+        path: YAML file.
+        overrides: ``a.b=c`` each, c in YAML; they win over the file and may set a preset.
+        environ: Variables for ``${NAME}``; default: the process environment.
+
+    Raises:
+        ValueError: One sentence that names the key, its value and what is allowed: a file that
+            is missing or broken, an unknown key, preset or variable, a wrong type, or a
+            combination that ``check_config`` refuses.
+    """
+    data = _read(Path(path))
+    for override in overrides:
+        data = _override(data, override)
+    data = _expand(data, os.environ if environ is None else environ, ())
+    data = {section: _apply_preset(section, value) for section, value in data.items()}
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(first_problem(error, RunConfig)) from None
+    check_config(config)
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """``config`` as YAML with every value written out; ``load_config`` reads an equal one."""
+    return yaml_text.write(_escape(config.model_dump()))
+
+
+def preset_names(section: str) -> list[str]:
+    """Names that ``preset:`` may have in a section."""
+    return sorted(name for name in _preset_files() if section in _read_preset(name))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"The configuration {path} does not exist: name a YAML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"The configuration {path} cannot be read: {reason}.") from None
+    data = yaml_text.parse(text, where=str(path))
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path} holds {show(data)}: use a mapping with the keys "
+            f"{listed(RunConfig.model_fields, 'and')}."
+        )
+    return data
+
+
+def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
+    """``data`` with one ``a.b=c`` laid over it; ``data`` itself stays as it is."""
+    key, equals, text = override.partition("=")
+    keys = key.strip().split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"The override {show(override)} is not of the form section.key=value.")
+    return _with_value(data, keys, yaml_text.parse(text, where=f"The override {override}"), "")
+
+
+def _with_value(node: Any, keys: list[str], value: Any, parent: str) -> dict[str, Any]:
+    if node is None:  # a section that is absent, or present but empty
+        node = {}
+    if not isinstance(node, dict):
+        raise ValueError(
+            f"{parent} is {show(node)}, which has no key {keys[0]}: override {parent} as a whole."
+        )
+    head, rest = keys[0], keys[1:]
+    path = f"{parent}.{head}" if parent else head
+    return {**node, head: _with_value(node.get(head), rest, value, path) if rest else value}
+
+
+def _expand(node: Any, environ: Mapping[str, str], path: tuple[str, ...]) -> Any:
+    if isinstance(node, dict):
+        return {k: _expand(v, environ, (*path, str(k))) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_expand(v, environ, (*path, str(i))) for i, v in enumerate(node)]
+    if not isinstance(node, str):
+        return node
+
+    def replace(match: re.Match[str]) -> str:
+        dollars, name = match.groups()
+        if len(dollars) > 1:
+            return match.group()[1:]
+        if name not in environ:
+            raise ValueError(
+                f"{'.'.join(path)} is {show(node)}, but the environment variable {name} is not "
+                f"set: set it, or write $${{{name}}} for the text itself."
+            )
+        return environ[name]
+
+    return _VARIABLE.sub(replace, node)
+
+
+def _escape(node: Any) -> Any:
+    """The inverse of ``_expand`` on values that hold no variable any more."""
+    if isinstance(node, dict):
+        return {k: _escape(v) for k, v in node.items()}
+    if isinstance(node, list | tuple):
+        return [_escape(v) for v in node]
+    return _VARIABLE.sub(r"$\g<0>", node) if isinstance(node, str) else node
+
+
+def _apply_preset(section: str, value: Any) -> Any:
+    """A section with its preset's values filled in; other values pass through."""
+    if not isinstance(value, dict) or "preset" not in value:
+        return value
+    name = value["preset"]
+    preset = _read_preset(name) if isinstance(name, str) and name in _preset_files() else {}
+    if section not in preset:
+        known = preset_names(section)
+        if not known:
+            raise ValueError(f"{section}.preset is {show(name)}, but {section} has no presets.")
+        raise ValueError(f"{section}.preset is {show(name)}: use {listed(known)}.")
+    own = {key: v for key, v in value.items() if key != "preset"}
+    return _overlay(preset[section], own)
+
+
+def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        below = base.get(key)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        merged[key] = _overlay(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _preset_files() -> dict[str, Any]:
+    folder = resources.files("moiie_megatron.config") / "presets"
+    return {
+        file.name.removesuffix(".yaml"): file
+        for file in folder.iterdir()
+        if file.name.endswith(".yaml")
+    }
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    """The file of a preset: one section name, and the section's values below it."""
+    file = _preset_files()[name]
+    data: dict[str, Any] = yaml_text.parse(file.read_text(encoding="utf-8"), where=file.name)
+    return data

@@ -1,0 +1,145 @@
+"""One-sentence messages for configurations that do not fit the schema."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+_MAX_VALUE_LENGTH = 80
+
+
+def show(value: Any) -> str:
+    """A value for a message: as Python writes it, cut when long."""
+    text = repr(value)
+    return text if len(text) <= _MAX_VALUE_LENGTH else text[:_MAX_VALUE_LENGTH] + "..."
+
+
+def listed(names: Iterable[object], last: str = "or") -> str:
+    """``a, b or c``."""
+    words = [str(name) for name in names]
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def unknown_key(key: str, name: str, allowed: Sequence[str]) -> str:
+    """The sentence for a key that does not exist, with the nearest that does.
+
+    Args:
+        key: The full dotted key.
+        name: Its last part, compared with ``allowed``.
+        allowed: The names that exist there.
+    """
+    close = difflib.get_close_matches(name, allowed, n=1)
+    advice = f"did you mean {close[0]}?" if close else f"use {listed(sorted(allowed))}."
+    return f"{key} is not a known key: {advice}"
+
+
+def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem that pydantic found, as a sentence, and how many there are.
+
+    Unknown keys come first: a misspelt key also shows up as a missing one.
+    """
+    schema = model.model_json_schema()
+    problems: dict[str, str] = {}
+    details = sorted(error.errors(), key=lambda e: not _is_unknown_key(e))
+    for detail in details:
+        key, sentence = _sentence(detail, schema)
+        problems.setdefault(key, sentence)
+    # Every member of a union reports for itself, some about the key and some about what is
+    # below it: the deeper one says more.
+    problems = {
+        key: sentence
+        for key, sentence in problems.items()
+        if not any(other.startswith(f"{key}.") for other in problems)
+    }
+    first = next(iter(problems.values()))
+    if len(problems) == 1:
+        return first
+    return f"{first[:-1]} (the first of {len(problems)} problems){first[-1]}"
+
+
+def _is_unknown_key(detail: Any) -> bool:
+    return detail["type"] in ("extra_forbidden", "invalid_key") or detail["loc"][-1:] == ("[key]",)
+
+
+def _sentence(detail: Any, schema: dict[str, Any]) -> tuple[str, str]:
+    """The dotted key that a pydantic error is about, and what to say."""
+    defs = schema.get("$defs", {})
+    path: list[str] = []
+    node = _resolve(schema, defs)
+    parent = node
+    for part in detail["loc"]:
+        child = _child(node, part, defs)
+        if child is None:
+            if _is_unknown_key(detail) and part != "[key]":
+                return _unknown(path, str(part), node)
+            continue  # pydantic's name for the member of a union
+        parent, node = node, child
+        path.append(str(part))
+    key = ".".join(path)
+    if _is_unknown_key(detail):
+        return _unknown(path[:-1], path[-1], parent)
+    if detail["type"] == "missing":
+        return key, f"{key} is missing: give {_describe(node, defs)}."
+    return key, f"{key} is {show(detail['input'])}: use {_describe(node, defs)}."
+
+
+def _unknown(path: list[str], name: str, node: dict[str, Any]) -> tuple[str, str]:
+    key = ".".join([*path, name])
+    allowed = list(node.get("properties", {})) or node.get("propertyNames", {}).get("enum", [])
+    return key, unknown_key(key, name, allowed)
+
+
+def _resolve(node: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
+    if "$ref" in node:
+        return dict(defs[node["$ref"].rsplit("/", 1)[-1]])
+    members = [m for m in node.get("anyOf", []) if m.get("type") != "null"]
+    # ``Section | None`` is entered like ``Section``.
+    return _resolve(members[0], defs) if len(members) == 1 and "$ref" in members[0] else node
+
+
+def _child(node: dict[str, Any], part: str | int, defs: dict[str, Any]) -> dict[str, Any] | None:
+    """The schema one step down; None where ``part`` is no step of the user's data."""
+    if isinstance(part, int):
+        lists = [m for m in [node, *node.get("anyOf", [])] if "items" in m]
+        return _resolve(lists[0]["items"], defs) if lists else None
+    if part in node.get("properties", {}):
+        return _resolve(node["properties"][part], defs)
+    values = node.get("additionalProperties")
+    if isinstance(values, dict) and part != "[key]":
+        return _resolve(values, defs)
+    return None
+
+
+def _describe(node: dict[str, Any], defs: dict[str, Any]) -> str:
+    """What a schema allows, in words."""
+    if "anyOf" in node:
+        return " or ".join(_describe(_resolve(m, defs), defs) for m in node["anyOf"])
+    if "enum" in node:
+        return listed(node["enum"])
+    if "properties" in node:
+        return f"a mapping with the keys {listed(node['properties'], 'and')}"
+    kind = node.get("type")
+    if kind == "array":
+        return f"a list ({_describe(_resolve(node['items'], defs), defs)} each)"
+    if kind == "object":
+        names = node.get("propertyNames", {}).get("enum")
+        return f"a mapping with keys from {listed(names, 'and')}" if names else "a mapping"
+    if kind in ("integer", "number"):
+        return "a whole number" + _bounds(node) if kind == "integer" else "a number" + _bounds(node)
+    return {"boolean": "true or false", "string": "text", "null": "null"}.get(str(kind), "a value")
+
+
+def _bounds(node: dict[str, Any]) -> str:
+    if "minimum" in node and "maximum" in node:
+        return f" from {node['minimum']:g} to {node['maximum']:g}"
+    for name, words in (
+        ("exclusiveMinimum", "above"),
+        ("minimum", "not below"),
+        ("maximum", "not above"),
+    ):
+        if name in node:
+            return f" {words} {node[name]:g}"
+    return ""

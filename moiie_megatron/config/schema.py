@@ -1,0 +1,225 @@
+"""What a run is: one typed, validated value.
+
+Every section is a frozen pydantic model that refuses unknown keys.  A section says what it
+means alone; conditions that join several sections are in ``config/checks.py``.  Nothing here
+imports torch, so a configuration can be checked on any machine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
+
+from moiie_megatron.experts.layout import ExpertLayout, moe_layers
+
+Part = Literal["vision", "connector", "language", "moe"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RopeScaling(Section):
+    """Llama-3.1 frequency scaling (transformers' ``rope_type: llama3``)."""
+
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_position_embeddings: PositiveInt = 8192
+
+
+class LanguageConfig(Section):
+    """The dense decoder that is the backbone of the language side."""
+
+    family: Literal["llama", "phi3"]
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt
+    vocab_size: PositiveInt
+    max_position_embeddings: PositiveInt
+    rotary_base: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_epsilon: PositiveFloat = 1e-5
+    tied_embeddings: bool = False
+    sliding_window: PositiveInt | None = None
+    pretrained: str | None = Field(None, description="Hugging Face directory with the weights")
+
+
+class VisionConfig(Section):
+    """The vision encoder; its features are the hidden states after layer ``feature_layer``."""
+
+    family: Literal["siglip", "clip"]
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    image_size: PositiveInt
+    patch_size: PositiveInt
+    activation: Literal["gelu_pytorch_tanh", "quick_gelu", "gelu"]
+    norm_epsilon: PositiveFloat = 1e-6
+    feature_layer: Annotated[int, Field(le=-1)] = -2
+    pretrained: str | None = Field(None, description="Hugging Face directory with the weights")
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Image tokens per image: one per patch, without a class token."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class ConnectorConfig(Section):
+    """The two-layer MLP between vision encoder and language model (Linear, GELU, Linear)."""
+
+    hidden_size: PositiveInt | None = Field(None, description="default: the language hidden size")
+
+
+class MoEConfig(Section):
+    """Which experts exist, where they sit, and how tokens reach them (paper, section 3)."""
+
+    variant: Literal["dense", "vanilla", "modality", "moiie"] = "moiie"
+    num_vision_experts: Annotated[int, Field(ge=0)] | None = None
+    num_shared_experts: Annotated[int, Field(ge=0)] | None = None
+    num_text_experts: Annotated[int, Field(ge=0)] | None = None
+    layers: Literal["interleaved", "all"] | list[int] = "interleaved"
+    top_k: PositiveInt = 2
+    vision_aux_loss_coeff: NonNegativeFloat = 0.001
+    text_aux_loss_coeff: NonNegativeFloat = 0.001
+    router_init_std: NonNegativeFloat = 0.02
+    router_dtype: Literal["fp32", "model"] = "fp32"
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """The expert groups that these numbers mean.
+
+        Raises:
+            ValueError: The counts do not fit the variant.
+        """
+        return ExpertLayout.from_variant(
+            self.variant,
+            vision=self.num_vision_experts,
+            shared=self.num_shared_experts,
+            text=self.num_text_experts,
+            top_k=self.top_k,
+        )
+
+
+class ParallelConfig(Section):
+    """Degrees of parallelism; what is left of the world size is data parallelism."""
+
+    tensor: PositiveInt = 1
+    sequence: bool | None = Field(None, description="sequence parallelism; default: tensor > 1")
+    pipeline: PositiveInt = 1
+    expert: PositiveInt = 1
+    expert_tensor: PositiveInt = 1
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.tensor > 1 if self.sequence is None else self.sequence
+
+
+class StageConfig(Section):
+    """A training stage: what trains and how fast; parts without a learning rate are frozen."""
+
+    name: str
+    moe: bool = Field(description="False: the FFN stays dense whatever the moe section says")
+    learning_rates: dict[Part, PositiveFloat]
+    template: str = Field(description="plain, llama3, phi3 or tokenizer")
+    image_mode: Literal["square", "pad"]
+
+    @field_validator("learning_rates", mode="before")
+    @classmethod
+    def _null_freezes(cls, rates: Any) -> Any:
+        """``learning_rates: {vision: null}`` takes a part out of a preset's list."""
+        if not isinstance(rates, dict):
+            return rates
+        return {part: rate for part, rate in rates.items() if rate is not None}
+
+
+class SourceConfig(Section):
+    """LLaVA records (.json or .jsonl) and the folder that their image paths are relative to."""
+
+    records: str
+    images: str
+
+
+class DataConfig(Section):
+    """Where samples come from and how they become tokens."""
+
+    sources: list[SourceConfig]
+    tokenizer: str = Field(description="folder with tokenizer.json, or a SentencePiece .model")
+    sequence_length: PositiveInt
+    image_token: str = "<image>"
+    padding: Literal["longest", "sequence_length"] = "longest"
+    num_workers: Annotated[int, Field(ge=0)] = 2
+    max_bad_share: Fraction = 0.01
+
+
+class OptimizerConfig(Section):
+    """AdamW with a cosine schedule; learning rates belong to the stage."""
+
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_grad: NonNegativeFloat = 1.0
+    warmup_ratio: Fraction = 0.03
+    min_lr_ratio: Fraction = 0.0
+    distributed: bool = Field(True, description="Megatron's distributed optimizer (ZeRO-1)")
+
+
+class TrainConfig(Section):
+    """How much to train, in which portions and precision."""
+
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt = 1
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: Annotated[int, Field(ge=0)] = 1234
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class CheckpointConfig(Section):
+    """What the weights start from and how often the run is saved."""
+
+    init_from: str | None = Field(None, description="checkpoint of an earlier stage")
+    interval: PositiveInt = 500
+    keep: PositiveInt = 2
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    output: str = Field(description="folder for checkpoints, metrics and the resolved config")
+    language: LanguageConfig
+    vision: VisionConfig
+    connector: ConnectorConfig = ConnectorConfig()
+    moe: MoEConfig = MoEConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    stage: StageConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    megatron: dict[str, Any] = Field({}, description="further TransformerConfig fields")
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Layers (from 0) that hold experts in this run; empty while the stage is dense."""
+        if not self.stage.moe or self.moe.variant == "dense":
+            return []
+        return moe_layers(self.moe.layers, self.language.num_layers)

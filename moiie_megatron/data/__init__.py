@@ -1,0 +1,1 @@
+"""From LLaVA records and an image folder to ``Batch``: one sample stream for every layout."""

@@ -1,0 +1,112 @@
+"""Samples that cannot be used: replaced the same way in every layout, counted, and limited.
+
+The replacement is a pure function of (seed, index, attempt), so a run on other numbers of ranks
+or workers, or one that resumes, sees the same samples.  Workers are processes; they report what
+they met inside the batch, and the main process counts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Protocol
+
+from numpy.random import Philox, SeedSequence
+
+from moiie_megatron.data.records import BadRecord
+
+if TYPE_CHECKING:
+    from moiie_megatron.data.batch import Batch, Example
+
+LOGGER: Final = logging.getLogger(__name__)
+MAX_CHAIN: Final = 10  # bad samples in a row, one replacing the other, before the run stops
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A sample that was left out: record number ``index`` of ``file``, and why."""
+
+    file: str
+    index: int
+    reason: str
+
+
+class Samples(Protocol):
+    """A map-style dataset whose items may raise ``BadRecord``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Example: ...
+
+
+def replacement(seed: int, index: int, tried: Sequence[int], size: int) -> int:
+    """The sample that takes the place of sample ``index`` after ``tried`` have failed.
+
+    Drawn from (seed, index, attempt), then moved on past samples already tried.
+    ``len(tried)`` is the attempt and must be less than ``size``.
+    """
+    draw = Philox(SeedSequence([seed, index, len(tried)])).random_raw()
+    candidate = int(draw) % size
+    while candidate in tried:
+        candidate = (candidate + 1) % size
+    return candidate
+
+
+def read_sample(samples: Samples, index: int, seed: int) -> Example:
+    """Sample ``index`` or its replacement, with the faults met on the way.
+
+    Raises:
+        ValueError: ``MAX_CHAIN`` samples in a row, or all there are, could not be used.
+    """
+    faults: list[Fault] = []
+    tried: list[int] = []
+    candidate = index
+    while True:
+        try:
+            return replace(samples[candidate], faults=tuple(faults))
+        except BadRecord as error:
+            faults.append(Fault(error.file, error.index, error.reason))
+            tried.append(candidate)
+        if len(tried) == min(MAX_CHAIN, len(samples)):
+            last = faults[-1]
+            raise ValueError(
+                f"Stopping: {len(tried)} samples in a row could not be read, so the data, its "
+                f"paths or the template must be wrong; last: {last.file}[{last.index}]: "
+                f"{last.reason}"
+            )
+        candidate = replacement(seed, index, tried, len(samples))
+
+
+class FaultMonitor:
+    """Logs every fault and stops the run when they are too many.
+
+    Args:
+        max_share: Largest share of bad samples (``data.max_bad_share``), 0..1.
+        minimum: Samples to see before the share counts; a first bad sample is no trend.
+    """
+
+    def __init__(self, max_share: float, minimum: int = 100) -> None:
+        self.max_share = max_share
+        self.minimum = minimum
+        self.seen = 0
+        self.bad = 0
+
+    def add(self, batch: Batch) -> None:
+        """Count the samples of a batch and the faults met while making it.
+
+        Raises:
+            ValueError: More than ``max_share`` of the samples tried so far were bad.
+        """
+        for fault in batch.faults:
+            LOGGER.warning("left out %s[%d]: %s", fault.file, fault.index, fault.reason)
+        self.bad += len(batch.faults)
+        self.seen += len(batch.record_ids) + len(batch.faults)
+        if not batch.faults or self.seen < self.minimum or self.bad <= self.max_share * self.seen:
+            return
+        last = batch.faults[-1]
+        raise ValueError(
+            f"Stopping: {self.bad} of {self.seen} samples ({self.bad / self.seen:.1%}) could not "
+            f"be read, more than data.max_bad_share {self.max_share:.1%}: repair the data or "
+            f"raise the limit; last: {last.file}[{last.index}]: {last.reason}"
+        )

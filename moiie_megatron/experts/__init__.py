@@ -1,0 +1,1 @@
+"""Which experts exist and who may use them."""

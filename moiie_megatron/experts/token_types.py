@@ -1,0 +1,14 @@
+"""The one definition of what a token is: its type decides which experts may process it.
+
+Token types travel with the tokens as an int8 tensor of the same shape.  Padding routes like
+text (its hidden states must go somewhere) but is left out of the losses and of the routers'
+load-balancing losses.  Plain ints, so that configuration and planning need no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+TEXT: Final = 0
+IMAGE: Final = 1
+PADDING: Final = 2

@@ -1,0 +1,1 @@
+"""The MoIIE layer: routers, losses, grouped experts."""

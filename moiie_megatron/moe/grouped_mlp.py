@@ -1,0 +1,178 @@
+"""The experts of one rank as two grouped matrix products.
+
+Shapes: R rows that arrived at this rank, sorted by expert; E local experts; D hidden;
+F FFN size on this expert-tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import (
+    ReplicaId,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    get_expert_parallel_rng_tracker_name,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class GroupedExperts(MegatronModule):
+    """Gated FFN experts on ``torch.nn.functional.grouped_mm``, on CPU and GPU.
+
+    Stands where Megatron's ``TEGroupedMLP`` and ``SequentialMLP`` do and writes the same
+    checkpoint: ``experts.linear_fc1.weight`` and ``experts.linear_fc2.weight`` with a leading
+    expert axis.  Weights are stored ``(E, out, in)`` and passed transposed, the layout that was
+    fastest in bf16.  An expert without rows gets a zero gradient, so every rank takes part in
+    every reduction.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        assert config.gated_linear_unit and not config.add_bias_linear
+        self.num_local_experts = num_local_experts
+        self.ep_group = pg_collection.ep
+        self.tp_group = pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
+        ffn = config.moe_ffn_hidden_size // self.tp_group.size()
+        device = torch.device("cpu") if config.use_cpu_initialization else None
+        device = device or torch.device("cuda", torch.cuda.current_device())
+
+        def weight(out_features: int, in_features: int, partition_axis: int) -> torch.nn.Parameter:
+            shape = (num_local_experts, out_features, in_features)
+            tensor = torch.empty(shape, dtype=config.params_dtype, device=device)
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                torch.nn.init.normal_(tensor, std=config.init_method_std)
+            parameter = torch.nn.Parameter(tensor)
+            # Always in the expert optimizer: its data-parallel group also covers the tensor-
+            # parallel ranks that hold the same expert, whatever EP and expert-TP are.
+            parameter.allreduce = False
+            set_tensor_model_parallel_attributes(parameter, True, partition_axis, 1)
+            return parameter
+
+        self.weight_fc1 = weight(2 * ffn, config.hidden_size, 1)
+        self.weight_fc2 = weight(config.hidden_size, ffn, 2)
+
+    def forward(
+        self, hidden_RD: Tensor, tokens_per_expert: Tensor, probs_R: Tensor
+    ) -> tuple[Tensor, None]:
+        """Run every row through its expert and weigh it with its routing probability.
+
+        Args:
+            hidden_RD: Rows sorted by expert.
+            tokens_per_expert: int64 ``(E,)``, adding up to R.
+            probs_R: Weight of each row, applied before the second product as Megatron does.
+
+        Returns:
+            ``(R, D)`` and no bias.
+        """
+        if hidden_RD.shape[0] == 0:
+            # grouped_mm has nothing to do; the weights must stay in the graph all the same.
+            idle = (self.weight_fc1.sum() + self.weight_fc2.sum()) * 0.0
+            return hidden_RD + (probs_R.sum() * 0.0 + idle).to(hidden_RD.dtype), None
+        ends_E = torch.cumsum(tokens_per_expert, dim=0).to(hidden_RD.device, torch.int32)
+        gate_up = F.grouped_mm(hidden_RD, self.weight_fc1.transpose(1, 2), offs=ends_E)
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner = self.config.activation_func(gate) * up
+        inner = (inner * probs_R.unsqueeze(-1)).to(hidden_RD.dtype)
+        output = F.grouped_mm(inner, self.weight_fc2.transpose(1, 2), offs=ends_E)
+        return _contiguous_grad(output), None
+
+    def backward_dw(self) -> None:
+        """Nothing is delayed; Megatron calls this on every experts module."""
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """Both weights under the names and global shapes of Megatron's other experts modules."""
+        # Tensor-parallel ranks hold different parts; only data-parallel copies are replicas.
+        replica_id = (0, 0, self.dp_group.rank())
+        return {
+            f"{prefix}weight_fc1": ShardedTensorFactory(
+                f"{prefix}experts.linear_fc1.weight",
+                self.weight_fc1,
+                lambda key, t, replica, _: self._build(key, t, replica, sharded_offsets, 1, 2),
+                _merge_gated,
+                replica_id,
+            ),
+            f"{prefix}weight_fc2": ShardedTensorFactory(
+                f"{prefix}experts.linear_fc2.weight",
+                self.weight_fc2,
+                lambda key, t, replica, _: self._build(key, t, replica, sharded_offsets, 2, 1),
+                _merge_plain,
+                replica_id,
+            ),
+        }
+
+    def _build(
+        self,
+        key: str,
+        tensor: Tensor,
+        replica_id: ReplicaId,
+        offsets: tuple[Any, ...],
+        axis: int,
+        parts: int,
+    ) -> list[ShardedTensor]:
+        """Cut ``(E, ...)`` into one shard per expert and per part (gate and up) of ``axis``."""
+        first = self.ep_group.rank() * self.num_local_experts
+        total = self.ep_group.size() * self.num_local_experts
+        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+        before = len(offsets)
+        shards = []
+        for expert in range(self.num_local_experts):
+            for part, piece in enumerate(tensor[expert].chunk(parts, dim=axis - 1)):
+                shards.append(
+                    ShardedTensor.from_rank_offsets(
+                        key,
+                        piece.contiguous(),
+                        *offsets,
+                        (before, first + expert, total),
+                        (before + axis, part * tp_size + tp_rank, parts * tp_size),
+                        replica_id=replica_id,
+                        prepend_axis_num=before + 1,
+                    )
+                )
+        return shards
+
+
+def _merge_gated(shards: list[Tensor]) -> Tensor:
+    experts = [torch.cat(pair) for pair in zip(shards[0::2], shards[1::2], strict=True)]
+    return torch.stack(experts)
+
+
+def _merge_plain(shards: list[Tensor]) -> Tensor:
+    return torch.stack(shards)
+
+
+class _ContiguousGrad(torch.autograd.Function):
+    """Identity whose gradient is contiguous: grouped_mm refuses an expanded (stride 0) one."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def _contiguous_grad(tensor: Tensor) -> Tensor:
+    return _ContiguousGrad.apply(tensor)

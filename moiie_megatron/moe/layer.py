@@ -1,0 +1,91 @@
+"""The MoIIE layer: route, dispatch, compute, combine."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from moiie_megatron.moe.grouped_mlp import GroupedExperts
+from moiie_megatron.moe.router import ModalityRouter, RouterSettings
+
+
+class MoIIELayer(MoELayer):
+    """Megatron's MoE layer with modality routers; one dispatch serves every modality.
+
+    Token types arrive in the argument ``padding_mask``: in Megatron-Core 0.16 that is the one
+    per-token tensor that travels from ``GPTModel.forward`` to every MoE layer, and it is an
+    input of the recompute checkpoint, so a replayed layer sees the types of its own
+    micro-batch.  Dense layers ignore it.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: None = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Apply each token's experts.
+
+        Args:
+            hidden_states: ``(s, b, h)``; s is this rank's part under sequence parallelism.
+            padding_mask: Token types, int8 ``(b, s)``.
+
+        Returns:
+            ``(s, b, h)`` and no bias.
+
+        Raises:
+            ValueError: No token types, or types of another shape: there is no safe default
+                (all-text would train the wrong experts in silence).
+        """
+        token_types = padding_mask
+        s, b, _ = hidden_states.shape
+        if token_types is None or token_types.shape != (b, s):
+            got = "none" if token_types is None else f"shape {tuple(token_types.shape)}"
+            raise ValueError(
+                f"MoIIE layer {self.layer_number} got {got} as token types for hidden states of "
+                f"sequence {s} and batch {b}: pass int8 token types ({b}, {s}) with the batch."
+            )
+        if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
+            raise ValueError(
+                f"parallel.tensor is {self.attn_tp_group.size()} without sequence parallelism: "
+                "set parallel.sequence to true, every rank would compute every token."
+            )
+        if self.moe_layer_recompute:
+            return tensor_parallel.checkpoint(self._compute, False, hidden_states, token_types)
+        return self._compute(hidden_states, token_types)
+
+    def _compute(self, hidden_states: Tensor, token_types: Tensor) -> tuple[Tensor, None]:
+        probs, routing_map = self.router(hidden_states, token_types.transpose(0, 1))
+        hidden_states, probs = self.preprocess(hidden_states, probs, routing_map)
+        dispatched, probs = self.dispatch(hidden_states, probs)
+        output, _ = self.routed_experts_compute(dispatched, probs)
+        return self.postprocess(self.combine(output), None), None
+
+
+def moiie_module(
+    settings: RouterSettings,
+    groups: ProcessGroupCollection,
+    experts: ModuleSpec | type | None = None,
+) -> ModuleSpec:
+    """What a layer specification needs to put a MoIIE layer in place of the FFN.
+
+    Args:
+        groups: Megatron's process groups; its ``TransformerLayer`` passes them only to layers
+            that it knows by class.
+        experts: The experts module; default ``GroupedExperts``.
+    """
+    submodules = MoESubmodules(
+        experts=experts or GroupedExperts,
+        router=partial(ModalityRouter, settings=settings),
+    )
+    return ModuleSpec(
+        module=MoIIELayer,
+        params={"pg_collection": groups},
+        submodules=submodules,
+        metainfo={"fuse_pre_mlp_layernorm": False},
+    )

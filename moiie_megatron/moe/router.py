@@ -1,0 +1,150 @@
+"""The modality routers: who goes where.  No communication except inside the balance loss.
+
+Shapes: s sequence, b batch, h hidden, T = s * b tokens of this rank, E experts (logical ids),
+R routers, W_r experts that router r scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moiie_megatron.experts.layout import ExpertLayout
+from moiie_megatron.experts.token_types import IMAGE, PADDING
+from moiie_megatron.moe.load_stats import LoadStats
+from moiie_megatron.moe.losses import balance_loss
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """What the routers of every layer share.
+
+    Args:
+        layout: Which experts exist and who may use them.
+        aux_loss_coeffs: Weight of each router's balance loss **in one layer**, by router name:
+            alpha divided by the number of MoE layers, because losses of layers add up while the
+            reference's alpha weighs their mean.
+        init_std: Standard deviation of fresh router weights.
+    """
+
+    layout: ExpertLayout
+    aux_loss_coeffs: dict[str, float]
+    init_std: float
+
+
+class ModalityRouter(MegatronModule):
+    """One linear gate per modality over that modality's experts, without bias (paper, sec. 3).
+
+    All gates score all tokens in one product (they are tiny); forbidden experts get -inf, so
+    one softmax and one top-k over the joint ids serve every modality: static shapes, no index
+    selection, no host sync.  Stands where Megatron's ``TopKRouter`` does.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        settings: RouterSettings,
+    ) -> None:
+        super().__init__(config=config)
+        self.settings = settings
+        self.layout = settings.layout
+        self.layer_number: int | None = None
+        # Ranks that hold other parts of the same micro-batch's tokens.
+        self.token_group = pg_collection.tp_cp if config.sequence_parallel else None
+        device = torch.device("cpu") if config.use_cpu_initialization else None
+        device = device or torch.device("cuda", torch.cuda.current_device())
+        self.gates = torch.nn.ParameterDict()
+        for name in self.layout.routers:
+            width = len(self.layout.allowed(name))
+            weight = torch.empty(width, config.hidden_size, device=device)
+            torch.nn.init.normal_(weight, std=settings.init_std)
+            self.gates[name] = torch.nn.Parameter(weight.to(config.params_dtype))
+            # Under sequence parallelism each rank holds part of the gradient: Megatron sums it.
+            self.gates[name].sequence_parallel = config.sequence_parallel
+        self.stats = LoadStats(len(self.layout.routers), self.layout.num_experts, device)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by Megatron's ``TransformerLayer``; counts from 1."""
+        self.layer_number = layer_number
+
+    def forward(self, hidden_states: Tensor, token_types: Tensor) -> tuple[Tensor, Tensor]:
+        """Score every token and choose its experts.
+
+        Args:
+            hidden_states: ``(s, b, h)``.
+            token_types: int8 ``(s, b)``, see ``experts/token_types.py``.
+
+        Returns:
+            probs_TE: fp32, the renormalised weights of the chosen experts, 0 elsewhere.
+            routing_map_TE: bool, the chosen experts.
+        """
+        hidden_Th = hidden_states.reshape(-1, hidden_states.shape[-1])
+        types_T = token_types.reshape(-1)
+        scores_TE = self._scores(hidden_Th, types_T == IMAGE)
+        softmax_TE = torch.softmax(scores_TE.float(), dim=-1)
+        top_TK, ids_TK = torch.topk(softmax_TE, self.layout.top_k, dim=-1)
+        weights_TK = top_TK / top_TK.sum(dim=-1, keepdim=True)
+        probs_TE = torch.zeros_like(softmax_TE).scatter(1, ids_TK, weights_TK)
+        routing_map_TE = torch.zeros_like(softmax_TE, dtype=torch.bool).scatter(1, ids_TK, True)
+        if self.training and torch.is_grad_enabled():
+            probs_TE = self._balance(probs_TE, softmax_TE, routing_map_TE, types_T)
+        return probs_TE, routing_map_TE
+
+    def _scores(self, hidden_Th: Tensor, is_image_T: Tensor) -> Tensor:
+        """Joint scores ``(T, E)``: each token's own router, -inf at forbidden experts."""
+        names = self.layout.routers
+        fp32 = self.config.moe_router_dtype == "fp32"
+        weight = torch.cat([self.gates[name] for name in names])
+        logits = router_gating_linear(
+            hidden_Th, weight, None, torch.float32 if fp32 else hidden_Th.dtype
+        )
+        joint = []
+        widths = [self.gates[name].shape[0] for name in names]
+        for name, logits_TW in zip(names, logits.split(widths, dim=1), strict=True):
+            ids = self.layout.allowed(name)
+            edges = (ids.start, self.layout.num_experts - ids.stop)
+            joint.append(F.pad(logits_TW, edges, value=float("-inf")))
+        if len(joint) == 1:
+            return joint[0]
+        vision_TE, text_TE = joint
+        return torch.where(is_image_T.unsqueeze(1), vision_TE, text_TE)
+
+    def _router_mask(self, name: str, types_T: Tensor) -> Tensor:
+        """Tokens that a router scores, without padding."""
+        if name == "joint":
+            return types_T != PADDING
+        if name == "vision":
+            return types_T == IMAGE
+        return (types_T != IMAGE) & (types_T != PADDING)
+
+    def _balance(
+        self, probs_TE: Tensor, softmax_TE: Tensor, routing_map_TE: Tensor, types_T: Tensor
+    ) -> Tensor:
+        """Attach every router's balance loss to ``probs_TE`` and count the load.
+
+        Only runs with gradients enabled, so a recomputed layer is counted once (its first
+        forward pass has none).
+        """
+        for index, name in enumerate(self.layout.routers):
+            balance = balance_loss(
+                softmax_TE,
+                routing_map_TE,
+                self._router_mask(name, types_T),
+                len(self.layout.allowed(name)),
+                self.token_group,
+            )
+            coeff = self.settings.aux_loss_coeffs[name]
+            if coeff:
+                probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, coeff * balance.loss)
+            self.stats.add(
+                index, balance.tokens, balance.load_E, balance.prob_E, balance.loss.detach()
+            )
+        return probs_TE

@@ -1,0 +1,115 @@
+"""From a configuration to this rank's model."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from moiie_megatron.backend.megatron import torch_dtype, transformer_config
+from moiie_megatron.backend.parallel import World
+from moiie_megatron.backend.specs import decoder_spec, has_transformer_engine
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.moe.layer import moiie_module
+from moiie_megatron.moe.router import RouterSettings
+from moiie_megatron.multimodal.connector import Connector
+from moiie_megatron.multimodal.model import MoIIEModel
+from moiie_megatron.multimodal.vision import VisionEncoder
+
+
+def build_model(config: RunConfig, world: World) -> MoIIEModel:
+    """Build this rank's part of the model on its device, in the dtype of the run.
+
+    Raises:
+        ValueError: A setting that Megatron-Core cannot express.
+    """
+    language, device = config.language, world.device
+    _check_rope_scaling(config)
+    if language.vocab_size % config.parallel.tensor:
+        raise ValueError(
+            f"language.vocab_size is {language.vocab_size}, which parallel.tensor "
+            f"{config.parallel.tensor} does not divide: use another degree."
+        )
+    mconfig = transformer_config(config, device)
+    moe_module = None
+    if config.moe_layers:
+        experts = _te_experts() if has_transformer_engine(device) else None
+        moe_module = moiie_module(router_settings(config), world.groups, experts)
+    spec = decoder_spec(mconfig, device, moe_module=moe_module, pp_rank=world.groups.pp.rank())
+    language_model = GPTModel(
+        config=mconfig,
+        transformer_layer_spec=spec,
+        vocab_size=language.vocab_size,
+        max_sequence_length=language.max_position_embeddings,
+        pre_process=world.is_first_stage,
+        post_process=world.is_last_stage,
+        share_embeddings_and_output_weights=language.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=language.rotary_base,
+        rope_scaling=language.rope_scaling is not None,
+        rope_scaling_factor=language.rope_scaling.factor if language.rope_scaling else 8.0,
+        # Images are merged into the whole sequence first, then it is cut (multimodal/model.py).
+        scatter_embedding_sequence_parallel=False,
+        pg_collection=world.groups,
+    )
+    vision_encoder = connector = None
+    if world.is_first_stage:
+        connector_size = config.connector.hidden_size or language.hidden_size
+        vision_encoder = VisionEncoder(config.vision)
+        connector = Connector(config.vision.hidden_size, connector_size, language.hidden_size)
+        _same_on_all_tensor_ranks((vision_encoder, connector), world)
+    model = MoIIEModel(mconfig, language_model, vision_encoder, connector, world.groups)
+    return model.to(device=world.device.torch_device, dtype=torch_dtype(config))
+
+
+def router_settings(config: RunConfig) -> RouterSettings:
+    """The routers' settings, with alpha shared out over the MoE layers.
+
+    The reference adds ``alpha * aux`` once, with ``aux`` on the scale of one layer's loss; the
+    losses of our layers add up, so each gets ``alpha / number of MoE layers``.
+    """
+    moe = config.moe
+    alphas = {
+        "vision": moe.vision_aux_loss_coeff,
+        "text": moe.text_aux_loss_coeff,
+        "joint": moe.text_aux_loss_coeff,
+    }
+    layers = len(config.moe_layers)
+    return RouterSettings(
+        layout=moe.layout,
+        aux_loss_coeffs={name: alphas[name] / layers for name in moe.layout.routers},
+        init_std=moe.router_init_std,
+    )
+
+
+def _te_experts() -> ModuleSpec:
+    """Transformer Engine's grouped experts, as Megatron's own MoE specification has them."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+
+    return get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True).submodules.experts
+
+
+def _check_rope_scaling(config: RunConfig) -> None:
+    scaling = config.language.rope_scaling
+    fixed = {
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    for name, value in fixed.items():
+        if scaling is not None and getattr(scaling, name) != value:
+            raise ValueError(
+                f"language.rope_scaling.{name} is {getattr(scaling, name)}: Megatron-Core's Llama "
+                f"scaling has {value} built in."
+            )
+
+
+def _same_on_all_tensor_ranks(modules: tuple[torch.nn.Module, ...], world: World) -> None:
+    """Replicas start equal: the seed alone would do so, a broadcast makes it certain."""
+    if world.groups.tp.size() == 1:
+        return
+    source = torch.distributed.get_global_rank(world.groups.tp, 0)
+    for module in modules:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.data = tensor.data.to(world.device.torch_device)
+            torch.distributed.broadcast(tensor.data, source, group=world.groups.tp)

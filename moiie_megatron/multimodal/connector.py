@@ -1,0 +1,19 @@
+"""The connector: image features into the language model's embedding space."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Connector(torch.nn.Module):
+    """Linear, GELU, Linear (paper, section 3); replicated over tensor-parallel ranks."""
+
+    def __init__(self, vision_size: int, hidden_size: int, language_size: int) -> None:
+        super().__init__()
+        self.linear_1 = torch.nn.Linear(vision_size, hidden_size)
+        self.linear_2 = torch.nn.Linear(hidden_size, language_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map ``(n, p, vision_size)`` to ``(n, p, language_size)``; n images, p patches."""
+        return self.linear_2(torch.nn.functional.gelu(self.linear_1(features)))

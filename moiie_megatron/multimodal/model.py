@@ -1,0 +1,159 @@
+"""The whole model: vision encoder, connector, Megatron's GPTModel with MoIIE layers.
+
+Shapes: b batch, s sequence, h hidden, n images, p image tokens per image.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moiie_megatron.experts.token_types import TEXT
+from moiie_megatron.multimodal.connector import Connector
+from moiie_megatron.multimodal.merge import merge_images
+from moiie_megatron.multimodal.vision import VisionEncoder
+
+
+class MoIIEModel(MegatronModule):
+    """One pipeline stage of the vision-language model.
+
+    Vision encoder and connector live on the first stage, replicated over tensor-parallel ranks.
+
+    Args:
+        config: Megatron's description of the language model.
+        language_model: This stage's part of the decoder.
+        vision_encoder: On the first stage; None elsewhere.
+        connector: On the first stage; None elsewhere.
+        groups: Megatron's process groups.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        language_model: GPTModel,
+        vision_encoder: VisionEncoder | None,
+        connector: Connector | None,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.language_model = language_model
+        self.vision_encoder = vision_encoder
+        self.connector = connector
+        self.groups = groups
+        # Megatron's schedules and gradient reductions ask the outermost module for these.
+        self.pre_process = language_model.pre_process
+        self.post_process = language_model.post_process
+        self.share_embeddings_and_output_weights = (
+            language_model.share_embeddings_and_output_weights
+        )
+        self.model_type = language_model.model_type
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the activations of the previous pipeline stage."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight, for Megatron's reduction over first and last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        token_types: Tensor,
+        images: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Run this stage.
+
+        Args:
+            tokens: int64 ``(b, s)``; what stands at image positions does not matter.
+            position_ids: int64 ``(b, s)``.
+            token_types: int8 ``(b, s)``, needed on every stage.
+            images: Normalised ``(n, 3, H, W)``, in the order of their runs in the batch; first
+                stage only.
+            labels: int64 ``(b, s)``, already shifted, -100 where there is none; last stage only.
+            inputs_embeds: ``(b, s, h)`` instead of tokens and images (parity tests).
+
+        Returns:
+            Hidden states on earlier stages; on the last one the loss per token ``(b, s)`` (0
+            where there is no label), or without labels the logits ``(b, s, vocabulary)``.
+
+        Raises:
+            ValueError: Token types of another shape than the tokens, or a number of image
+                positions that does not match the images.
+        """
+        if token_types is None or token_types.shape != tokens.shape:
+            got = None if token_types is None else tuple(token_types.shape)
+            raise ValueError(
+                f"The token types have shape {got}, the tokens {tuple(tokens.shape)}: every token "
+                "needs one."
+            )
+        decoder_input = None
+        if self.pre_process:
+            decoder_input = self._embed(tokens, position_ids, token_types, images, inputs_embeds)
+        mask = None if labels is None else labels >= 0
+        output = self.language_model(
+            input_ids=tokens,
+            position_ids=position_ids,
+            attention_mask=None,
+            decoder_input=decoder_input,
+            labels=None if labels is None else labels.clamp(min=0),
+            # See MoIIELayer: Megatron's one per-token slot carries the token types.  GPTModel
+            # does not cut it for sequence parallelism when it gets decoder_input.
+            padding_mask=self._cut_like_hidden_states(token_types),
+            runtime_gather_output=labels is None,
+        )
+        return output * mask if mask is not None and self.post_process else output
+
+    def _cut_like_hidden_states(self, token_types: Tensor) -> Tensor:
+        if not self.config.sequence_parallel:
+            return token_types
+        return token_types.chunk(self.groups.tp.size(), dim=1)[self.groups.tp.rank()].contiguous()
+
+    def _embed(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        token_types: Tensor,
+        images: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor:
+        """Embed text, encode images, merge; ``(s, b, h)``, cut for sequence parallelism."""
+        if inputs_embeds is not None:
+            merged = inputs_embeds.transpose(0, 1).contiguous()
+        else:
+            # An image id may lie outside the vocabulary: it is never looked up.
+            text = torch.where(token_types == TEXT, tokens, 0)
+            merged = self.language_model.embedding(input_ids=text, position_ids=position_ids)
+            merged = self._add_images(merged, token_types, images)
+        if self.config.sequence_parallel:
+            merged = scatter_to_sequence_parallel_region(merged, group=self.groups.tp)
+        return merged
+
+    def _add_images(self, embeddings: Tensor, token_types: Tensor, images: Tensor | None) -> Tensor:
+        assert self.vision_encoder is not None and self.connector is not None
+        if images is None or not len(images):
+            merge_images(embeddings, embeddings.new_zeros(0, 1, embeddings.shape[2]), token_types)
+            return embeddings + self._idle(embeddings)
+        return merge_images(embeddings, self.connector(self.vision_encoder(images)), token_types)
+
+    def _idle(self, like: Tensor) -> Tensor:
+        """A zero that depends on every trained vision weight.
+
+        Gradient reductions that overlap with the backward pass wait for every parameter: a
+        micro-batch without images must not leave one out.
+        """
+        modules = (self.vision_encoder, self.connector)
+        trained = [
+            p.flatten()[0] for module in modules for p in module.parameters() if p.requires_grad
+        ]
+        return (torch.stack(trained).sum() * 0.0).to(like.dtype) if trained else like.new_zeros(())

@@ -1,0 +1,1 @@
+"""Stages, optimizer, step, loop and metrics."""
