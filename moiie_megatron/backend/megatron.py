@@ -55,7 +55,7 @@ OWNED_FIELDS = {
     "bf16": "train.precision",
     "fp16": "train.precision",
     "autocast_dtype": "train.precision",
-    "calculate_per_token_loss": "nothing: the loss is averaged over the global batch",
+    "calculate_per_token_loss": "the training step (the loss is a mean over the global batch)",
     "transformer_impl": "the machine (Transformer Engine where it is installed)",
 }
 

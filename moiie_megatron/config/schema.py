@@ -223,3 +223,10 @@ class RunConfig(Section):
         if not self.stage.moe or self.moe.variant == "dense":
             return []
         return moe_layers(self.moe.layers, self.language.num_layers)
+
+    @property
+    def active_parallel(self) -> ParallelConfig:
+        """The degrees this run uses: a dense stage has no experts to spread over ranks."""
+        if self.moe_layers:
+            return self.parallel
+        return self.parallel.model_copy(update={"expert": 1, "expert_tensor": 1})

@@ -117,14 +117,14 @@ def _is_complete(out: Path, settings: DigitSettings) -> bool:
 
 
 def _write(folder: Path, settings: DigitSettings) -> None:
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     scans, labels = load_digits(return_X_y=True)
     tiles = _tiles(scans.reshape(-1, 8, 8), settings.image_size // 2)
     order = list(range(len(labels)))
     random.Random(f"{settings.seed} split").shuffle(order)
     cut = round(len(order) * TEST_SHARE)
-    pictures = {}
+    pictures: dict[str, list[_Picture]] = {}
     for split, pool, count in (
         ("test", order[:cut], settings.test),
         ("train", order[cut:], settings.train),
@@ -247,9 +247,8 @@ def _train_tokenizer() -> tuple[bytes, int]:
     SentencePieceTrainer.train(
         sentence_iterator=iter(ask.vocabulary()),
         model_writer=model,
-        model_type="unigram",
+        model_type="bpe",
         vocab_size=160,
-        hard_vocab_limit=False,
         character_coverage=1.0,
         unk_id=0,
         bos_id=1,

@@ -109,7 +109,7 @@ class ImageLoader:
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(file, formats=_FORMATS) as opened:
                     self._check_size(path, opened.size)
-                    image = ImageOps.exif_transpose(opened).convert("RGB")
+                    image = _as_rgb(ImageOps.exif_transpose(opened))
                 if self.mode == "pad":
                     image = self._padded(image)
                 size = (self.image_size, self.image_size)
@@ -149,3 +149,13 @@ class ImageLoader:
         square = Image.new("RGB", (side, side), (red, green, blue))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers without a known range")
+    if image.mode.startswith("I"):  # 16 bits per pixel: PIL's own conversion clips at 255
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
+    return image.convert("RGB")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from moiie_megatron.data.records import PLACEHOLDER, Turn
 from moiie_megatron.data.tokenizers import Tokenizer
@@ -199,16 +199,16 @@ class TokenizerTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        arguments: dict[str, Any] = {
+            **self._special_tokens,
+            "chat_template": self._template,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            rendered, _ = render_jinja_template(
-                [messages],
-                chat_template=self._template,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            rendered: Any = render_jinja_template([messages], **arguments)
         except TemplateError as error:
             raise ValueError(
                 f"The tokenizer's chat template refuses this conversation ({error}): use llama3, "
                 "phi3 or plain as stage.template."
             ) from error
-        return rendered[0]
+        return str(rendered[0][0])  # (texts, spans of {% generation %} blocks)

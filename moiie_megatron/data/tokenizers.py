@@ -85,18 +85,18 @@ class HuggingFaceTokenizer:
         # Imported here: transformers takes seconds and is not needed in worker processes.
         from transformers import PreTrainedTokenizerFast
 
+        loader: Any = PreTrainedTokenizerFast  # untyped
+
         try:
             if path.is_dir():
-                fast = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+                fast = loader.from_pretrained(str(path), local_files_only=True)
             elif path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").exists():
-                fast = PreTrainedTokenizerFast.from_pretrained(
-                    str(path.parent), local_files_only=True
-                )
+                fast = loader.from_pretrained(str(path.parent), local_files_only=True)
             else:
-                fast = PreTrainedTokenizerFast(tokenizer_file=str(path))
+                fast = loader(tokenizer_file=str(path))
         except Exception as error:  # tokenizers raises bare Exception for a malformed file
             raise ValueError(f"data.tokenizer {path} cannot be loaded: {error}.") from error
-        self._backend = fast.backend_tokenizer
+        self._backend: Any = fast.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -120,14 +120,16 @@ class HuggingFaceTokenizer:
         }
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         known = [i for i in ids if 0 <= i < self.vocab_size]
-        return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+        return str(self._backend.decode(known, skip_special_tokens=skip_special_tokens))
 
     def token_id(self, piece: str) -> int | None:
-        return self._backend.token_to_id(piece)
+        found: int | None = self._backend.token_to_id(piece)
+        return found
 
 
 class SentencePieceTokenizer:
@@ -141,10 +143,10 @@ class SentencePieceTokenizer:
     chat_template: str | None = None
 
     def __init__(self, model: bytes, name: str, image_token: str) -> None:
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
         from sentencepiece import sentencepiece_model_pb2
 
-        proto = sentencepiece_model_pb2.ModelProto()
+        proto: Any = vars(sentencepiece_model_pb2)["ModelProto"]()  # generated, untyped
         try:
             proto.ParseFromString(model)
         except DecodeError as error:
@@ -182,7 +184,7 @@ class SentencePieceTokenizer:
         from sentencepiece import SentencePieceProcessor
 
         self._model = model
-        self._processor = SentencePieceProcessor(model_proto=model)
+        self._processor: Any = SentencePieceProcessor(model_proto=model)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_processor"}
@@ -192,14 +194,14 @@ class SentencePieceTokenizer:
         self._load(state["_model"])
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        ids: list[int] = self._processor.encode(text)
+        return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         hidden = self._hidden if skip_special_tokens else frozenset()
-        return self._processor.decode(
-            [i for i in ids if 0 <= i < self.vocab_size and i not in hidden]
-        )
+        known = [i for i in ids if 0 <= i < self.vocab_size and i not in hidden]
+        return str(self._processor.decode(known))
 
     def token_id(self, piece: str) -> int | None:
-        i = self._processor.piece_to_id(piece)
+        i: int = self._processor.piece_to_id(piece)
         return i if self._processor.id_to_piece(i) == piece else None

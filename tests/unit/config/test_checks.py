@@ -44,6 +44,7 @@ from tests.unit.config.minimal import load_minimal
             ["moe.layers=[1, 4]"],
             "moe.layers is [1, 4]: use interleaved, all, or distinct layer numbers from 0 to 3.",
         ),
+        (["moe.layers=[9]", "stage.preset=stage-connector"], "moe.layers is [9]: use interleaved"),
         (["moe.layers=[]"], "moe.layers is []: use interleaved, all, or"),
         (
             ["language.num_layers=1"],
@@ -284,7 +285,7 @@ def test_paths(tmp_path: Path) -> None:
         (
             "hidden_size",
             "megatron.hidden_size is 1, but hidden_size is set by language.hidden_size: "
-            "change language.hidden_size instead.",
+            "leave it out of the megatron section.",
         ),
         (
             "recompute_granularty",

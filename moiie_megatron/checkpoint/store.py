@@ -1,0 +1,243 @@
+"""Distributed checkpoints of a run: written beside and renamed, read in any layout.
+
+A run's checkpoints live in ``OUTPUT/checkpoints/step_0000100``; ``latest`` beside them names
+the newest complete one.  Each is a Megatron ``torch_dist`` checkpoint and also holds the
+resolved configuration and the tokenizer, so that it can be used without the run around it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from moiie_megatron.backend.parallel import World
+from moiie_megatron.config.load import dump_config
+from moiie_megatron.config.schema import RunConfig
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "run.yaml"
+LATEST_FILE = "latest"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    consumed_samples: int = 0
+
+
+def sharding_metadata(world: World) -> dict[str, Any]:
+    """How Megatron cuts the state: every layer under its own name, any layout reads it back."""
+    return {
+        "dp_cp_group": world.groups.dp_cp,
+        # MoE and dense layers differ, and a dense checkpoint must have the same names.
+        "non_homogeneous_layers": True,
+        # The default type cannot change TP, PP or EP.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def checkpoints_folder(output: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(output) / "checkpoints"
+
+
+def step_folder(output: str | Path, step: int) -> Path:
+    """The checkpoint after ``step`` optimizer steps."""
+    return checkpoints_folder(output) / f"step_{step:07d}"
+
+
+def latest_checkpoint(output: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None.
+
+    Raises:
+        ValueError: ``latest`` names a folder that is not there.
+    """
+    pointer = checkpoints_folder(output) / LATEST_FILE
+    if not pointer.exists():
+        return None
+    folder = pointer.parent / pointer.read_text().strip()
+    if not folder.is_dir():
+        raise ValueError(
+            f"{pointer} names the checkpoint {folder.name}, which is not there: restore it, or "
+            f"write the name of another step folder into {pointer}."
+        )
+    return folder
+
+
+def save_checkpoint(
+    config: RunConfig, world: World, parts: dict[str, Any], progress: Progress
+) -> Path:
+    """Save a run; every rank calls this.
+
+    The state is written into a folder with another name, which is renamed when all ranks are
+    done: a killed save leaves nothing that looks like a checkpoint.
+
+    Args:
+        parts: ``model``, ``optimizer`` and ``scheduler``.
+    """
+    final = step_folder(config.output, progress.step)
+    beside = final.with_name(final.name + ".writing")
+    metadata = sharding_metadata(world)
+    state = _sharded_state(parts, world, metadata, is_loading=False)
+    state["progress"] = asdict(progress)
+    state["format_version"] = FORMAT_VERSION
+    state["world_size"] = world.size
+    if world.rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    dist.barrier()
+    stored = {k: v for k, v in metadata.items() if k != "dp_cp_group"}
+    dist_checkpointing.save(state, str(beside), content_metadata=stored)
+    if world.rank == 0:
+        (beside / CONFIG_FILE).write_text(dump_config(config))
+        _copy_tokenizer(Path(config.data.tokenizer), beside)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(beside, final)
+        _replace_text(final.parent / LATEST_FILE, final.name + "\n")
+        _prune(config, final)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(folder: Path, world: World, parts: dict[str, Any]) -> Progress:
+    """Load weights, optimizer, schedule and RNG into ``parts``, from any layout into this one.
+
+    Raises:
+        ValueError: The folder is no checkpoint, of a newer version, or does not fit the model.
+    """
+    metadata = sharding_metadata(world)
+    common = load_common(folder)
+    state = _sharded_state(parts, world, metadata, is_loading=True)
+    if common["world_size"] != world.size:
+        del state["rng"]  # states of single ranks have no meaning in another layout
+    loaded = read_sharded(folder, state)
+    parts["model"].load_state_dict(loaded["model"])
+    parts["optimizer"].load_state_dict(loaded["optimizer"])
+    parts["scheduler"].load_state_dict(loaded["scheduler"])
+    if "rng" in loaded:
+        _set_rng(loaded["rng"], world)
+    return Progress(**common["progress"])
+
+
+def load_common(folder: Path) -> dict[str, Any]:
+    """What every rank reads alike: progress, versions, schedule.
+
+    Raises:
+        ValueError: The folder is no checkpoint of this project or of a newer version of it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no checkpoint folder {folder}.")
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+    except (CheckpointingException, OSError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder} is not a complete Megatron checkpoint ({_first_line(error)}): use a "
+            "folder named step_... under a run's checkpoints."
+        ) from error
+    version = common.get("format_version")
+    if version is None or version > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format version {version}, this program reads up to {FORMAT_VERSION}: "
+            "update moiie-megatron."
+        )
+    return common
+
+
+def read_sharded(folder: Path, state: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """``dist_checkpointing.load`` with one-sentence errors.
+
+    Raises:
+        ValueError: A tensor is missing or has another shape than this model wants.
+    """
+    try:
+        return dist_checkpointing.load(state, str(folder), **options)
+    except Exception as error:  # torch's and Megatron's readers raise many types
+        raise ValueError(
+            f"The checkpoint {folder} does not fit this run ({_first_line(error)}): compare its "
+            f"{CONFIG_FILE} with the configuration."
+        ) from error
+
+
+def _sharded_state(
+    parts: dict[str, Any], world: World, metadata: dict[str, Any], *, is_loading: bool
+) -> dict[str, Any]:
+    model_state = parts["model"].sharded_state_dict(metadata=metadata)
+    optimizer_state = parts["optimizer"].sharded_state_dict(
+        model_state, is_loading=is_loading, metadata=metadata
+    )
+    return {
+        "model": model_state,
+        "optimizer": optimizer_state,
+        "scheduler": parts["scheduler"].state_dict(),
+        "rng": ShardedObject("rng", _rng(world), (world.size,), (world.rank,)),
+    }
+
+
+def _rng(world: World) -> dict[str, Any]:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    state = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    if world.device.is_cuda:
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng(state: dict[str, Any], world: World) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    torch.set_rng_state(state["cpu"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if world.device.is_cuda and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    if source.is_file():
+        shutil.copy(source, folder / source.name)
+        return
+    for name in _TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, folder / name)
+
+
+def _prune(config: RunConfig, newest: Path) -> None:
+    """Keep the newest ``checkpoint.keep`` folders; sweep up what killed saves left behind."""
+    complete = sorted(p for p in newest.parent.glob("step_*") if p.suffix != ".writing")
+    for old in complete[: -config.checkpoint.keep]:
+        if old != newest:
+            shutil.rmtree(old)
+    for torn in newest.parent.glob("*.writing"):
+        shutil.rmtree(torn)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".writing.txt")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def _first_line(error: BaseException, limit: int = 200) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:limit].rstrip(".:")
+
+

@@ -1,0 +1,178 @@
+"""One optimizer step: micro-batches through Megatron's pipeline schedule, clip, update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from moiie_megatron.backend.parallel import World
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.data.batch import Batch
+from moiie_megatron.data.images import normalize, pixel_statistics
+from moiie_megatron.experts.token_types import IMAGE, PADDING
+from moiie_megatron.multimodal.model import MoIIEModel
+from moiie_megatron.training.setup import Trainee
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, equal on every rank.
+
+    Attributes:
+        lm_loss: Cross-entropy averaged over the label tokens of the global batch.
+        grad_norm: Norm of the gradient before clipping.
+        label_tokens: Tokens with a label in the global batch.
+        tokens: Tokens without padding.
+        image_tokens: How many of them are image tokens.
+        updated: False if the optimizer skipped the step.
+    """
+
+    lm_loss: float
+    grad_norm: float
+    label_tokens: int
+    tokens: int
+    image_tokens: int
+    updated: bool
+
+
+def num_microbatches(config: RunConfig, world: World) -> int:
+    """Micro-batches per rank and step."""
+    train = config.train
+    return train.global_batch_size // (train.micro_batch_size * world.dp_size)
+
+
+def forward_inputs(config: RunConfig, batch: Batch, world: World) -> dict[str, Tensor | None]:
+    """Move what this pipeline stage needs of a micro-batch to the device.
+
+    Every stage needs the token types; images and labels go where they are used.
+    """
+    device = world.device.torch_device
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    images = None
+    if world.is_first_stage and len(batch.images):
+        statistics = pixel_statistics(config.vision.family)
+        images = normalize(move(batch.images), statistics.mean, statistics.std)
+    return {
+        "tokens": move(batch.tokens),
+        "position_ids": move(batch.position_ids),
+        "token_types": move(batch.token_types),
+        "images": images,
+        "labels": move(batch.labels) if world.is_last_stage else None,
+    }
+
+
+def run_schedule(
+    config: RunConfig,
+    world: World,
+    model: Any,
+    batches: list[Batch],
+    *,
+    loss_scale: float,
+    forward_only: bool = False,
+) -> Tensor:
+    """Forward (and backward) of all micro-batches through Megatron's schedule.
+
+    Args:
+        model: The data-parallel wrapper, or the bare model with ``forward_only``.
+        loss_scale: Factor on the summed token losses of every micro-batch.
+
+    Returns:
+        The summed token losses of this rank's micro-batches (0 before the last stage).
+    """
+
+    def loss_function(losses_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        total = losses_bs.float().sum()
+        return total * loss_scale, {"loss_sum": total.detach()}
+
+    def forward_step(data: Iterator[Batch], module: Any) -> tuple[Tensor, partial[Any]]:
+        inputs = forward_inputs(config, next(data), world)
+        return module(**inputs), partial(loss_function)
+
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=model,
+        num_microbatches=len(batches),
+        # Only read when the micro-batches have one fixed length.
+        seq_length=config.data.sequence_length,
+        micro_batch_size=config.train.micro_batch_size,
+        forward_only=forward_only,
+    )
+    zero = torch.zeros((), device=world.device.torch_device)
+    return sum((report["loss_sum"] for report in reports), start=zero)
+
+
+def count_tokens(batches: list[Batch], world: World) -> tuple[int, int, int]:
+    """Label tokens, tokens and image tokens of the global batch (one small reduction)."""
+    counts = torch.zeros(3, dtype=torch.int64)
+    for batch in batches:
+        counts[0] += batch.num_label_tokens
+        counts[1] += (batch.token_types != PADDING).sum()
+        counts[2] += (batch.token_types == IMAGE).sum()
+    counts = counts.to(world.device.torch_device)
+    dist.all_reduce(counts, group=world.groups.dp)
+    labels, tokens, images = counts.tolist()
+    return labels, tokens, images
+
+
+def train_step(config: RunConfig, world: World, trainee: Trainee, batches: list[Batch]) -> StepResult:
+    """One optimizer step on this rank's micro-batches of the global batch.
+
+    The loss is divided by the label tokens of the *global* batch, so that layout and
+    accumulation do not change it.  Megatron divides by the number of micro-batches and averages
+    over data parallelism; the factor below undoes both for the token losses and leaves the
+    balance losses as means over micro-batches.
+    """
+    labels, tokens, image_tokens = count_tokens(batches, world)
+    trainee.ddp.zero_grad_buffer()
+    trainee.optimizer.zero_grad()
+    loss_sum = run_schedule(
+        config,
+        world,
+        trainee.ddp,
+        batches,
+        loss_scale=len(batches) * world.dp_size / max(labels, 1),
+    )
+    updated, grad_norm, _ = trainee.optimizer.step()
+    if updated:
+        trainee.scheduler.step(increment=1)
+    lm_loss = _from_last_stage(loss_sum, world) / max(labels, 1)
+    return StepResult(
+        lm_loss=lm_loss,
+        grad_norm=float(grad_norm or 0.0),
+        label_tokens=labels,
+        tokens=tokens,
+        image_tokens=image_tokens,
+        updated=bool(updated),
+    )
+
+
+@torch.no_grad()
+def evaluate_loss(
+    config: RunConfig, world: World, model: MoIIEModel, batches: list[Batch]
+) -> float:
+    """The mean loss per label token over every rank's batches, without training."""
+    labels, _, _ = count_tokens(batches, world)
+    was_training = model.training
+    model.eval()
+    total = run_schedule(config, world, model, batches, loss_scale=1.0, forward_only=True)
+    model.train(was_training)
+    return _from_last_stage(total, world) / max(labels, 1)
+
+
+def _from_last_stage(loss_sum: Tensor, world: World) -> float:
+    """Sum over data parallelism, then from the last pipeline stage to all."""
+    total = loss_sum.double().reshape(1)
+    dist.all_reduce(total, group=world.groups.dp)
+    dist.all_reduce(total, group=world.groups.pp)  # 0 on earlier stages
+    return float(total)
