@@ -11,7 +11,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moiie_megatron.backend.device import Device, choose_device
-from moiie_megatron.backend.quiet import quiet_megatron
 from moiie_megatron.config.schema import ParallelConfig
 
 
@@ -65,7 +64,6 @@ def start_world(
     Raises:
         ValueError: No GPU although one was asked for (see ``choose_device``).
     """
-    quiet_megatron()
     chosen = choose_device(device, launch.local_rank)
     if not dist.is_initialized():
         if launch.world_size == 1:

@@ -88,6 +88,7 @@ def train(config: RunConfig, world: World) -> Path:
         log.step(progress.step, result, learning_rates, routing, monitor.bad)
         if progress.step % config.checkpoint.interval == 0 or progress.step == steps:
             checkpoint = save_checkpoint(config, world, trainee.state_parts(), progress)
+            log.saved(checkpoint)
     log.close()
     assert checkpoint is not None
     return checkpoint

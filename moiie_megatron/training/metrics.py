@@ -135,6 +135,13 @@ class RunLog:
             f"left {left}" + ("" if result.updated else " | SKIPPED")
         )
 
+    def saved(self, checkpoint: Path) -> None:
+        """Report a checkpoint; the time it took does not count as the next step's."""
+        now = time.monotonic()
+        seconds, self.last_time = now - self.last_time, now
+        if self.active:
+            print(f"saved {checkpoint} in {seconds:.1f} s", flush=True)
+
     def close(self) -> None:
         """Flush and close the files."""
         if self.active:

@@ -70,7 +70,7 @@ def test_block(name: str, moe: dict[str, object], run: str, dispatcher: str, wor
 
     hidden = data[f"{case}.hidden_states"].clone().requires_grad_()  # (b, s, h)
     types = data.get(f"{case}.token_type_ids", torch.zeros(2, 24)).to(torch.int8)
-    output, _ = layer(hidden.transpose(0, 1), padding_mask=types)
+    output, _ = layer(hidden.transpose(0, 1).contiguous(), padding_mask=types)
     output = output.transpose(0, 1)
     golden.assert_close(output, data[f"{run}.output"], "output")
     _check_scores(layer, hidden.detach(), types, data, run)
