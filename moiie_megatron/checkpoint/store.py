@@ -38,10 +38,12 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is."""
+    """How far a run is, and what the order of its samples depends on."""
 
-    step: int = 0
-    consumed_samples: int = 0
+    step: int
+    consumed_samples: int
+    num_samples: int
+    seed: int
 
 
 def sharding_metadata(world: World) -> dict[str, Any]:

@@ -144,6 +144,11 @@ def _check_experts(config: RunConfig) -> None:
             f"parallel.expert is {parallel.expert} but the moe section has {layout.num_experts} "
             f"experts: use {_divisors(layout.num_experts)}."
         )
+    if config.moe.dispatcher == "allgather" and config.data.padding != "sequence_length":
+        raise ValueError(
+            f"moe.dispatcher is allgather but data.padding is {config.data.padding}: set "
+            "data.padding to sequence_length, ranks must gather equal numbers of tokens."
+        )
     hidden, ffn = config.language.hidden_size, config.language.ffn_hidden_size
     if ffn % parallel.expert_tensor:
         raise ValueError(
@@ -189,7 +194,7 @@ def _check_parallel(config: RunConfig) -> None:
             f"parallel.pipeline is {parallel.pipeline} but language.num_layers is "
             f"{language.num_layers}: use {_divisors(language.num_layers)}."
         )
-    for key in ("num_attention_heads", "ffn_hidden_size"):
+    for key in ("num_attention_heads", "ffn_hidden_size", "vocab_size"):
         value = getattr(language, key)
         if value % tensor:
             raise ValueError(

@@ -59,9 +59,6 @@ class GroupedExperts(MegatronModule):
             with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
                 torch.nn.init.normal_(tensor, std=config.init_method_std)
             parameter = torch.nn.Parameter(tensor)
-            # Always in the expert optimizer: its data-parallel group also covers the tensor-
-            # parallel ranks that hold the same expert, whatever EP and expert-TP are.
-            parameter.allreduce = False
             set_tensor_model_parallel_attributes(parameter, True, partition_axis, 1)
             return parameter
 

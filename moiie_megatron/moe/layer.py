@@ -8,6 +8,7 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moiie_megatron.moe.grouped_mlp import GroupedExperts
@@ -22,6 +23,20 @@ class MoIIELayer(MoELayer):
     input of the recompute checkpoint, so a replayed layer sees the types of its own
     micro-batch.  Dense layers ignore it.
     """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, pg_collection)
+        for parameter in self.experts.parameters():
+            # Reduced over the expert data-parallel group at every EP degree.  Megatron does so
+            # only for EP > 1, but with EP = 1 and fewer expert-tensor than tensor ranks that
+            # group also covers the tensor-parallel ranks that hold copies of an expert.
+            parameter.allreduce = False
 
     def forward(
         self,

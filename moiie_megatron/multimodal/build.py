@@ -25,11 +25,6 @@ def build_model(config: RunConfig, world: World) -> MoIIEModel:
     """
     language, device = config.language, world.device
     _check_rope_scaling(config)
-    if language.vocab_size % config.parallel.tensor:
-        raise ValueError(
-            f"language.vocab_size is {language.vocab_size}, which parallel.tensor "
-            f"{config.parallel.tensor} does not divide: use another degree."
-        )
     mconfig = transformer_config(config, device)
     moe_module = None
     if config.moe_layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,9 +59,11 @@ def train(config: RunConfig, world: World) -> Path:
     if resume_from is None:
         _load_initial_weights(config, world, model)
     trainee = prepare_training(config, world, model, steps)
-    progress = Progress()
+    progress = Progress(0, 0, num_samples=len(dataset), seed=config.train.seed)
     if resume_from is not None:
-        progress = load_checkpoint(resume_from, world, trainee.state_parts())
+        saved = load_checkpoint(resume_from, world, trainee.state_parts())
+        _check_same_order(saved, progress, resume_from)
+        progress = saved
     _announce(config, world, resume_from, progress, steps)
 
     loader = build_train_loader(
@@ -81,8 +84,10 @@ def train(config: RunConfig, world: World) -> Path:
             monitor.add(batch)
         learning_rates = current_learning_rates(config, trainee)
         result = train_step(config, world, trainee, batches)
-        progress = Progress(
-            progress.step + 1, progress.consumed_samples + config.train.global_batch_size
+        progress = replace(
+            progress,
+            step=progress.step + 1,
+            consumed_samples=progress.consumed_samples + config.train.global_batch_size,
         )
         routing = routing_summary(config, world, trainee.model, len(batches) * world.dp_size)
         log.step(progress.step, result, learning_rates, routing, monitor.bad)
@@ -111,6 +116,20 @@ def _load_initial_weights(config: RunConfig, world: World, model: torch.nn.Modul
         load_weights(latest_checkpoint(folder) or folder, world, model)
         return
     load_pretrained(model, config)
+
+
+def _check_same_order(saved: Progress, now: Progress, folder: Path) -> None:
+    """The order of samples is a function of the seed and of the number of samples.
+
+    Raises:
+        ValueError: One of them has changed, so samples would be repeated and others left out.
+    """
+    for key, name in (("num_samples", "the number of samples"), ("seed", "train.seed")):
+        if getattr(saved, key) != getattr(now, key):
+            raise ValueError(
+                f"{folder} was saved when {name} was {getattr(saved, key)}, now it is "
+                f"{getattr(now, key)}: restore it, or start a new run in another output folder."
+            )
 
 
 def _announce(
