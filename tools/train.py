@@ -1,41 +1,64 @@
-"""Train: one YAML file, overrides as ``key.sub=value``; started alone or by torchrun."""
+"""Train: one YAML file per run, runs one after the other; started alone or by torchrun.
+
+``train.py stage1.yaml train.steps=100 stage2.yaml``: an override belongs to the file before it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 from moiie_megatron.config.load import load_config
 from moiie_megatron.planning.parameters import count_parameters, format_parameters
+from moiie_megatron.training.launch import check_runs, exit_code, launch_from, run_in_turn
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100")
+    parser.add_argument("config", help="YAML file of the (first) run")
+    parser.add_argument(
+        "more",
+        nargs="*",
+        metavar="key=value | config",
+        help="overrides, e.g. train.steps=100; further YAML files with their overrides",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="check the configuration and print parameter counts; allocates nothing",
     )
-    arguments = parser.parse_args()
-
-    # Heavy imports after the arguments: --help answers at once.
-    from moiie_megatron.training.launch import check_run, exit_code, launch_from, run_in_world
-    from moiie_megatron.training.loop import train
-
+    arguments = parser.parse_intermixed_args()
     launch = launch_from(os.environ)
 
     def task() -> None:
-        config = load_config(arguments.config, arguments.overrides)
+        configs = [
+            load_config(file, overrides)
+            for file, overrides in split_runs([arguments.config, *arguments.more])
+        ]
         if arguments.dry_run:
-            print(format_parameters(count_parameters(config)))
+            for config in configs if launch.rank == 0 else ():
+                print(format_parameters(count_parameters(config)))
             return
-        check_run(config, launch)
-        run_in_world(config, launch, lambda world: train(config, world))
+        check_runs(configs, launch)
+        # Megatron takes seconds to import: only after the checks.
+        from moiie_megatron.training.loop import train
+
+        run_in_turn(configs, launch, train)
 
     return exit_code(task, launch)
+
+
+def split_runs(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each file with the overrides that follow it; what holds no ``=`` is a file."""
+    runs: list[tuple[str, list[str]]] = []
+    for word in words:
+        if runs and "=" in word:
+            runs[-1][1].append(word)
+        else:
+            runs.append((word, []))
+    return runs
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def apply_cpu_patches() -> None:
     _type_strings_name_cuda()
     _literal_devices()
     _gloo_needs_split_sizes_as_numbers()
+    _gloo_needs_equal_parts()
     _router_without_te()
     _rng_tracker_uses_the_cpu_generator()
 
@@ -195,6 +196,33 @@ def _gloo_needs_split_sizes_as_numbers() -> None:
     for name in ("moe_utils", "token_dispatcher"):
         module = importlib.import_module(f"megatron.core.transformer.moe.{name}")
         module.maybe_move_tensor_to_cpu = maybe_move  # type: ignore[attr-defined]
+
+
+def _gloo_needs_equal_parts() -> None:
+    """Expert tensor parallelism gathers uneven parts, which NCCL does and Gloo refuses: pad."""
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+        out = tensor.new_zeros(rows, *tensor.shape[1:])
+        out[: len(tensor)] = tensor
+        return out
+
+    def gather_uneven(tensor: torch.Tensor, group: Any, sizes: Any = None, *a: Any) -> Any:
+        if sizes is None or len(set(sizes)) == 1:
+            return gather(tensor, group, sizes, *a)
+        whole = gather(padded(tensor, max(sizes)), group, None, *a)
+        parts = [part[:n] for part, n in zip(whole.split(max(sizes)), sizes, strict=True)]
+        return torch.cat(parts)
+
+    def scatter_uneven(tensor: torch.Tensor, group: Any, sizes: Any = None, *a: Any) -> Any:
+        if sizes is None or len(set(sizes)) == 1:
+            return scatter(tensor, group, sizes, *a)
+        parts = [padded(part, max(sizes)) for part in tensor.split(list(sizes))]
+        return scatter(torch.cat(parts), group, None, *a)[: sizes[group.rank()]]
+
+    mappings._gather_along_first_dim = gather_uneven  # type: ignore[attr-defined]
+    mappings._reduce_scatter_along_first_dim = scatter_uneven  # type: ignore[attr-defined]
 
 
 def _router_without_te() -> None:

@@ -11,16 +11,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moiie_megatron.backend.device import Device, choose_device
+from moiie_megatron.backend.process import Launch, find_store
 from moiie_megatron.config.schema import ParallelConfig
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher (torchrun) tells a process about itself."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,28 +48,27 @@ def start_world(
     device: str = "auto",
     seed: int = 1234,
     timeout: timedelta = timedelta(minutes=10),
+    store: dist.Store | None = None,
 ) -> World:
     """Initialise torch.distributed, Megatron's process groups and its RNG tracker.
 
-    A single process needs no launcher: it gets an in-memory store.
+    Args:
+        store: Where the processes find each other, see ``find_store``; default: a new one.
+            Processes that start several worlds in turn must give each its own keys.
 
     Raises:
         ValueError: No GPU although one was asked for (see ``choose_device``).
     """
     chosen = choose_device(device, launch.local_rank)
     if not dist.is_initialized():
-        if launch.world_size == 1:
-            dist.init_process_group(
-                chosen.collectives, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )
-        else:
-            dist.init_process_group(
-                chosen.collectives,
-                rank=launch.rank,
-                world_size=launch.world_size,
-                timeout=timeout,
-                device_id=chosen.torch_device if chosen.is_cuda else None,
-            )
+        dist.init_process_group(
+            chosen.collectives,
+            store=find_store(launch, timeout) if store is None else store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+            device_id=chosen.torch_device if chosen.is_cuda and launch.world_size > 1 else None,
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

@@ -55,7 +55,8 @@ class SafetensorsSource:
         file = self._file_of[name]
         try:
             with safe_open(file, framework="pt") as tensors:
-                return tensors.get_tensor(name)
+                tensor: Tensor = tensors.get_tensor(name)
+                return tensor
         except (SafetensorError, OSError) as error:
             raise _unreadable(file, error) from error
 

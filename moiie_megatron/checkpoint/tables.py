@@ -85,6 +85,7 @@ _FUSED_NORM = "mlp.linear_fc1.layer_norm_weight"
 def _attention_rows(language: LanguageConfig, layer: str, hf_layer: str) -> list[Row]:
     heads, groups = language.num_attention_heads, language.num_query_groups
     attention, hf_attention = layer + "self_attention.", hf_layer + "self_attn."
+    names: tuple[str, ...]
     if language.family == "phi3":
         names, surgery = ("qkv_proj",), tensors.stacked_qkv(heads, groups)
     else:
@@ -107,6 +108,7 @@ def _attention_rows(language: LanguageConfig, layer: str, hf_layer: str) -> list
 def _ffn_rows(
     language: LanguageConfig, mlp: str, hf_mlp: str, expert: int | None = None
 ) -> list[Row]:
+    names: tuple[str, ...]
     if language.family == "phi3":  # its gate_up_proj already is [gate | up]
         names, surgery = ("gate_up_proj",), tensors.same()
     else:
@@ -153,8 +155,8 @@ def vision_rows(vision: VisionConfig, prefix: str = "vision_model.") -> list[Row
         names += [f"pre_layrnorm.{kind}" for kind in ("weight", "bias")]  # transformers' spelling
     else:
         names += ["embeddings.patch_embedding.bias"]
-    parts = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
-    parts += tuple(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out"))
+    parts = ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"]
+    parts += [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
     names += [
         f"encoder.layers.{number}.{part}.{kind}"
         for number in range(vision.num_layers)

@@ -40,14 +40,15 @@ def split_qkv(qkv: Tensor, num_heads: int, num_groups: int) -> tuple[Tensor, Ten
     """The inverse of ``fuse_qkv``."""
     heads = num_heads // num_groups
     per_group = qkv.reshape(num_groups, heads + 2, -1, qkv.shape[-1])
-    q, k, v = per_group.split([heads, 1, 1], dim=1)
-    return tuple(part.reshape(-1, qkv.shape[-1]) for part in (q, k, v))  # type: ignore[return-value]
+    q, k, v = torch.split(per_group, [heads, 1, 1], dim=1)
+    hidden = qkv.shape[-1]
+    return q.reshape(-1, hidden), k.reshape(-1, hidden), v.reshape(-1, hidden)
 
 
 def fuse_stacked_qkv(stacked: Tensor, num_heads: int, num_groups: int) -> Tensor:
     """Phi-3's ``qkv_proj``, rows ``[q | k | v]``, as Megatron's ``linear_qkv``."""
     size = stacked.shape[0] // (num_heads + 2 * num_groups)
-    q, k, v = stacked.split([num_heads * size, num_groups * size, num_groups * size])
+    q, k, v = torch.split(stacked, [num_heads * size, num_groups * size, num_groups * size])
     return fuse_qkv(q, k, v, num_groups)
 
 
@@ -83,7 +84,7 @@ def same() -> Surgery:
 def qkv(num_heads: int, num_groups: int) -> Surgery:
     """q_proj, k_proj, v_proj <-> linear_qkv."""
     return Surgery(
-        lambda parts: fuse_qkv(*parts, num_groups=num_groups),
+        lambda parts: fuse_qkv(parts[0], parts[1], parts[2], num_groups),
         lambda full: split_qkv(full, num_heads, num_groups),
     )
 

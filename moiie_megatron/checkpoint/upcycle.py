@@ -22,6 +22,7 @@ from moiie_megatron.multimodal.model import MoIIEModel
 
 _EXPERTS = ".mlp.experts.experts."
 _ROUTER = ".mlp.router."
+_CONNECTOR = "connector."
 _MOE_NORM = ".pre_mlp_layernorm.weight"
 _DENSE_NORM = ".mlp.linear_fc1.layer_norm_weight"
 
@@ -33,10 +34,15 @@ def dense_name(name: str) -> str:
     return name.replace(_EXPERTS, ".mlp.")
 
 
-def load_weights(folder: Path, world: World, model: MoIIEModel) -> None:
+def load_weights(
+    folder: Path, world: World, model: MoIIEModel, *, new_connector: bool = False
+) -> None:
     """Load the weights of a checkpoint of any stage and layout into a fresh model.
 
     Where the model has experts and the checkpoint has a dense FFN, the layer is upcycled.
+
+    Args:
+        new_connector: The connector keeps its fresh weights.
 
     Raises:
         ValueError: The folder is no checkpoint, or its tensors do not fit the model.
@@ -51,6 +57,8 @@ def load_weights(folder: Path, world: World, model: MoIIEModel) -> None:
         for shard in _shards(entry):
             if _ROUTER in shard.key and shard.key not in present:
                 continue  # a fresh router
+            if new_connector and shard.key.startswith(_CONNECTOR):
+                continue
             source = shard if shard.key in present else _dense_shard(shard)
             _check(source, present, folder)
             name = f"{source.key}@{source.global_offset}"

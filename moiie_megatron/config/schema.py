@@ -197,6 +197,7 @@ class CheckpointConfig(Section):
     """What the weights start from and how often the run is saved."""
 
     init_from: str | None = Field(None, description="checkpoint of an earlier stage")
+    new_connector: bool = Field(False, description="leave init_from's connector out: start afresh")
     interval: PositiveInt = 500
     keep: PositiveInt = 2
 

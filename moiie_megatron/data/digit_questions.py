@@ -40,7 +40,10 @@ def caption_request(rng: random.Random) -> str:
 
 
 def which_digit(grid: Grid, rng: random.Random) -> Question:
-    place = rng.randrange(4)
+    return digit_at(grid, rng.randrange(4))
+
+
+def digit_at(grid: Grid, place: int) -> Question:
     return Question("which", f"Which digit is at the {PLACES[place]}?", str(grid[place]))
 
 

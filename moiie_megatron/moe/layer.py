@@ -7,6 +7,7 @@ from functools import partial
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -30,8 +31,13 @@ class MoIIELayer(MoELayer):
         submodules: MoESubmodules,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        dispatcher: type[MoETokenDispatcher] | None = None,
     ) -> None:
         super().__init__(config, submodules, layer_number, pg_collection)
+        if dispatcher is not None:
+            self.token_dispatcher = dispatcher(
+                self.num_local_experts, self.local_expert_indices, config, pg_collection
+            )
         for parameter in self.experts.parameters():
             # Reduced over the expert data-parallel group at every EP degree.  Megatron does so
             # only for EP > 1, but with EP = 1 and fewer expert-tensor than tensor ranks that
@@ -85,6 +91,7 @@ class MoIIELayer(MoELayer):
 def moiie_module(
     settings: RouterSettings,
     groups: ProcessGroupCollection,
+    dispatcher: type[MoETokenDispatcher] | None = None,
     experts: ModuleSpec | type | None = None,
 ) -> ModuleSpec:
     """What a layer specification needs to put a MoIIE layer in place of the FFN.
@@ -92,6 +99,7 @@ def moiie_module(
     Args:
         groups: Megatron's process groups; its ``TransformerLayer`` passes them only to layers
             that it knows by class.
+        dispatcher: The token dispatcher; default what the Megatron configuration names.
         experts: The experts module; default ``GroupedExperts``.
     """
     submodules = MoESubmodules(
@@ -100,7 +108,7 @@ def moiie_module(
     )
     return ModuleSpec(
         module=MoIIELayer,
-        params={"pg_collection": groups},
+        params={"pg_collection": groups, "dispatcher": dispatcher},
         submodules=submodules,
         metainfo={"fuse_pre_mlp_layernorm": False},
     )

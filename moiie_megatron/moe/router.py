@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
+from numpy.random import SeedSequence
 from torch import Tensor
 
 from moiie_megatron.experts.layout import ExpertLayout
@@ -32,11 +33,13 @@ class RouterSettings:
             alpha divided by the number of MoE layers, because losses of layers add up while the
             reference's alpha weighs their mean.
         init_std: Standard deviation of fresh router weights.
+        seed: Seed of the run, from which fresh router weights follow.
     """
 
     layout: ExpertLayout
     aux_loss_coeffs: dict[str, float]
     init_std: float
+    seed: int = 0
 
 
 class ModalityRouter(MegatronModule):
@@ -64,16 +67,37 @@ class ModalityRouter(MegatronModule):
         self.gates = torch.nn.ParameterDict()
         for name in self.layout.routers:
             width = len(self.layout.allowed(name))
-            weight = torch.empty(width, config.hidden_size, device=device)
-            torch.nn.init.normal_(weight, std=settings.init_std)
-            self.gates[name] = torch.nn.Parameter(weight.to(config.params_dtype))
+            shape = (width, config.hidden_size)
+            weight = torch.empty(shape, dtype=config.params_dtype, device=device)
+            self.gates[name] = torch.nn.Parameter(weight)
             # Under sequence parallelism each rank holds part of the gradient: Megatron sums it.
             self.gates[name].sequence_parallel = config.sequence_parallel
         self.stats = LoadStats(len(self.layout.routers), self.layout.num_experts, device)
+        self.reset_parameters()
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Called by Megatron's ``TransformerLayer``; counts from 1."""
+        """Called by Megatron's ``TransformerLayer`` while it is built; counts from 1.
+
+        Draws the weights of that layer: only now is it known which layer this is.
+        """
         self.layer_number = layer_number
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh weights: a pure function of (seed, layer, router).
+
+        The process-wide generators differ between pipeline stages and depend on what was drawn
+        before.  An upcycled model takes everything but its routers from the dense checkpoint, so
+        with routers that do not depend on the layout its whole run does not; and layers do not
+        share their draw.
+        """
+        for index, gate in enumerate(self.gates.values()):
+            key = SeedSequence([self.settings.seed, self.layer_number or 0, index])
+            generator = torch.Generator().manual_seed(int(key.generate_state(1)[0]))
+            # On the CPU, whatever the device: its generator gives the same everywhere.
+            fresh = torch.randn(gate.shape, generator=generator) * self.settings.init_std
+            gate.copy_(fresh)
 
     def forward(self, hidden_states: Tensor, token_types: Tensor) -> tuple[Tensor, Tensor]:
         """Score every token and choose its experts.

@@ -74,6 +74,7 @@ def router_settings(config: RunConfig) -> RouterSettings:
         layout=moe.layout,
         aux_loss_coeffs={name: alphas[name] / layers for name in moe.layout.routers},
         init_std=moe.router_init_std,
+        seed=config.train.seed,
     )
 
 

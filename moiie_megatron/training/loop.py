@@ -113,7 +113,8 @@ def _load_initial_weights(config: RunConfig, world: World, model: torch.nn.Modul
     if config.checkpoint.init_from is not None:
         folder = Path(config.checkpoint.init_from)
         # A run's output folder stands for its newest checkpoint.
-        load_weights(latest_checkpoint(folder) or folder, world, model)
+        source = latest_checkpoint(folder) or folder
+        load_weights(source, world, model, new_connector=config.checkpoint.new_connector)
         return
     load_pretrained(model, config)
 

@@ -132,7 +132,10 @@ def test_a_vision_tower_under_any_prefix(
     weights = {row.hf[0]: torch.randn_like(parameters[row.megatron]) for row in rows}
     others = {f"{prefix}embeddings.position_ids": torch.arange(4)}
     if prefix:
-        others |= {"text_model.final_layer_norm.weight": torch.ones(3), "logit_scale": torch.ones(1)}
+        others |= {
+            "text_model.final_layer_norm.weight": torch.ones(3),
+            "logit_scale": torch.ones(1),
+        }
     _write_vision(tmp_path, vision, weights | others)
     load_pretrained(model, config)
     assert all(torch.equal(parameters[row.megatron], weights[row.hf[0]]) for row in rows)

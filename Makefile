@@ -1,0 +1,33 @@
+# Needs Python 3.11 or newer (the pinned packages do), make and gcc; everything else goes to .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# One thread per process: tests and the demonstration start more processes than cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install demo test check
+
+help:
+	@echo "make install  .venv with all packages (also done on first use by the others)"
+	@echo "make demo     train and ask a tiny model on the CPU"
+	@echo "make test     all tests"
+	@echo "make check    style and types"
+
+install: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python tools/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

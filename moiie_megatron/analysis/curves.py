@@ -1,0 +1,124 @@
+"""Loss curves of a run of one or several stages, from its metrics to one PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moiie_megatron.analysis.figure import COLOURS, INK, save_png, tidy
+from moiie_megatron.analysis.records import Records
+
+_SIZE = (9.0, 7.0)  # inches
+_PARTS = ("vision", "connector", "language", "moe")
+_ROUTERS = ("vision", "text", "joint")
+
+
+def plot_curves(stages: Mapping[str, Records], out: str | Path) -> Path:
+    """Language-model loss, balance losses and learning rates over the steps of all stages.
+
+    Args:
+        stages: Name of each stage and its steps, in the order of training.
+        out: PNG file.
+
+    Raises:
+        ValueError: No stage, or one without steps.
+    """
+    if not stages or not all(stages.values()):
+        raise ValueError(f"There are no steps to plot in the stages {list(stages)}: train first.")
+    figure = curves_figure(stages)
+    return save_png(figure, out)
+
+
+def curves_figure(stages: Mapping[str, Records]) -> Figure:
+    """The figure of ``plot_curves``; axes: loss, balance (if any stage has it), learning rate."""
+    routers = [r for r in _ROUTERS if _has(stages, f"aux_{r}")]
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    heights = [3.0, 1.2, 1.2] if routers else [3.0, 1.2]
+    panels: Sequence[Axes] = figure.subplots(
+        len(heights), 1, sharex=True, height_ratios=heights
+    ).tolist()
+    loss, rates = panels[0], panels[-1]
+
+    _curve(loss, stages, "lm_loss", COLOURS[0], smooth=True)
+    loss.set_yscale("log")
+    tidy(loss, "loss per answer token")
+    for router in routers:
+        colour = COLOURS[_ROUTERS.index(router)]
+        _curve(panels[1], stages, f"aux_{router}", colour, label=f"{router} router")
+    if routers:
+        tidy(panels[1], "balance loss")
+        panels[1].legend(frameon=False, ncols=3, loc="upper left")
+    # Parts often share a rate: earlier curves are wider, so that later ones do not hide them.
+    parts = [part for part in _PARTS if _has(stages, f"lr_{part}")]
+    for number, part in enumerate(parts):
+        colour, width = COLOURS[_PARTS.index(part)], 1.5 + 1.5 * (len(parts) - 1 - number)
+        _curve(rates, stages, f"lr_{part}", colour, label=part, width=width)
+    tidy(rates, "learning rate")
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rates.legend(frameon=False, ncols=4, loc="upper left")
+    rates.margins(y=0.35)
+    rates.set_ylim(bottom=0)
+    rates.set_xlabel("optimizer step, all stages", color=INK)
+    _mark_stages(panels, stages)
+    return figure
+
+
+def _has(stages: Mapping[str, Records], key: str) -> bool:
+    return any(key in record for records in stages.values() for record in records)
+
+
+def _curve(
+    axes: Axes,
+    stages: Mapping[str, Records],
+    key: str,
+    colour: str,
+    *,
+    label: str | None = None,
+    smooth: bool = False,
+    width: float = 1.8,
+) -> None:
+    """One line per stage that logged ``key``; ``smooth`` adds the raw values faintly behind."""
+    start = 0
+    for records in stages.values():
+        points = [(start + r["step"], r[key]) for r in records if key in r]
+        if points:
+            steps, values = np.array(points, dtype=float).T
+            if smooth:
+                axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+                values = _running_median(values)
+            axes.plot(steps, values, color=colour, linewidth=width, label=label)
+            label = None  # one entry in the legend
+        start += records[-1]["step"]
+
+
+def _running_median(values: np.ndarray) -> np.ndarray:
+    """Median over a window of about 1/25 of the curve, shorter at its ends."""
+    half = max(1, len(values) // 50)
+    return np.array(
+        [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    )
+
+
+def _mark_stages(panels: Sequence[Axes], stages: Mapping[str, Records]) -> None:
+    start = 0
+    for number, (name, records) in enumerate(stages.items()):
+        end = start + records[-1]["step"]
+        for axes in panels:
+            if number % 2:
+                axes.axvspan(start, end, color="#f4f4f4", zorder=0, linewidth=0)
+        panels[0].annotate(
+            name,
+            ((start + end) / 2, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            color=INK,
+            fontweight="bold",
+        )
+        start = end
+    panels[0].set_xlim(0, start)

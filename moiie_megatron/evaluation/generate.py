@@ -1,0 +1,250 @@
+"""Greedy generation with the training model, straight from a checkpoint.
+
+Meant for short answers: there is no key-value cache, every new token reads its whole prefix (and
+the images) again.  The exported Hugging Face model has a cache and is the one to serve.
+
+Shapes: b prompts, s tokens of the longest prefix, m images of one prompt, S pixels per side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from moiie_megatron.backend.parallel import World
+from moiie_megatron.checkpoint.store import CONFIG_FILE, latest_checkpoint
+from moiie_megatron.checkpoint.upcycle import load_weights
+from moiie_megatron.config.load import load_config
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.data.encode import encode_prompt
+from moiie_megatron.data.images import ImageLoader, normalize, pixel_statistics
+from moiie_megatron.data.records import PLACEHOLDER, Turn
+from moiie_megatron.data.templates import Template, load_template
+from moiie_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from moiie_megatron.experts.token_types import PADDING, TEXT
+from moiie_megatron.multimodal.build import build_model
+from moiie_megatron.multimodal.model import MoIIEModel
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads before it answers.
+
+    Attributes:
+        tokens: int64 ``(n,)``.
+        token_types: int8 ``(n,)``.
+        images: uint8 ``(m, 3, S, S)``, in the order of their runs.
+    """
+
+    tokens: Tensor
+    token_types: Tensor
+    images: Tensor
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint at ``path``: a step folder, or a run's output folder (its newest one).
+
+    Raises:
+        ValueError: Neither is there.
+    """
+    folder = latest_checkpoint(path) or Path(path)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{path} is no checkpoint: name a step_... folder or the output folder of a run."
+        )
+    return folder
+
+
+def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration kept in a checkpoint, with the checkpoint's own tokenizer.
+
+    All parallel degrees are 1 unless ``overrides`` (``parallel.expert=2``) say otherwise,
+    whatever layout wrote the checkpoint.
+
+    Raises:
+        ValueError: The configuration is broken, or an override is wrong.
+    """
+    config = load_config(folder / CONFIG_FILE, ["parallel={}", *overrides])
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"tokenizer": str(folder)})}
+    )
+
+
+class Generator:
+    """A model with what turns conversations into prompts and ids into text.
+
+    Every rank calls the same methods with the same prompts, at any layout without pipeline
+    parallelism; every rank gets the same answers.
+
+    Args:
+        config: ``data.tokenizer`` and ``stage.template`` decide how prompts look.
+        world: The process groups that ``model`` was built with.
+        model: Put into evaluation mode here.
+
+    Raises:
+        ValueError: Pipeline parallelism, or the template does not fit the tokenizer.
+    """
+
+    def __init__(self, config: RunConfig, world: World, model: MoIIEModel) -> None:
+        if config.parallel.pipeline != 1:
+            raise ValueError(
+                f"parallel.pipeline is {config.parallel.pipeline}: generation needs 1, spread the "
+                "model with parallel.tensor or parallel.expert."
+            )
+        self.config = config
+        self.world = world
+        self.model = model.eval()
+        self.tokenizer = load_tokenizer(config.data.tokenizer, config.data.image_token)
+        self.template = load_template(config.stage.template, self.tokenizer)
+        self.statistics = pixel_statistics(config.vision.family)
+        self.stop_ids = stop_ids(self.tokenizer, self.template)
+
+    @classmethod
+    def load(cls, folder: Path, config: RunConfig, world: World) -> Generator:
+        """Build the model of ``config`` and read its weights from the checkpoint ``folder``.
+
+        Raises:
+            ValueError: See the constructor and ``load_weights``.
+        """
+        model = build_model(config, world)
+        load_weights(folder, world, model)
+        return cls(config, world, model)
+
+    def image_loader(self, root: str | Path) -> ImageLoader:
+        """Reads images below ``root`` as the training data was read."""
+        mean, std = self.statistics.mean, self.statistics.std
+        size = self.config.vision.image_size
+        return ImageLoader(root, size, self.config.stage.image_mode, mean, std)
+
+    def prompt(self, turns: Sequence[Turn], images: Sequence[Tensor]) -> Prompt:
+        """Encode a conversation that ends with a user turn.
+
+        Args:
+            images: uint8 ``(3, S, S)`` each, one per ``<image>`` in the turns.
+
+        Raises:
+            ValueError: Another number of images than of placeholders, or the template cannot
+                express the conversation.
+        """
+        placeholders = sum(turn.text.count(PLACEHOLDER) for turn in turns)
+        if placeholders != len(images):
+            raise ValueError(
+                f"The prompt has {placeholders} {PLACEHOLDER} placeholders but {len(images)} "
+                "images: give one placeholder per image."
+            )
+        tokens, types = encode_prompt(
+            turns, self.tokenizer, self.template, self.config.vision.num_image_tokens
+        )
+        side = self.config.vision.image_size
+        pixels = torch.stack(list(images)) if images else torch.empty(0, 3, side, side).byte()
+        return Prompt(tokens, types, pixels)
+
+    def blanked(self, prompt: Prompt) -> Prompt:
+        """The same prompt with every image in the encoder's mean colour: nothing to see."""
+        colour = torch.tensor(self.statistics.mean).mul(255).round().byte().view(1, 3, 1, 1)
+        return replace(prompt, images=colour.expand_as(prompt.images))
+
+    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int = 64) -> list[str]:
+        """The answers as text, without markers.  Raises what ``generate`` raises."""
+        return [
+            self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            for ids in self.generate(prompts, max_new_tokens)
+        ]
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int = 64) -> list[list[int]]:
+        """The most likely next token, again and again, for a batch of prompts of any lengths.
+
+        Returns:
+            New ids per prompt, without the one that ended the answer.
+
+        Raises:
+            ValueError: Prompt and answer could exceed the model's positions.
+        """
+        if not prompts:
+            return []
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        limit = self.config.language.max_position_embeddings
+        if longest + max_new_tokens > limit:
+            raise ValueError(
+                f"A prompt of {longest} tokens with {max_new_tokens} new ones exceeds "
+                f"language.max_position_embeddings {limit}: shorten the prompt or the answer."
+            )
+        answers: list[list[int]] = [[] for _ in prompts]
+        running = [True] * len(prompts)
+        for _ in range(max_new_tokens):
+            for row, token in enumerate(self._next_tokens(prompts, answers)):
+                running[row] = running[row] and token not in self.stop_ids
+                if running[row]:
+                    answers[row].append(token)
+            if not any(running):
+                break
+        return answers
+
+    def next_token_logits(
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Scores of the token after each prompt and its answer so far, ``(b, vocabulary)``.
+
+        Rows are padded at the right: attention is causal and experts see tokens one by one, so
+        padding changes nothing before it.
+        """
+        tokens, types, lengths = [], [], []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            new = torch.tensor(list(answer), dtype=torch.int64)
+            tokens.append(torch.cat([prompt.tokens, new]))
+            types.append(
+                torch.cat([prompt.token_types, torch.full(new.shape, TEXT).to(torch.int8)])
+            )
+            lengths.append(len(tokens[-1]))
+        device = self.world.device.torch_device
+        images = torch.cat([prompt.images for prompt in prompts])
+        logits = self.model(
+            tokens=self._padded(tokens, self.tokenizer.pad_id).to(device),
+            position_ids=torch.arange(self._width(max(lengths)), device=device).repeat(
+                len(prompts), 1
+            ),
+            token_types=self._padded(types, PADDING).to(device),
+            images=normalize(images.to(device), self.statistics.mean, self.statistics.std),
+        )
+        rows = torch.arange(len(prompts), device=device)
+        last = logits[rows, torch.tensor(lengths, device=device) - 1]
+        # Embedding rows beyond the vocabulary pad the matrix; they are no tokens.
+        return last[:, : self.tokenizer.vocab_size]
+
+    def _next_tokens(
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
+    ) -> list[int]:
+        chosen = self.next_token_logits(prompts, answers).argmax(dim=-1)
+        # Ranks must agree on when to stop, or one would wait for another in the next forward
+        # pass: rounding may differ between them.
+        dist.broadcast(chosen, src=0)
+        ids: list[int] = chosen.tolist()
+        return ids
+
+    def _width(self, longest: int) -> int:
+        """Sequence parallelism cuts into equal parts."""
+        parallel = self.config.parallel
+        parts = parallel.tensor if parallel.sequence_parallel else 1
+        return -(-longest // parts) * parts
+
+    def _padded(self, rows: list[Tensor], value: int) -> Tensor:
+        stacked = pad_sequence(rows, batch_first=True, padding_value=value)
+        missing = self._width(stacked.shape[1]) - stacked.shape[1]
+        return torch.nn.functional.pad(stacked, (0, missing), value=value)
+
+
+def stop_ids(tokenizer: Tokenizer, template: Template) -> frozenset[int]:
+    """Ids that end an answer: the end of text, and what the template teaches after a turn."""
+    sample = "a"
+    segments = template.render([Turn("user", sample), Turn("assistant", sample)])
+    learnt = [tokenizer.encode(segment.text) for segment in segments if segment.train]
+    # A chat template without an end-of-turn marker teaches the text alone.
+    markers = [ids[-1] for ids in learnt if ids[-1] not in tokenizer.encode(sample)]
+    return frozenset([tokenizer.eos_id, *markers])

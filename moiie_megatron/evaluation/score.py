@@ -1,0 +1,164 @@
+"""Exact-match accuracy on a LLaVA question file, with and without the pictures.
+
+The second number says what the words alone give away: a model that ignores its pictures scores
+the same on both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from moiie_megatron.data.images import ImageLoader
+from moiie_megatron.data.records import BadRecord, Record, parse_record
+from moiie_megatron.evaluation.generate import Generator, Prompt
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One question: what was expected, what was answered, and what with blank pictures."""
+
+    id: str
+    kind: str
+    expected: str
+    answer: str
+    blanked_answer: str
+
+    @property
+    def correct(self) -> bool:
+        return same_answer(self.answer, self.expected)
+
+    @property
+    def blanked_correct(self) -> bool:
+        return same_answer(self.blanked_answer, self.expected)
+
+
+@dataclass(frozen=True)
+class Score:
+    """The outcomes of a question file; accuracies are shares, 0 to 1."""
+
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(o.correct for o in self.outcomes) / len(self.outcomes)
+
+    @property
+    def blanked_accuracy(self) -> float:
+        return sum(o.blanked_correct for o in self.outcomes) / len(self.outcomes)
+
+    def by_kind(self) -> dict[str, Score]:
+        """The score of every kind of question, by name."""
+        groups: dict[str, list[Outcome]] = defaultdict(list)
+        for outcome in self.outcomes:
+            groups[outcome.kind].append(outcome)
+        return {kind: Score(tuple(groups[kind])) for kind in sorted(groups)}
+
+    def summary(self) -> dict[str, float | int]:
+        """The numbers."""
+        return {
+            "questions": len(self.outcomes),
+            "accuracy": self.accuracy,
+            "blanked_accuracy": self.blanked_accuracy,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, overall and ``by_kind``, and all ``outcomes``."""
+        return {
+            **self.summary(),
+            "by_kind": {kind: part.summary() for kind, part in self.by_kind().items()},
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+        }
+
+
+@dataclass(frozen=True)
+class TestQuestion:
+    """A record with the kind that groups it; ``record``'s last turn is the expected answer."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of the name
+
+    record: Record
+    kind: str
+
+
+def same_answer(answer: str, expected: str) -> bool:
+    """Equal but for case and surrounding white space."""
+    return answer.strip().casefold() == expected.strip().casefold()
+
+
+def read_questions(path: str | Path) -> list[TestQuestion]:
+    """The questions of a LLaVA ``.jsonl``; the optional key ``kind`` groups them.
+
+    Raises:
+        ValueError: The file cannot be read, is empty, or holds a record without an answer.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The question file {path} cannot be read ({error}).") from error
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            record = parse_record(value, default_id=str(number))
+        except (json.JSONDecodeError, BadRecord) as error:
+            raise ValueError(f"{path}, line {number}: {error}.") from error
+        if record.turns[-1].role != "assistant":
+            raise ValueError(f"{path}, line {number}: the last turn must be the expected answer.")
+        questions.append(TestQuestion(record, str(value.get("kind", "all"))))
+    if not questions:
+        raise ValueError(f"The question file {path} holds no questions.")
+    return questions
+
+
+def score(
+    generator: Generator,
+    questions: Sequence[TestQuestion],
+    images: str | Path,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    show_progress: bool = False,
+) -> Score:
+    """Answer every question twice: as it is, and with every picture blanked.
+
+    Every rank calls this with the same questions.
+
+    Args:
+        images: The folder that image paths are relative to.
+        batch_size: Questions per forward pass.
+
+    Raises:
+        ValueError: An image or a conversation cannot be used (names the record).
+    """
+    if not questions:
+        raise ValueError("There are no questions to score.")
+    loader = generator.image_loader(images)
+    outcomes: list[Outcome] = []
+    starts = range(0, len(questions), batch_size)
+    for start in track(starts, description="answering", disable=not show_progress):
+        batch = questions[start : start + batch_size]
+        prompts = [_prompt(generator, loader, q.record) for q in batch]
+        answers = generator.answer(prompts, max_new_tokens)
+        blanked = generator.answer([generator.blanked(p) for p in prompts], max_new_tokens)
+        outcomes += [
+            Outcome(q.record.id, q.kind, q.record.turns[-1].text, answer, blank)
+            for q, answer, blank in zip(batch, answers, blanked, strict=True)
+        ]
+    return Score(tuple(outcomes))
+
+
+def _prompt(generator: Generator, loader: ImageLoader, record: Record) -> Prompt:
+    try:
+        return generator.prompt(record.turns[:-1], [loader.load(path) for path in record.images])
+    except ValueError as error:
+        raise ValueError(f"Question {record.id}: {error}") from error

@@ -1,0 +1,125 @@
+"""Runs that the tests of this folder look at.
+
+Starting processes is what costs here, so every launch trains several tiny runs in turn and every
+test reads what it needs from their logs and checkpoints.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.launch import TRAIN, command, run
+from tests.helpers.shared import made_once, session_folder
+from tests.helpers.tiny_run import make_digits, tiny_values, write_config
+
+STEPS = 6
+SAVE_EVERY = 2
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(session_folder(tmp_path_factory) / "digits", make_digits)
+
+
+def joint_values(digits: Path, output: Path, seed: Path, **sections: Mapping[str, Any]) -> Any:
+    """A MoE run that starts from the dense checkpoint; ``sections`` are laid over its own."""
+    values = tiny_values(digits, output)
+    values["train"]["steps"] = STEPS
+    values["checkpoint"]["init_from"] = str(seed)
+    for section, changes in sections.items():
+        values[section] = {**values.get(section, {}), **changes}
+    return values
+
+
+def train_in_turn(folder: Path, runs: Mapping[str, Any], processes: int, timeout: float) -> None:
+    """One launch of ``tools/train.py`` for all runs; each gets ``folder/NAME``."""
+    files = [write_config(folder / f"{name}.yaml", values) for name, values in runs.items()]
+    run(command(TRAIN, files, processes), timeout).check()
+
+
+@pytest.fixture(scope="session")
+def single(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """One process: ``seed`` is a dense checkpoint, the others start from it."""
+
+    def make(folder: Path) -> None:
+        seed = folder / "seed"
+        dense = tiny_values(digits, seed, "dense")
+        dense["train"]["steps"] = 2
+        again = tiny_values(digits, folder / "dense", "dense")
+        again["train"]["steps"] = 1
+        again["checkpoint"]["init_from"] = str(seed)
+
+        def joint(name: str, **sections: Any) -> Any:
+            return joint_values(digits, folder / name, seed, **sections)
+
+        one = {"steps": 1}
+        eight = {"num_vision_experts": 2, "num_shared_experts": 4, "num_text_experts": 2}
+        runs = {
+            "seed": dense,
+            "dense": again,
+            "moiie": joint("moiie"),
+            "vanilla": joint("vanilla", moe={"variant": "vanilla"}, train=one),
+            "modality": joint("modality", moe={"variant": "modality"}, train=one),
+            "moiie8": joint("moiie8", moe=eight, train=one),
+            "bf16": joint("bf16", train={"precision": "bf16", "steps": 3}),
+            "fp32": joint("fp32", train={"steps": 3}),
+        }
+        train_in_turn(folder, runs, processes=1, timeout=200)
+
+    return made_once(session_folder(tmp_path_factory) / "single", make)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path) -> Path:
+    """Two processes in several layouts, and stage 1 on a pipeline."""
+
+    def make(folder: Path) -> None:
+        seed = single / "seed"
+
+        def joint(name: str, degrees: dict[str, int], **sections: Any) -> Any:
+            return joint_values(digits, folder / name, seed, parallel=degrees, **sections)
+
+        connector = tiny_values(digits, folder / "connector", "connector")
+        connector["train"]["steps"] = 2
+        connector["checkpoint"]["init_from"] = str(seed)
+        connector["parallel"] = {"pipeline": 2}
+        runs = {
+            # Also the undisturbed run that test_resume.py compares with.
+            "ep2": joint("ep2", {"expert": 2}, checkpoint={"interval": SAVE_EVERY}),
+            "pp2": joint("pp2", {"pipeline": 2}),
+            "tp2": joint("tp2", {"tensor": 2}),
+            "dp2": joint("dp2", {}),
+            "tp2etp2": joint("tp2etp2", {"tensor": 2, "expert_tensor": 2}),
+            "tp2ep2": joint("tp2ep2", {"tensor": 2, "expert": 2}),
+            "connector": connector,
+        }
+        train_in_turn(folder, runs, processes=2, timeout=240)
+
+    return made_once(session_folder(tmp_path_factory) / "pair", make)
+
+
+@pytest.fixture(scope="session")
+def quad(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path, pair: Path) -> Path:
+    """Four processes: two kinds of parallelism at once, and the end of a run of the pair."""
+
+    def make(folder: Path) -> None:
+        seed = single / "seed"
+        halfway = folder / "resumed"
+        shutil.copytree(pair / "ep2", halfway)
+        checkpoints = halfway / "checkpoints"
+        shutil.rmtree(checkpoints / f"step_{STEPS:07d}")
+        (checkpoints / "latest").write_text(f"step_{STEPS - SAVE_EVERY:07d}\n")
+        runs = {
+            "tp2ep2dp2": joint_values(
+                digits, folder / "tp2ep2dp2", seed, parallel={"tensor": 2, "expert": 2}
+            ),
+            "resumed": joint_values(digits, halfway, seed, parallel={"pipeline": 2, "expert": 2}),
+        }
+        train_in_turn(folder, runs, processes=4, timeout=240)
+
+    return made_once(session_folder(tmp_path_factory) / "quad", make)

@@ -1,0 +1,73 @@
+"""Every parallel layout trains like a single process: losses, balance, gradients, routing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.conftest import STEPS
+from tests.helpers.tiny_run import read_metrics
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+# Layouts add the same fp32 numbers in another order: each sum differs by some 1e-7 of its size,
+# and Adam divides small gradients by their own size, which makes such differences grow from step
+# to step.  Measured: below 1e-5 in six steps.  A wrong factor on any gradient is 1e-2 and more.
+TOLERANCE = 1e-4
+
+
+def assert_same_course(
+    steps: list[dict[str, Any]], reference: list[dict[str, Any]], tolerance: float = TOLERANCE
+) -> None:
+    """Two runs logged the same values at the same steps."""
+    assert [line["step"] for line in steps] == [line["step"] for line in reference]
+    for line, wanted in zip(steps, reference, strict=True):
+        for key in ("tokens", "label_tokens", "image_share"):
+            assert line[key] == wanted[key], (line["step"], key)
+        for key in ("lm_loss", "aux_vision", "aux_text", "grad_norm"):
+            near = pytest.approx(wanted[key], rel=tolerance, abs=tolerance)
+            assert line[key] == near, (line["step"], key)
+        assert line["expert_share"].keys() == wanted["expert_share"].keys()
+        for layer, routers in wanted["expert_share"].items():
+            for router, shares in routers.items():
+                got = line["expert_share"][layer][router]
+                # Shares are counts over counts: one token that goes elsewhere shows.
+                assert got == pytest.approx(shares, abs=1e-6), (line["step"], layer, router)
+
+
+@pytest.mark.parametrize("layout", ["ep2", "pp2", "tp2", "dp2", "tp2etp2", "tp2ep2"])
+def test_two_processes_train_like_one(layout: str, single: Path, pair: Path) -> None:
+    assert_same_course(read_metrics(pair / layout), read_metrics(single / "moiie"))
+
+
+def test_four_processes_train_like_one(single: Path, quad: Path) -> None:
+    assert_same_course(read_metrics(quad / "tp2ep2dp2"), read_metrics(single / "moiie"))
+
+
+def test_the_reference_really_trains(single: Path) -> None:
+    """The comparisons above would hold for runs in which nothing happens."""
+    steps = read_metrics(single / "moiie")
+    assert len(steps) == STEPS
+    losses = [line["lm_loss"] for line in steps]
+    assert losses[0] - losses[-1] > 0.2
+    assert all(line["grad_norm"] > 0.1 and line["aux_vision"] > 1.9 for line in steps)
+    assert len({str(line["expert_share"]) for line in steps}) == STEPS
+
+
+def test_layers_draw_their_routers_apart(single: Path) -> None:
+    shares = read_metrics(single / "moiie")[0]["expert_share"]
+    assert len(shares) == 2
+    first, second = shares.values()
+    assert first != second
+
+
+def test_bf16_stays_near_fp32(single: Path) -> None:
+    """bf16 keeps 8 bits: a loss of 6 is known to about 0.4 %, and so are the weights' steps."""
+    steps, reference = read_metrics(single / "bf16"), read_metrics(single / "fp32")
+    assert len(steps) == len(reference) == 3
+    for line, wanted in zip(steps, reference, strict=True):
+        assert line["lm_loss"] == pytest.approx(wanted["lm_loss"], rel=0.02)
+        assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.1)
+        assert line["lm_loss"] != wanted["lm_loss"]

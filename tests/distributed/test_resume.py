@@ -1,0 +1,112 @@
+"""Runs that are killed, moved to another layout, or partly frozen."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from tests.distributed.conftest import SAVE_EVERY, STEPS, joint_values
+from tests.distributed.test_layouts import assert_same_course
+from tests.helpers.launch import TRAIN, command, kill_group, run, started
+from tests.helpers.tiny_run import read_metrics, write_config
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def plain_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by name, whole, read by torch alone."""
+    state: dict[str, Any] = {}
+    _load_state_dict(
+        state,
+        storage_reader=FileSystemReader(checkpoint),
+        planner=_EmptyStateDictLoadPlanner(),
+        no_dist=True,
+    )
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def test_killed_run_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, digits: Path, single: Path, pair: Path
+) -> None:
+    """SIGKILL for all processes between two checkpoints, then the same command again."""
+    output = tmp_path / "killed"
+    values = joint_values(
+        digits,
+        output,
+        single / "seed",
+        parallel={"expert": 2},
+        checkpoint={"interval": SAVE_EVERY},
+    )
+    words = command(TRAIN, [write_config(tmp_path / "killed.yaml", values)], processes=2)
+    log = (tmp_path / "log").open("w")
+    with log, started(words, stdout=log.fileno(), stderr=log.fileno()) as process:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(output)) <= SAVE_EVERY and process.poll() is None:
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.01)
+        kill_group(process)
+    assert SAVE_EVERY < len(read_metrics(output)) < STEPS, (tmp_path / "log").read_text()[-3000:]
+    checkpoints = output / "checkpoints"
+    assert (checkpoints / "latest").read_text().strip() == f"step_{SAVE_EVERY:07d}"
+    # What a kill in the middle of a save leaves behind, whether this one did or not.
+    torn = checkpoints / f"step_{STEPS - 1:07d}.writing"
+    torn.mkdir()
+    (torn / "__0_0.distcp").write_bytes(b"half")
+
+    again = run(words, timeout=120).check()
+
+    assert f"going on from {checkpoints / f'step_{SAVE_EVERY:07d}'}" in again.stdout
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "latest",
+        f"step_{STEPS - SAVE_EVERY:07d}",
+        f"step_{STEPS:07d}",
+    ]
+    steps, undisturbed = read_metrics(output), read_metrics(pair / "ep2")
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    for key in ("lm_loss", "grad_norm", "aux_vision", "aux_text", "tokens", "expert_share"):
+        assert [line[key] for line in steps] == [line[key] for line in undisturbed], key
+    before = plain_tensors(pair / "ep2" / "checkpoints" / f"step_{STEPS:07d}")
+    after = plain_tensors(checkpoints / f"step_{STEPS:07d}")
+    assert before.keys() == after.keys()
+    assert [name for name, value in before.items() if not torch.equal(value, after[name])] == []
+
+
+def test_resume_in_another_layout(pair: Path, quad: Path) -> None:
+    """Two ranks with EP=2 begin, four with PP=2 and EP=2 finish."""
+    steps = read_metrics(quad / "resumed")
+    assert_same_course(steps, read_metrics(pair / "ep2"))
+    # Not the copied lines: the other layout has written its own.
+    assert steps[-1]["seconds"] != read_metrics(pair / "ep2")[-1]["seconds"]
+    assert steps[0]["seconds"] == read_metrics(pair / "ep2")[0]["seconds"]
+
+
+def test_finished_run_is_left_alone(tmp_path: Path, single: Path, digits: Path) -> None:
+    output = tmp_path / "dense"
+    shutil.copytree(single / "dense", output)
+    config = single / "dense.yaml"
+    finished = run(command(TRAIN, [config, f"output={output}"]), timeout=60).check()
+    assert "nothing to do" in finished.stdout
+    assert read_metrics(output) == read_metrics(single / "dense")
+
+
+def test_connector_stage_on_a_pipeline_whose_end_has_nothing_to_train(
+    single: Path, pair: Path
+) -> None:
+    """Stage 1: only the connector changes, everything else keeps every bit."""
+    steps = read_metrics(pair / "connector")
+    assert [line["step"] for line in steps] == [1, 2]
+    before = plain_tensors(single / "seed" / "checkpoints" / "step_0000002")
+    after = plain_tensors(pair / "connector" / "checkpoints" / "step_0000002")
+    weights = [name for name in before if not name.startswith("optimizer.")]
+    changed = [name for name in weights if not torch.equal(before[name], after[name])]
+    assert len(weights) > 50
+    assert sorted(changed) == sorted(name for name in weights if name.startswith("connector."))
+    assert len(changed) == 4

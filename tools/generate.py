@@ -1,0 +1,61 @@
+"""Generate: one answer of a trained model, from a checkpoint alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from moiie_megatron.config.checks import check_config
+from moiie_megatron.training.launch import exit_code, launch_from, run_in_world
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", help="step_... folder, or the output folder of a run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.expert=2")
+    parser.add_argument("--prompt", required=True, help="what the user asks")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="may be given several times"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    # Options and overrides may come in any order.
+    arguments = parser.parse_intermixed_args()
+
+    # Heavy imports after the arguments: --help answers at once.
+    from moiie_megatron.backend.parallel import World
+    from moiie_megatron.data.records import PLACEHOLDER, Turn
+    from moiie_megatron.evaluation.generate import Generator, checkpoint_config, find_checkpoint
+
+    launch = launch_from(os.environ)
+
+    def task() -> None:
+        if arguments.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}: use 1 or more.")
+        for image in arguments.image:
+            if not Path(image).is_file():
+                raise ValueError(f"The image {image} does not exist.")
+        folder = find_checkpoint(arguments.checkpoint)
+        config = checkpoint_config(folder, arguments.overrides)
+        check_config(config, world_size=launch.world_size)
+
+        def answer(world: World) -> None:
+            generator = Generator.load(folder, config, world)
+            files = [Path(image) for image in arguments.image]
+            images = [generator.image_loader(file.parent).load(file.name) for file in files]
+            text = arguments.prompt
+            if PLACEHOLDER not in text:
+                text = f"{PLACEHOLDER}\n" * len(images) + text
+            prompt = generator.prompt([Turn("user", text)], images)
+            (reply,) = generator.answer([prompt], arguments.max_new_tokens)
+            if world.rank == 0:
+                print(reply)
+
+        run_in_world(config, launch, answer)
+
+    return exit_code(task, launch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
