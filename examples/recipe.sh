@@ -7,7 +7,7 @@
 # TP, PP, EP                     degrees of parallelism; default: those in the YAML files
 # NPROC_PER_NODE                 processes of this node; default: one per GPU
 # NNODES                         number of nodes; default 1
-# RDZV_ENDPOINT                  host:port of the first node, on all nodes; for NNODES > 1
+# RDZV_ENDPOINT                  host:port of one node, the same on all nodes; for NNODES > 1
 # NODE_RANK                      number of this node; may be left out where the nodes can agree
 #                                on it (torchrun's c10d rendezvous)
 # PYTHON                         default: .venv/bin/python if it is there, else python
@@ -40,13 +40,14 @@ pretrain() {
     local is_tiny=false
     ((${#missing[@]} < ${#PATH_NAMES[@]})) || is_tiny=true
     if ! $is_tiny && ((${#missing[@]})); then
-        fail "${missing[*]} is not set: set all of ${PATH_NAMES[*]}, or none for a tiny model."
+        fail "$(listed "${missing[@]}") not set: set all of $(listed "${PATH_NAMES[@]}"), or none\
+ of them for a tiny model."
     fi
 
     # LOCAL_RANK, because cluster managers set RANK and WORLD_SIZE per node.
     if [[ -z ${LOCAL_RANK:-} ]]; then
-        $is_tiny && NPROC_PER_NODE=${NPROC_PER_NODE:-2}
-        launch "$@"
+        $is_tiny && launch "${NPROC_PER_NODE:-2}" "$@"
+        launch "${NPROC_PER_NODE:-gpu}" "$@"
     fi
 
     local both=() stage2=()
@@ -64,9 +65,11 @@ pretrain() {
         "$root/examples/configs/$backbone-stage2.yaml" "${both[@]}" "${stage2[@]}" "$@"
 }
 
-# Replaces this process by torchrun, which starts the script again in every process.
+# Replaces this process by torchrun, which starts the script again in every process:
+# launch PROCESSES [override...]
 launch() {
-    local rendezvous=(--standalone)
+    local processes=$1 rendezvous=(--standalone)
+    shift
     if ((${NNODES:-1} > 1)); then
         [[ -n ${RDZV_ENDPOINT:-} ]] ||
             fail "NNODES is $NNODES but RDZV_ENDPOINT is not set: set it to host:port of a node."
@@ -79,7 +82,7 @@ launch() {
     fi
     export PYTHON
     exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" \
-        --nproc-per-node "${NPROC_PER_NODE:-gpu}" --no-python bash "$0" "$@"
+        --nproc-per-node "$processes" --no-python bash "$0" "$@"
 }
 
 # Sets the paths to the built-in data, and the overrides that make the recipe small.
@@ -102,6 +105,12 @@ write_digits(sys.argv[1], train=200, test=20)' "$data"
         parallel.tensor=1 "parallel.expert=$((world % 2 ? 1 : 2))"
     )
     stage2=(stage.template=phi3)  # the markers that the built-in tokenizer has
+}
+
+listed() {
+    local IFS=,
+    local words="$*"
+    echo "${words//,/, }"
 }
 
 fail() {

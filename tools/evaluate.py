@@ -32,7 +32,7 @@ def main() -> int:
 
     launch = launch_from(os.environ)
 
-    def report(result: Score) -> None:
+    def report(result: Score, folder: Path) -> None:
         for kind, part in [*result.by_kind().items(), ("all", result)]:
             print(
                 f"{kind:>8}: {part.accuracy:6.1%} right, {part.blanked_accuracy:6.1%} with blank "
@@ -43,7 +43,9 @@ def main() -> int:
         out = Path(arguments.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = out.with_name(out.name + ".writing")
-        beside.write_text(json.dumps(result.to_json(), indent=1) + "\n")
+        beside.write_text(
+            json.dumps({"checkpoint": str(folder), **result.to_json()}, indent=1) + "\n"
+        )
         os.replace(beside, out)
 
     def task() -> None:
@@ -66,7 +68,7 @@ def main() -> int:
                 show_progress=world.rank == 0 and sys.stdout.isatty(),
             )
             if world.rank == 0:
-                report(result)
+                report(result, folder)
 
         run_in_world(config, launch, evaluate)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from moiie_megatron.analysis.figure import COLOURS, INK, save_png, tidy
 from moiie_megatron.analysis.records import Records
@@ -45,6 +46,9 @@ def curves_figure(stages: Mapping[str, Records]) -> Figure:
 
     _curve(loss, stages, "lm_loss", COLOURS[0], smooth=True)
     loss.set_yscale("log")
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    loss.yaxis.set_minor_formatter(NullFormatter())
     tidy(loss, "loss per answer token")
     for router in routers:
         colour = COLOURS[_ROUTERS.index(router)]

@@ -102,6 +102,8 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         "sequence_parallel": parallel.sequence_parallel,
         # Micro-batches may differ in length: pipeline stages tell each other the shapes.
         "variable_seq_lengths": config.data.padding == "longest" and parallel.pipeline > 1,
+        # Dense stages dispatch nothing, but Megatron's default refuses lengths that vary.
+        "moe_token_dispatcher_type": "alltoall",
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -126,7 +128,10 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
             "moe_router_topk": moe.top_k,
             "moe_router_dtype": "fp32" if moe.router_dtype == "fp32" else None,
             "moe_router_load_balancing_type": "none",  # ours: moe/losses.py
-            "moe_token_dispatcher_type": moe.dispatcher,
+            # Megatron's name for the dispatcher that ours stands in for.
+            "moe_token_dispatcher_type": (
+                "alltoall" if moe.dispatcher == "moiie" else moe.dispatcher
+            ),
             "moe_grouped_gemm": True,
             "expert_model_parallel_size": parallel.expert,
             "expert_tensor_parallel_size": parallel.expert_tensor,

@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from moiie_megatron.backend.parallel import World
+from moiie_megatron.backend.saving import write_without_manager
 from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import RunConfig
 
@@ -109,6 +110,7 @@ def save_checkpoint(
         beside.mkdir(parents=True)
     dist.barrier()
     stored = {k: v for k, v in metadata.items() if k != "dp_cp_group"}
+    write_without_manager()
     dist_checkpointing.save(state, str(beside), content_metadata=stored)
     if world.rank == 0:
         (beside / CONFIG_FILE).write_text(dump_config(config))
@@ -241,5 +243,3 @@ def _replace_text(path: Path, text: str) -> None:
 def _first_line(error: BaseException, limit: int = 200) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:limit].rstrip(".:")
-
-

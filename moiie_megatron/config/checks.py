@@ -6,6 +6,7 @@ allowed.  Nothing here reads the disk except ``check_paths``.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,11 @@ def _check_experts(config: RunConfig) -> None:
         raise ValueError(
             f"parallel.expert is {parallel.expert} but the moe section has {layout.num_experts} "
             f"experts: use {_divisors(layout.num_experts)}."
+        )
+    if config.moe.dispatcher == "flex" and importlib.util.find_spec("deep_ep") is None:
+        raise ValueError(
+            "moe.dispatcher is flex, which needs the package deep_ep, and it is not installed: "
+            "install it or use moiie, alltoall or allgather."
         )
     if config.moe.dispatcher == "allgather" and config.data.padding != "sequence_length":
         raise ValueError(

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from moiie_megatron.experts.layout import ExpertLayout, moe_layers
+from moiie_megatron.experts.placement import Placement, balanced, contiguous
 
 Part = Literal["vision", "connector", "language", "moe"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -99,7 +100,11 @@ class MoEConfig(Section):
     text_aux_loss_coeff: NonNegativeFloat = 0.001
     router_init_std: NonNegativeFloat = 0.02
     router_dtype: Literal["fp32", "model"] = "fp32"
-    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    dispatcher: Literal["moiie", "alltoall", "allgather", "flex"] = "moiie"
+    placement: Literal["balanced", "contiguous"] = "balanced"
+    image_share: Fraction = Field(
+        0.7, description="expected share of image tokens, where no placement suits every share"
+    )
 
     @property
     def layout(self) -> ExpertLayout:
@@ -224,6 +229,13 @@ class RunConfig(Section):
         if not self.stage.moe or self.moe.variant == "dense":
             return []
         return moe_layers(self.moe.layers, self.language.num_layers)
+
+    @property
+    def placement(self) -> Placement:
+        """The physical order of the experts over this run's expert-parallel ranks."""
+        if self.moe.placement == "contiguous":
+            return contiguous(self.moe.layout, self.parallel.expert, self.moe.image_share)
+        return balanced(self.moe.layout, self.parallel.expert, image_share=self.moe.image_share)
 
     @property
     def active_parallel(self) -> ParallelConfig:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
@@ -32,8 +37,12 @@ class MoIIELayer(MoELayer):
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         dispatcher: type[MoETokenDispatcher] | None = None,
+        order: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(config, submodules, layer_number, pg_collection)
+        self.order = order
+        if order is not None:
+            self.register_buffer("order_E", torch.tensor(order), persistent=False)
         if dispatcher is not None:
             self.token_dispatcher = dispatcher(
                 self.num_local_experts, self.local_expert_indices, config, pg_collection
@@ -82,16 +91,51 @@ class MoIIELayer(MoELayer):
 
     def _compute(self, hidden_states: Tensor, token_types: Tensor) -> tuple[Tensor, None]:
         probs, routing_map = self.router(hidden_states, token_types.transpose(0, 1))
+        if self.order is not None:  # from logical ids to places
+            probs = probs.index_select(1, self.order_E)
+            routing_map = routing_map.index_select(1, self.order_E)
         hidden_states, probs = self.preprocess(hidden_states, probs, routing_map)
         dispatched, probs = self.dispatch(hidden_states, probs)
         output, _ = self.routed_experts_compute(dispatched, probs)
         return self.postprocess(self.combine(output), None), None
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """The checkpoint view; experts appear under their logical ids whatever their place."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.order is None:
+            return state
+        rename = partial(_to_logical, order=self.order, axis=len(sharded_offsets))
+        for name, entry in state.items():
+            if ".experts." not in entry.key:
+                continue
+            if isinstance(entry, ShardedTensorFactory):
+                state[name] = replace(entry, build_fn=partial(_renamed, entry.build_fn, rename))
+            else:
+                state[name] = rename(entry)
+        return state
+
+
+def _to_logical(shard: Any, order: tuple[int, ...], axis: int) -> Any:
+    """A shard of the expert at a place as the shard of the logical expert that lives there."""
+    offset = list(shard.global_offset)
+    offset[axis] = order[offset[axis]]
+    return replace(shard, global_offset=tuple(offset))
+
+
+def _renamed(build: Callable[..., Any], rename: Callable[[Any], Any], *arguments: Any) -> Any:
+    return [rename(shard) for shard in build(*arguments)]
 
 
 def moiie_module(
     settings: RouterSettings,
     groups: ProcessGroupCollection,
     dispatcher: type[MoETokenDispatcher] | None = None,
+    order: tuple[int, ...] | None = None,
     experts: ModuleSpec | type | None = None,
 ) -> ModuleSpec:
     """What a layer specification needs to put a MoIIE layer in place of the FFN.
@@ -100,6 +144,7 @@ def moiie_module(
         groups: Megatron's process groups; its ``TransformerLayer`` passes them only to layers
             that it knows by class.
         dispatcher: The token dispatcher; default what the Megatron configuration names.
+        order: Logical expert by place (``experts/placement.py``); default the logical order.
         experts: The experts module; default ``GroupedExperts``.
     """
     submodules = MoESubmodules(
@@ -108,7 +153,7 @@ def moiie_module(
     )
     return ModuleSpec(
         module=MoIIELayer,
-        params={"pg_collection": groups, "dispatcher": dispatcher},
+        params={"pg_collection": groups, "dispatcher": dispatcher, "order": order},
         submodules=submodules,
         metainfo={"fuse_pre_mlp_layernorm": False},
     )

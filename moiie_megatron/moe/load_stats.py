@@ -33,9 +33,7 @@ class LoadStats(torch.nn.Module):
             self.register_buffer(name, zeros, persistent=False)
 
     @torch.no_grad()
-    def add(
-        self, router: int, tokens: Tensor, load_E: Tensor, prob_E: Tensor, aux: Tensor
-    ) -> None:
+    def add(self, router: int, tokens: Tensor, load_E: Tensor, prob_E: Tensor, aux: Tensor) -> None:
         """Add one micro-batch of one router; every argument covers this rank's tokens alone."""
         self.tokens_R[router] += tokens
         self.load_RE[router] += load_E

@@ -47,7 +47,7 @@ class Copies:
 
     @classmethod
     def from_mask(cls, mask_GR: Tensor, count: int) -> Copies:
-        """One copy per True element of ``(groups, rows)``; copies are ordered by group, then row."""
+        """One copy per True element of ``(groups, rows)``, ordered by group, then by row."""
         groups, rows = mask_GR.shape
         row_X = positions_of(mask_GR.reshape(-1), count) % max(rows, 1)
         mask_RG = mask_GR.t()

@@ -10,6 +10,7 @@ from moiie_megatron.backend.megatron import torch_dtype, transformer_config
 from moiie_megatron.backend.parallel import World
 from moiie_megatron.backend.specs import decoder_spec, has_transformer_engine
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
 from moiie_megatron.moe.layer import moiie_module
 from moiie_megatron.moe.router import RouterSettings
 from moiie_megatron.multimodal.connector import Connector
@@ -26,10 +27,7 @@ def build_model(config: RunConfig, world: World) -> MoIIEModel:
     language, device = config.language, world.device
     _check_rope_scaling(config)
     mconfig = transformer_config(config, device)
-    moe_module = None
-    if config.moe_layers:
-        experts = _te_experts() if has_transformer_engine(device) else None
-        moe_module = moiie_module(router_settings(config), world.groups, experts)
+    moe_module = _moe_module(config, world) if config.moe_layers else None
     spec = decoder_spec(mconfig, device, moe_module=moe_module, pp_rank=world.groups.pp.rank())
     language_model = GPTModel(
         config=mconfig,
@@ -52,9 +50,11 @@ def build_model(config: RunConfig, world: World) -> MoIIEModel:
         connector_size = config.connector.hidden_size or language.hidden_size
         vision_encoder = VisionEncoder(config.vision)
         connector = Connector(config.vision.hidden_size, connector_size, language.hidden_size)
+        for part in (vision_encoder, connector):
+            part.to(device=device.torch_device, dtype=torch_dtype(config))
         _same_on_all_tensor_ranks((vision_encoder, connector), world)
     model = MoIIEModel(mconfig, language_model, vision_encoder, connector, world.groups)
-    return model.to(device=world.device.torch_device, dtype=torch_dtype(config))
+    return model.to(device=device.torch_device)
 
 
 def router_settings(config: RunConfig) -> RouterSettings:
@@ -75,6 +75,17 @@ def router_settings(config: RunConfig) -> RouterSettings:
         aux_loss_coeffs={name: alphas[name] / layers for name in moe.layout.routers},
         init_std=moe.router_init_std,
         seed=config.train.seed,
+    )
+
+
+def _moe_module(config: RunConfig, world: World) -> ModuleSpec:
+    placement = config.placement
+    return moiie_module(
+        router_settings(config),
+        world.groups,
+        dispatcher=MoIIETokenDispatcher if config.moe.dispatcher == "moiie" else None,
+        order=None if placement.is_identity else placement.order,
+        experts=_te_experts() if has_transformer_engine(world.device) else None,
     )
 
 
@@ -107,5 +118,4 @@ def _same_on_all_tensor_ranks(modules: tuple[torch.nn.Module, ...], world: World
     source = torch.distributed.get_global_rank(world.groups.tp, 0)
     for module in modules:
         for tensor in [*module.parameters(), *module.buffers()]:
-            tensor.data = tensor.data.to(world.device.torch_device)
             torch.distributed.broadcast(tensor.data, source, group=world.groups.tp)

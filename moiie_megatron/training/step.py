@@ -125,7 +125,9 @@ def count_tokens(batches: list[Batch], world: World) -> tuple[int, int, int]:
     return labels, tokens, images
 
 
-def train_step(config: RunConfig, world: World, trainee: Trainee, batches: list[Batch]) -> StepResult:
+def train_step(
+    config: RunConfig, world: World, trainee: Trainee, batches: list[Batch]
+) -> StepResult:
     """One optimizer step on this rank's micro-batches of the global batch.
 
     The loss is divided by the label tokens of the *global* batch, so that layout and

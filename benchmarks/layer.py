@@ -1,0 +1,217 @@
+"""The MoIIE layer against its peers and against the matrix products alone, on one process.
+
+Forward and backward of one layer over tokens of which most are image tokens.  The GEMM limit is
+the same expert arithmetic - both products and the activation, forward and backward - on as many
+rows (top-k per token) with one dense pair of weights: no router, no permutation, no grouping.
+
+    python benchmarks/layer.py                # table
+    python benchmarks/layer.py --json FILE    # the same as JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from benchmarks.timing import interleave
+from moiie_megatron.backend.parallel import Launch, start_world, stop_world
+from moiie_megatron.config.schema import ParallelConfig
+from moiie_megatron.experts.layout import ExpertLayout
+from moiie_megatron.experts.token_types import IMAGE, TEXT
+from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
+from moiie_megatron.moe.layer import MoIIELayer, moiie_module
+from moiie_megatron.moe.router import RouterSettings
+
+SHAPES = ((1024, 3584), (256, 704))  # hidden, FFN
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LAYOUT = ExpertLayout.from_variant("moiie")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: hidden states ``(s, 1, h)``, token types ``(1, s)`` and the gradient."""
+
+    config: TransformerConfig
+    hidden: Tensor
+    token_types: Tensor
+    gradient: Tensor
+
+    @classmethod
+    def make(cls, hidden: int, ffn: int, dtype: torch.dtype, tokens: int, image: float) -> Case:
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=hidden,
+            ffn_hidden_size=ffn,
+            moe_ffn_hidden_size=ffn,
+            num_attention_heads=8,
+            num_moe_experts=LAYOUT.num_experts,
+            moe_router_topk=LAYOUT.top_k,
+            moe_router_dtype="fp32",
+            moe_router_load_balancing_type="aux_loss",
+            moe_aux_loss_coeff=0.001,
+            moe_token_dispatcher_type="alltoall",
+            gated_linear_unit=True,
+            activation_func=F.silu,
+            add_bias_linear=False,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            use_cpu_initialization=True,
+        )
+        generator = torch.Generator().manual_seed(0)
+        types = torch.where(torch.rand(1, tokens, generator=generator) < image, IMAGE, TEXT)
+        shape = (tokens, 1, hidden)
+        return cls(
+            config,
+            torch.randn(shape, generator=generator).to(dtype),
+            types.to(torch.int8),
+            torch.randn(shape, generator=generator).to(dtype),
+        )
+
+    def step(self, forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        """Forward and backward with gradients for the input and all weights."""
+
+        def run() -> None:
+            hidden = self.hidden.detach().requires_grad_()
+            forward(hidden).backward(self.gradient)
+
+        return run
+
+
+def moiie(case: Case, groups: ProcessGroupCollection) -> Callable[[Tensor], Tensor]:
+    """This project's layer."""
+    coeffs = {"vision": 0.001, "text": 0.001}
+    settings = RouterSettings(LAYOUT, coeffs, init_std=0.02, seed=0)
+    spec = moiie_module(settings, groups, dispatcher=MoIIETokenDispatcher)
+    layer = MoIIELayer(case.config, spec.submodules, layer_number=1, **spec.params)
+    return lambda hidden: layer(hidden, padding_mask=case.token_types)[0]
+
+
+def megatron(
+    case: Case, groups: ProcessGroupCollection, dispatcher: str
+) -> Callable[[Tensor], Tensor]:
+    """Megatron-Core's MoELayer with its sequential experts (one router for all tokens)."""
+    spec = get_moe_module_spec(use_te=False, num_experts=LAYOUT.num_experts)
+    case.config.moe_token_dispatcher_type = dispatcher
+    layer = MoELayer(case.config, spec.submodules, layer_number=1, pg_collection=groups)
+    return lambda hidden: layer(hidden)[0]
+
+
+class LoopOverExperts(torch.nn.Module):
+    """A plain MoE block: boolean selection by modality, a Python loop over experts."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        h, f = case.config.hidden_size, case.config.ffn_hidden_size
+        dtype = case.config.params_dtype
+
+        def linear(rows: int, columns: int) -> torch.nn.Linear:
+            return torch.nn.Linear(rows, columns, bias=False, dtype=dtype)
+
+        self.up = torch.nn.ModuleList(linear(h, 2 * f) for _ in range(LAYOUT.num_experts))
+        self.down = torch.nn.ModuleList(linear(f, h) for _ in range(LAYOUT.num_experts))
+        self.gates = torch.nn.ModuleDict(
+            {name: linear(h, len(LAYOUT.allowed(name))) for name in LAYOUT.routers}
+        )
+        self.is_image_T = case.token_types.reshape(-1) == IMAGE
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden_Th = hidden.reshape(-1, hidden.shape[-1])
+        output_Th = torch.zeros_like(hidden_Th)
+        for name, mask_T in (("vision", self.is_image_T), ("text", ~self.is_image_T)):
+            rows = mask_T.nonzero().squeeze(1)
+            own = hidden_Th[rows]
+            probs = torch.softmax(self.gates[name](own).float(), dim=-1)
+            top, ids = probs.topk(LAYOUT.top_k, dim=-1)
+            weights = (top / top.sum(dim=-1, keepdim=True)).to(hidden.dtype)
+            part = torch.zeros_like(own)
+            for column, expert in enumerate(LAYOUT.allowed(name)):
+                token, slot = torch.where(ids == column)
+                gate, up = self.up[expert](own[token]).chunk(2, dim=-1)
+                out = self.down[expert](F.silu(gate) * up) * weights[token, slot, None]
+                part.index_add_(0, token, out)
+            output_Th.index_add_(0, rows, part)
+        return output_Th.view_as(hidden)
+
+
+class GemmLimit(torch.nn.Module):
+    """The experts' arithmetic on ``top_k`` rows per token with one dense pair of weights."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        h, f = case.config.hidden_size, case.config.ffn_hidden_size
+        dtype = case.config.params_dtype
+        self.up = torch.nn.Linear(h, 2 * f, bias=False, dtype=dtype)
+        self.down = torch.nn.Linear(f, h, bias=False, dtype=dtype)
+        rows = case.hidden.shape[0] * LAYOUT.top_k
+        generator = torch.Generator().manual_seed(1)
+        self.rows = torch.randn(rows, h, generator=generator).to(dtype).requires_grad_()
+        self.gradient = torch.randn(rows, h, generator=generator).to(dtype)
+
+    def step(self) -> None:
+        gate, up = self.up(self.rows).chunk(2, dim=-1)
+        self.down(F.silu(gate) * up).backward(self.gradient)
+
+
+def compare(
+    hidden: int, ffn: int, dtype: str, groups: ProcessGroupCollection, options: argparse.Namespace
+) -> dict[str, object]:
+    """Time all systems on one shape."""
+    case = Case.make(hidden, ffn, DTYPES[dtype], options.tokens, options.image_share)
+    peers = {
+        "megatron alltoall": case.step(megatron(case, groups, "alltoall")),
+        "megatron allgather": case.step(megatron(case, groups, "allgather")),
+        "loop over experts": case.step(LoopOverExperts(case)),
+    }
+    runs = {"limit": GemmLimit(case).step, "moiie": case.step(moiie(case, groups)), **peers}
+    timings = interleave(runs, rounds=options.rounds)
+    fastest = timings.fastest(list(peers))
+    result = {
+        "hidden": hidden,
+        "dtype": dtype,
+        "moiie_over_limit": timings.ratio("moiie", "limit"),
+        "fastest_peer": fastest,
+        "moiie_over_fastest_peer": timings.ratio("moiie", fastest),
+    }
+    others = "  ".join(f"{name} {timings.ratio(name, 'limit'):.3f}" for name in peers)
+    print(
+        f"hidden {hidden:5d}  ffn {ffn:5d}  {dtype}  limit {timings.median('limit') * 1e3:8.1f} ms"
+        f"  | over limit: moiie {result['moiie_over_limit']:.3f}  {others}"
+        f"  | moiie over {fastest}: {result['moiie_over_fastest_peer']:.3f}",
+        flush=True,
+    )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--image-share", type=float, default=0.71)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    world = start_world(ParallelConfig(), Launch(), device="cpu")
+    cases = [
+        compare(hidden, ffn, dtype, world.groups, options)
+        for hidden, ffn in SHAPES
+        for dtype in DTYPES
+    ]
+    stop_world()
+    if options.json:
+        options.json.write_text(json.dumps({"cases": cases}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

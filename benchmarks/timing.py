@@ -1,0 +1,44 @@
+"""Times callables against each other in one process: interleaved runs, medians of ratios."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds per run, by name; run i of every name happened in the same round."""
+
+    seconds: Mapping[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """Median seconds of one callable."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, peer: str) -> float:
+        """Median over rounds of this one's time divided by the peer's in the same round."""
+        pairs = zip(self.seconds[name], self.seconds[peer], strict=True)
+        return statistics.median(mine / its for mine, its in pairs)
+
+    def fastest(self, names: list[str]) -> str:
+        """The name with the smallest median."""
+        return min(names, key=self.median)
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
+) -> Timings:
+    """Run every callable once per round; the order rotates so that none always comes first."""
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            runs[name]()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return Timings(seconds)

@@ -1,0 +1,141 @@
+"""The demo runs from data to report; what it leaves behind can be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+PNG_SIZES = {"losses.png": (1350, 1050), "expert_use.png": (975, 660)}
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A tool of this project; output and errors as text."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    result = start("tools/demo.py", "--quick", "--out", str(folder))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "step 4/4" in result.stdout and "checkpoint " in result.stdout
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_report(out: Path) -> None:
+    report = json.loads((out / "report.json").read_text())
+    kinds = report["by_kind"]
+    assert set(kinds) == {"which", "exists", "sum"}
+    assert report["questions"] == sum(kind["questions"] for kind in kinds.values()) == 13
+    assert 0 <= report["accuracy"] <= 1 and 0 <= report["blanked_accuracy"] <= 1
+    assert report["seconds"] > sum(stage["seconds"] for stage in report["stages"].values()) > 0
+    assert (Path(report["checkpoint"]) / "run.yaml").is_file()
+    lines = metrics(out)
+    assert [(r["stage"], r["step"]) for r in lines] == [
+        (stage, step) for stage in ("dense", "stage1", "stage2") for step in range(1, 5)
+    ]
+    for stage, numbers in report["stages"].items():
+        losses = [r["lm_loss"] for r in lines if r["stage"] == stage]
+        assert (numbers["first_loss"], numbers["last_loss"]) == (losses[0], losses[-1])
+        assert numbers["steps"] == 4
+    # Stage 1 trains a new connector alone; stage 2 has experts in layers 1 and 3.
+    assert {key for key in lines[4] if key.startswith("lr_")} == {"lr_connector"}
+    assert set(lines[-1]["expert_share"]) == {"1", "3"}
+
+
+@pytest.mark.parametrize("name", PNG_SIZES)
+def test_plots(out: Path, name: str) -> None:
+    with Image.open(out / name) as image:
+        assert (image.format, image.size) == ("PNG", PNG_SIZES[name])
+
+
+def test_started_again_trains_nothing(out: Path) -> None:
+    before = metrics(out)
+    result = start("tools/demo.py", "--quick", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("nothing to do") == 3 and "step 1/" not in result.stdout
+    assert metrics(out) == before
+
+
+def torchrun(*arguments: str) -> Sequence[str]:
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments)
+
+
+@pytest.mark.parametrize("layout", ["expert", "tensor"])
+def test_two_processes_answer_as_one(out: Path, layout: str, tmp_path: Path) -> None:
+    data, file = out / "data", tmp_path / "scores.json"
+    result = start(
+        *torchrun("tools/evaluate.py", str(out / "stage2"), f"parallel.{layout}=2"),
+        *("--records", str(data / "test.jsonl"), "--images", str(data / "images")),
+        *("--out", str(file), "--max-new-tokens", "8", "--batch-size", "5"),
+    )
+    assert result.returncode == 0, result.stderr
+    one = json.loads((out / "scores.json").read_text())
+    assert json.loads(file.read_text())["outcomes"] == one["outcomes"]
+
+
+def test_generate_prints_the_answer(out: Path) -> None:
+    question = json.loads((out / "data" / "test.jsonl").read_text().splitlines()[0])
+    image = str(out / "data" / "images" / question["image"])
+    text = question["conversations"][0]["value"]
+    result = start(
+        *("tools/generate.py", str(out / "stage2"), "--image", image),
+        *("--prompt", text, "--max-new-tokens", "8"),
+    )
+    assert result.returncode == 0, result.stderr
+    outcome = json.loads((out / "scores.json").read_text())["outcomes"][0]
+    assert result.stdout.strip() == outcome["answer"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "nowhere.png"], "The image nowhere.png does not exist."),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0: use 1 or more."),
+        (["parallel.pipeline=2"], "The run has 1 ranks but parallel.tensor is 1"),
+    ],
+)
+def test_generate_refuses(out: Path, arguments: list[str], message: str) -> None:
+    result = start("tools/generate.py", str(out / "stage2"), "--prompt", "Hi", *arguments)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_failing_stage_fails_the_demo(tmp_path: Path) -> None:
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "checkpoints").write_text("in the way")
+    result = start("tools/demo.py", "--quick", "--out", str(tmp_path))
+    assert result.returncode == 1
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_foreign_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "note.txt").write_text("mine")
+    result = start("tools/demo.py", "--quick", "--out", str(tmp_path))
+    assert result.returncode == 1
+    assert "exists and is not a digits data set" in result.stderr.splitlines()[-1]

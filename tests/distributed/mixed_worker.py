@@ -1,0 +1,106 @@
+"""Worker of test_mixed_modalities.py: a few optimizer steps on batches made by hand.
+
+Arguments: configuration, folder for the results (``rank0.json``, ...), and overrides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from moiie_megatron.backend.parallel import World
+from moiie_megatron.config.load import load_config
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.data.batch import Batch
+from moiie_megatron.experts.token_types import IMAGE, PADDING
+from moiie_megatron.multimodal.build import build_model
+from moiie_megatron.training.launch import launch_from, run_in_turn
+from moiie_megatron.training.metrics import routing_summary
+from moiie_megatron.training.setup import prepare_training
+from moiie_megatron.training.step import train_step
+
+LENGTH = 40
+
+# What the micro-batches of rank 0 and rank 1 hold, step by step.
+SCHEDULE = (
+    (("text", "text"), ("images", "images")),
+    (("images", "text"), ("text", "images")),
+    (("text", "text"), ("text", "text")),
+    (("images", "images"), ("images", "images")),
+)
+
+
+def text_batch(seed: int) -> Batch:
+    """Two rows of random text without any image; the second is shorter."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(5, 150, (2, LENGTH), generator=generator)
+    types = torch.zeros(2, LENGTH, dtype=torch.int8)
+    types[1, LENGTH - 7 :] = PADDING
+    return _batch(tokens, types, torch.empty(0, 3, 28, 28, dtype=torch.uint8))
+
+
+def image_batch(seed: int) -> Batch:
+    """Two rows of two images each; hardly any text."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(5, 150, (2, LENGTH), generator=generator)
+    types = torch.zeros(2, LENGTH, dtype=torch.int8)
+    types[:, 1:33] = IMAGE
+    images = torch.randint(0, 256, (4, 3, 28, 28), generator=generator, dtype=torch.uint8)
+    return _batch(tokens, types, images)
+
+
+def _batch(tokens: torch.Tensor, types: torch.Tensor, images: torch.Tensor) -> Batch:
+    labels = torch.roll(tokens, -1, dims=1)
+    labels[:, -1] = -100
+    labels[types != 0] = -100
+    positions = torch.arange(LENGTH).repeat(2, 1)
+    return Batch(tokens, labels, positions, types, images, 16, ("a", "b"))
+
+
+def steps(config: RunConfig, world: World) -> list[dict[str, object]]:
+    """The same batches for every number of ranks: rank r of n takes every n-th micro-batch."""
+    trainee = prepare_training(config, world, build_model(config, world), len(SCHEDULE))
+    trainee.ddp.train()
+    lines: list[dict[str, object]] = []
+    for number, ranks in enumerate(SCHEDULE):
+        # Micro-batch j of rank r, as the loader deals them.
+        kinds = [kinds[j] for j in range(2) for kinds in ranks]
+        batches = [
+            {"text": text_batch, "images": image_batch}[kind](100 * number + place)
+            for place, kind in enumerate(kinds)
+        ]
+        mine = batches[world.dp_rank :: world.dp_size]
+        result = train_step(config, world, trainee, mine)
+        routing = routing_summary(config, world, trainee.model, len(batches))
+        lines.append(
+            {
+                "lm_loss": result.lm_loss,
+                "grad_norm": result.grad_norm,
+                "image_tokens": result.image_tokens,
+                "aux": routing["aux"],
+                "kinds": [int(len(batch.images) > 0) for batch in mine],
+            }
+        )
+    return lines
+
+
+def main() -> None:
+    file, out, *overrides = sys.argv[1:]
+    launch = launch_from(os.environ)
+    plain = load_config(file, overrides)
+    full = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    recompute = plain.model_copy(update={"megatron": {**full, "recompute_num_layers": 1}})
+    results: list[list[dict[str, object]]] = []
+    run_in_turn(
+        [plain, recompute], launch, lambda config, world: results.append(steps(config, world))
+    )
+    path = Path(out) / f"rank{launch.rank}.json"
+    path.write_text(json.dumps(dict(zip(("plain", "recompute"), results, strict=True))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Scores count exact matches, by kind, and tell what needs the picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from moiie_megatron.evaluation.generate import Generator, Prompt
+from moiie_megatron.evaluation.score import (
+    Outcome,
+    Score,
+    read_questions,
+    same_answer,
+    score,
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "same"),
+    [(" Yes\n", "yes", True), ("7", "7", True), ("7.", "7", False), ("17", "7", False)],
+)
+def test_same_answer(answer: str, expected: str, same: bool) -> None:
+    assert same_answer(answer, expected) is same
+
+
+def test_numbers() -> None:
+    result = Score(
+        (
+            Outcome("a", "which", "7", "7", "1"),
+            Outcome("b", "which", "3", "4", "1"),
+            Outcome("c", "which", "1", "1", "1"),
+            Outcome("d", "exists", "yes", "Yes", "no"),
+        )
+    )
+    assert (result.accuracy, result.blanked_accuracy) == (0.75, 0.25)
+    kinds = result.by_kind()
+    assert list(kinds) == ["exists", "which"]
+    assert kinds["which"].accuracy == pytest.approx(2 / 3)
+    assert kinds["which"].blanked_accuracy == pytest.approx(1 / 3)
+    values = result.to_json()
+    assert values["questions"] == 4 and values["by_kind"]["exists"]["accuracy"] == 1.0
+    assert values["outcomes"][1]["answer"] == "4"
+
+
+def test_score_asks_the_model(generator: Generator, digits: Path) -> None:
+    questions = read_questions(digits / "test.jsonl")
+    assert len(questions) == 10 and {q.kind for q in questions} == {"which", "exists", "sum"}
+    result = score(generator, questions, digits / "images", batch_size=4, max_new_tokens=3)
+    assert [o.id for o in result.outcomes] == [q.record.id for q in questions]
+    loader = generator.image_loader(digits / "images")
+    record = questions[5].record
+    prompt = generator.prompt(record.turns[:-1], [loader.load(record.images[0])])
+    assert result.outcomes[5].answer == generator.answer([prompt], 3)[0]
+    assert result.outcomes[5].blanked_answer == generator.answer([generator.blanked(prompt)], 3)[0]
+    assert result.outcomes[5].expected == record.turns[-1].text
+
+
+def test_a_model_that_reads_the_picture(
+    generator: Generator, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two accuracies differ exactly where answers depend on pixels."""
+    questions = [q for q in read_questions(digits / "test.jsonl") if q.kind == "which"]
+    answers = iter([q.record.turns[-1].text for q in questions])
+
+    def reads(prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        return [next(answers) if p.images.float().std() > 1 else "none" for p in prompts]
+
+    monkeypatch.setattr(generator, "answer", reads)
+    result = score(generator, questions, digits / "images", batch_size=2)
+    assert (result.accuracy, result.blanked_accuracy) == (1.0, 0.0)
+
+
+def test_missing_image_names_the_question(generator: Generator, digits: Path) -> None:
+    questions = read_questions(digits / "test.jsonl")[:1]
+    with pytest.raises(ValueError, match="Question test-0-0: image test/00000.png does not exist"):
+        score(generator, questions, digits / "images" / "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no questions"),
+        ("{", "line 1: "),
+        (json.dumps({"conversations": [{"from": "human", "value": "a"}]}), "the expected answer"),
+        (json.dumps({"conversations": []}), "line 1: conversations must be"),
+    ],
+)
+def test_bad_question_files(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "test.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_questions(file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_questions(tmp_path / "none.jsonl")
+
+
+def test_no_questions(generator: Generator, digits: Path) -> None:
+    with pytest.raises(ValueError, match="no questions to score"):
+        score(generator, [], digits / "images")

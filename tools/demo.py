@@ -1,0 +1,200 @@
+"""Demo: the whole recipe on two CPU cores, from data to held-out accuracy, in minutes.
+
+Writes pictures of handwritten digits, then trains three runs (examples/configs/digits-*.yaml):
+a dense model that stands in for pretrained backbones, stage 1 with a new connector, stage 2 with
+experts on two processes.  Then asks questions about pictures of unseen digits, and the same
+questions with the pictures blanked.  Started again, it goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("dense", "stage1", "stage2")
+PROCESSES = 2
+TRAIN_PICTURES, TEST_PICTURES = 6000, 100
+REPORT_EVERY = 25  # steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the demo writes and how much it does."""
+
+    out: Path
+    quick: bool
+
+    @property
+    def data(self) -> Path:
+        return self.out / "data"
+
+    def config(self, stage: str) -> Path:
+        return ROOT / "examples" / "configs" / f"digits-{stage}.yaml"
+
+    def overrides(self, stage: str) -> list[str]:
+        """The files of examples/configs name runs/demo; this run may be elsewhere."""
+        records = {"dense": ("captions.json", "text.jsonl"), "stage1": ("captions.json",)}
+        sources = [
+            {"records": str(self.data / name), "images": str(self.data / "images")}
+            for name in records.get(stage, ("train.jsonl",))
+        ]
+        result = [
+            f"output={json.dumps(str(self.out / stage))}",
+            f"data.sources={json.dumps(sources)}",
+            f"data.tokenizer={json.dumps(str(self.data / 'tokenizer.model'))}",
+        ]
+        before = STAGES.index(stage) - 1
+        if before >= 0:
+            result.append(f"checkpoint.init_from={json.dumps(str(self.out / STAGES[before]))}")
+        if self.quick:
+            result += ["train.steps=4", "train.global_batch_size=8", "train.micro_batch_size=4"]
+        return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default="runs/demo", help="folder for everything it writes")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of everything: does it run, not: learn"
+    )
+    arguments = parser.parse_args()
+    plan = Plan(Path(arguments.out).absolute(), arguments.quick)
+    try:
+        return run(plan)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(plan: Plan) -> int:
+    """All parts in turn; the exit code of the first that fails."""
+    started = time.monotonic()
+    write_data(plan)
+    heading("Training: dense, then stage 1 (connector), then stage 2 (experts on 2 processes)")
+    if code := train(plan):
+        return code
+    heading("Questions about pictures of unseen digits, and with the pictures blanked")
+    if code := evaluate(plan):
+        return code
+    metrics = collect_metrics(plan)
+    plot(plan, metrics)
+    report = make_report(plan, metrics, time.monotonic() - started)
+    write_text(plan.out / "report.json", json.dumps(report, indent=1) + "\n")
+    heading(
+        f"Accuracy {report['accuracy']:.1%}, with blanked pictures "
+        f"{report['blanked_accuracy']:.1%}, after {report['seconds']:.0f} s"
+    )
+    print(f"report      {plan.out / 'report.json'}")
+    print(f"plots       {plan.out / 'losses.png'} {plan.out / 'expert_use.png'}")
+    print(f"checkpoint  {report['checkpoint']}", flush=True)
+    return 0
+
+
+def write_data(plan: Plan) -> None:
+    from moiie_megatron.data.digits import write_digits
+
+    train, test = (64, 4) if plan.quick else (TRAIN_PICTURES, TEST_PICTURES)
+    heading(f"Data: {train} training and {test} test pictures in {plan.data}")
+    write_digits(plan.data, train=train, test=test)
+
+
+def train(plan: Plan) -> int:
+    """All stages in one job: Megatron is imported and the processes are connected once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={PROCESSES}", str(ROOT / "tools" / "train.py")]
+    for stage in STAGES:
+        command += [str(plan.config(stage)), *plan.overrides(stage)]
+    return follow(command, threads=1)
+
+
+def evaluate(plan: Plan) -> int:
+    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), str(plan.out / "stage2")]
+    command += ["--records", str(plan.data / "test.jsonl")]
+    command += ["--images", str(plan.data / "images")]
+    command += ["--out", str(plan.out / "scores.json"), "--max-new-tokens", "8"]
+    return follow(command, threads=PROCESSES)
+
+
+def follow(command: Sequence[str], threads: int) -> int:
+    """Run a program and pass on what it prints, but few of its step lines."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            step = re.match(r"step (\d+)/(\d+) ", line)
+            if step is None or int(step[1]) % REPORT_EVERY in (0, 1) or step[1] == step[2]:
+                print(line, end="", flush=True)
+    if process.returncode:
+        print(f"error: {' '.join(command[:6])} ... failed.", file=sys.stderr, flush=True)
+    return process.returncode
+
+
+def collect_metrics(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """The steps of every stage, also written to one file with the stage in every line."""
+    from moiie_megatron.analysis.records import read_metrics
+
+    metrics = {stage: read_metrics(plan.out / stage / "metrics.jsonl") for stage in STAGES}
+    lines = [
+        json.dumps({"stage": stage, **record})
+        for stage, records in metrics.items()
+        for record in records
+    ]
+    write_text(plan.out / "metrics.jsonl", "\n".join(lines) + "\n")
+    return metrics
+
+
+def plot(plan: Plan, metrics: Mapping[str, list[dict[str, Any]]]) -> None:
+    from moiie_megatron.analysis.curves import plot_curves
+    from moiie_megatron.analysis.expert_use import plot_expert_use
+    from moiie_megatron.config.load import load_config
+
+    plot_curves(metrics, plan.out / "losses.png")
+    layout = load_config(plan.out / "stage2" / "config.yaml").moe.layout
+    plot_expert_use(metrics["stage2"], layout, plan.out / "expert_use.png")
+
+
+def make_report(
+    plan: Plan, metrics: Mapping[str, list[dict[str, Any]]], seconds: float
+) -> dict[str, Any]:
+    scores = json.loads((plan.out / "scores.json").read_text())
+    stages = {
+        stage: {
+            "steps": records[-1]["step"],
+            "first_loss": records[0]["lm_loss"],
+            "last_loss": records[-1]["lm_loss"],
+            "seconds": sum(record["seconds"] for record in records),
+        }
+        for stage, records in metrics.items()
+    }
+    return {
+        **{key: scores[key] for key in ("questions", "accuracy", "blanked_accuracy", "by_kind")},
+        "stages": stages,
+        "seconds": seconds,
+        "checkpoint": scores["checkpoint"],
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".writing")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def heading(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
