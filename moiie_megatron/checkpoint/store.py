@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from moiie_megatron.backend.parallel import World
-from moiie_megatron.backend.saving import write_without_manager
+from moiie_megatron.backend.saving import idle_optimizers_have_a_step, write_without_manager
 from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import RunConfig
 
@@ -101,7 +101,8 @@ def save_checkpoint(
     final = step_folder(config.output, progress.step)
     beside = final.with_name(final.name + ".writing")
     metadata = sharding_metadata(world)
-    state = _sharded_state(parts, world, metadata, is_loading=False)
+    with idle_optimizers_have_a_step(parts["optimizer"], progress.step):
+        state = _sharded_state(parts, world, metadata, is_loading=False)
     state["progress"] = asdict(progress)
     state["format_version"] = FORMAT_VERSION
     state["world_size"] = world.size
@@ -131,6 +132,17 @@ def load_checkpoint(folder: Path, world: World, parts: dict[str, Any]) -> Progre
     """
     metadata = sharding_metadata(world)
     common = load_common(folder)
+    with idle_optimizers_have_a_step(parts["optimizer"], common["progress"]["step"]):
+        return _load_state(folder, world, parts, common, metadata)
+
+
+def _load_state(
+    folder: Path,
+    world: World,
+    parts: dict[str, Any],
+    common: dict[str, Any],
+    metadata: dict[str, Any],
+) -> Progress:
     state = _sharded_state(parts, world, metadata, is_loading=True)
     if common["world_size"] != world.size:
         del state["rng"]  # states of single ranks have no meaning in another layout
@@ -189,6 +201,9 @@ def _sharded_state(
     optimizer_state = parts["optimizer"].sharded_state_dict(
         model_state, is_loading=is_loading, metadata=metadata
     )
+    if not is_loading and optimizer_state.get("param_state") == {}:
+        # A stage without trained parameters: Megatron would report that rank 0 has some.
+        del optimizer_state["param_state"]
     return {
         "model": model_state,
         "optimizer": optimizer_state,

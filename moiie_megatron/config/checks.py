@@ -145,6 +145,11 @@ def _check_experts(config: RunConfig) -> None:
             f"parallel.expert is {parallel.expert} but the moe section has {layout.num_experts} "
             f"experts: use {_divisors(layout.num_experts)}."
         )
+    if config.moe.aux_loss == "pooled" and parallel.pipeline > 1:
+        raise ValueError(
+            f"moe.aux_loss is pooled but parallel.pipeline is {parallel.pipeline}: pooling needs "
+            "all MoE layers on one stage, use per_layer or parallel.pipeline=1."
+        )
     if config.moe.dispatcher == "flex" and importlib.util.find_spec("deep_ep") is None:
         raise ValueError(
             "moe.dispatcher is flex, which needs the package deep_ep, and it is not installed: "

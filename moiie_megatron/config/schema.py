@@ -98,6 +98,10 @@ class MoEConfig(Section):
     top_k: PositiveInt = 2
     vision_aux_loss_coeff: NonNegativeFloat = 0.001
     text_aux_loss_coeff: NonNegativeFloat = 0.001
+    aux_loss: Literal["per_layer", "pooled"] = Field(
+        "per_layer", description="pooled: over the tokens of all layers, as the reference does"
+    )
+    z_loss_coeff: NonNegativeFloat = 0.0
     router_init_std: NonNegativeFloat = 0.02
     router_dtype: Literal["fp32", "model"] = "fp32"
     dispatcher: Literal["moiie", "alltoall", "allgather", "flex"] = "moiie"

@@ -30,9 +30,14 @@ class Question:
 Grid = tuple[int, ...]  # the four digits in the order of PLACES
 
 
-def caption(grid: Grid) -> str:
-    """``top left 3, top right 7, bottom left 0, bottom right 1``."""
-    return ", ".join(f"{place} {digit}" for place, digit in zip(PLACES, grid, strict=True))
+def caption(grid: Grid, rng: random.Random) -> str:
+    """``bottom left 0, top right 7, top left 3, bottom right 1``: the four places in any order.
+
+    In one fixed order the position in the text would give the place away, and nobody would
+    learn what the words for places mean.
+    """
+    order = rng.sample(range(len(PLACES)), k=len(PLACES))
+    return ", ".join(f"{PLACES[place]} {grid[place]}" for place in order)
 
 
 def caption_request(rng: random.Random) -> str:
@@ -83,14 +88,7 @@ def described(rng: random.Random) -> Question:
     """A question about a grid that is given in words: what the language model needs to know."""
     grid = tuple(rng.randrange(10) for _ in PLACES)
     asked = about(grid, rng)
-    order = list(range(4))
-    rng.shuffle(order)  # otherwise the position in the text would give the place away
-    listed = (
-        caption(grid)
-        if rng.random() < 0.5
-        else ", ".join(f"{PLACES[place]} {grid[place]}" for place in order)
-    )
-    return Question(asked.kind, f"{listed}. {asked.question}", asked.answer)
+    return Question(asked.kind, f"{caption(grid, rng)}. {asked.question}", asked.answer)
 
 
 def vocabulary() -> list[str]:
@@ -100,7 +98,7 @@ def vocabulary() -> list[str]:
     lines += list(_CAPTION_REQUESTS)
     for _ in range(400):
         grid = tuple(rng.randrange(10) for _ in PLACES)
-        lines.append(caption(grid))
+        lines.append(caption(grid, rng))
         exchanges = [
             which_digit(grid, rng),
             is_there(grid, rng),

@@ -142,7 +142,7 @@ def _write(folder: Path, settings: DigitSettings) -> None:
 
     rng = random.Random(f"{settings.seed} questions")
     captions = [
-        _record(f"caption-{i}", [p], [(ask.caption_request(rng), ask.caption(p.digits))])
+        _record(f"caption-{i}", [p], [(ask.caption_request(rng), ask.caption(p.digits, rng))])
         for i, p in enumerate(pictures["train"])
     ]
     (folder / "captions.json").write_text(json.dumps(captions, indent=1), encoding="utf-8")

@@ -17,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moiie_megatron.moe.dispatcher import destinations
 from moiie_megatron.moe.grouped_mlp import GroupedExperts
 from moiie_megatron.moe.router import ModalityRouter, RouterSettings
 
@@ -94,10 +95,17 @@ class MoIIELayer(MoELayer):
         if self.order is not None:  # from logical ids to places
             probs = probs.index_select(1, self.order_E)
             routing_map = routing_map.index_select(1, self.order_E)
+        if self.training and torch.is_grad_enabled():
+            self._count_rows(routing_map, token_types)
         hidden_states, probs = self.preprocess(hidden_states, probs, routing_map)
         dispatched, probs = self.dispatch(hidden_states, probs)
         output, _ = self.routed_experts_compute(dispatched, probs)
         return self.postprocess(self.combine(output), None), None
+
+    def _count_rows(self, routing_map: Tensor, token_types: Tensor) -> None:
+        sent_TN = destinations(routing_map, self.ep_group.size())
+        masks_TR = self.router.masks(token_types.transpose(0, 1).reshape(-1))
+        self.router.stats.add_rows(masks_TR, sent_TN, self.ep_group.rank())
 
     def sharded_state_dict(
         self,

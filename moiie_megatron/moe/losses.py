@@ -1,6 +1,6 @@
-"""Balance losses as pure functions.
+"""Losses of the routers as pure functions.
 
-Shapes: T tokens of this rank, E experts.
+Shapes: T tokens of this rank, E experts, R routers.
 """
 
 from __future__ import annotations
@@ -13,26 +13,34 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Balance:
-    """The balance loss of one router on one micro-batch.
+    """The balance losses of a layer's routers on one micro-batch.
 
-    ``loss`` is this rank's part: the parts of the ranks that share the micro-batch add up to
-    the loss.  ``tokens``, ``load_E`` and ``prob_E`` are sums over this rank's tokens.
+    Attributes:
+        loss_R: This rank's parts: the parts of the ranks that share the micro-batch add up to
+            the loss of each router.
+        tokens_R: Tokens of this rank that each router scored.
+        load_RE: How many of them activate each expert.
+        prob_RE: Their summed routing probabilities (with gradient).
+        all_tokens_R: As ``tokens_R`` over all ranks that share the micro-batch.
+        all_load_RE: As ``load_RE`` over all ranks that share the micro-batch.
     """
 
-    loss: Tensor
-    tokens: Tensor
-    load_E: Tensor
-    prob_E: Tensor
+    loss_R: Tensor
+    tokens_R: Tensor
+    load_RE: Tensor
+    prob_RE: Tensor
+    all_tokens_R: Tensor
+    all_load_RE: Tensor
 
 
-def balance_loss(
+def balance_losses(
     probs_TE: Tensor,
     routing_map_TE: Tensor,
-    mask_T: Tensor,
-    num_candidates: int,
+    masks_TR: Tensor,
+    num_candidates_R: Tensor,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Balance:
-    """The Switch balance loss of one router: ``K * sum_i f_i * P_i`` (paper, section 3).
+    """The Switch balance loss of every router: ``K * sum_i f_i * P_i`` (paper, section 3).
 
     ``f_i`` is the share of the router's tokens that activate expert i (so ``sum_i f_i`` is
     top-k) and ``P_i`` their mean routing probability; ``f`` carries no gradient.  Perfect balance
@@ -41,21 +49,35 @@ def balance_loss(
     token gives exactly 0 and keeps the graph alive.
 
     Args:
-        probs_TE: Softmax over the router's experts, before top-k; 0 elsewhere.
+        probs_TE: Softmax over the experts of the token's router, before top-k; 0 elsewhere.
         routing_map_TE: True where a token activates an expert.
-        mask_T: True at tokens that this router scores and that are not padding.
-        num_candidates: K, the number of experts that this router scores.
+        masks_TR: True at tokens that a router scores and that are not padding.
+        num_candidates_R: K, the number of experts that each router scores.
         group: Ranks that hold other tokens of the same micro-batch (sequence parallelism).
     """
-    mask_T1 = mask_T.unsqueeze(1)
-    tokens = mask_T.sum().float()
-    load_E = (routing_map_TE & mask_T1).sum(dim=0).float()
-    prob_E = (probs_TE * mask_T1).sum(dim=0)
-    all_tokens, all_load_E = tokens, load_E
+    masks_RT = masks_TR.to(probs_TE.dtype).t()
+    tokens_R = masks_RT.sum(dim=1)
+    load_RE = masks_RT @ routing_map_TE.to(probs_TE.dtype)
+    prob_RE = masks_RT @ probs_TE
+    all_tokens_R, all_load_RE = tokens_R, load_RE
     if group is not None and group.size() > 1:
-        sums = torch.cat([tokens.view(1), load_E])
+        sums = torch.cat([tokens_R.unsqueeze(1), load_RE], dim=1)
         torch.distributed.all_reduce(sums, group=group)
-        all_tokens, all_load_E = sums[0], sums[1:]
-    count = all_tokens.clamp(min=1.0)
-    loss = num_candidates * torch.sum((all_load_E / count) * (prob_E / count))
-    return Balance(loss, tokens, load_E, prob_E.detach())
+        all_tokens_R, all_load_RE = sums[:, 0], sums[:, 1:]
+    count_R1 = all_tokens_R.clamp(min=1.0).unsqueeze(1)
+    products_RE = (all_load_RE / count_R1) * (prob_RE / count_R1)
+    loss_R = num_candidates_R * products_RE.sum(dim=1)
+    return Balance(loss_R, tokens_R, load_RE, prob_RE, all_tokens_R, all_load_RE)
+
+
+def z_losses(scores_TE: Tensor, masks_TR: Tensor, all_tokens_R: Tensor) -> Tensor:
+    """The router z-loss (ST-MoE): mean squared log-sum-exp of the scores, by router ``(R,)``.
+
+    This rank's part, like ``Balance.loss_R``.
+
+    Args:
+        scores_TE: Scores of the token's router, -inf at experts that it may not use.
+        all_tokens_R: Tokens of each router over all ranks that share the micro-batch.
+    """
+    squares_T = torch.logsumexp(scores_TE.float(), dim=-1).square()
+    return (masks_TR.float().t() @ squares_T) / all_tokens_R.clamp(min=1.0)

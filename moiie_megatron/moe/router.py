@@ -20,7 +20,8 @@ from torch import Tensor
 from moiie_megatron.experts.layout import ExpertLayout
 from moiie_megatron.experts.token_types import IMAGE, PADDING
 from moiie_megatron.moe.load_stats import LoadStats
-from moiie_megatron.moe.losses import balance_loss
+from moiie_megatron.moe.losses import Balance, balance_losses, z_losses
+from moiie_megatron.moe.pooled import PooledLoads
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class RouterSettings:
         layout: Which experts exist and who may use them.
         aux_loss_coeffs: Weight of each router's balance loss **in one layer**, by router name:
             alpha divided by the number of MoE layers, because losses of layers add up while the
-            reference's alpha weighs their mean.
+            reference's alpha weighs their mean (alpha itself for the pooled form).
+        z_loss_coeff: Weight of each router's z-loss in one layer, shared out in the same way.
+        pooled: Loads of all layers, for the reference's pooled balance loss; None for the mean
+            of the layers' losses.
         init_std: Standard deviation of fresh router weights.
         seed: Seed of the run, from which fresh router weights follow.
     """
@@ -40,6 +44,8 @@ class RouterSettings:
     aux_loss_coeffs: dict[str, float]
     init_std: float
     seed: int = 0
+    z_loss_coeff: float = 0.0
+    pooled: PooledLoads | None = None
 
 
 class ModalityRouter(MegatronModule):
@@ -72,7 +78,12 @@ class ModalityRouter(MegatronModule):
             self.gates[name] = torch.nn.Parameter(weight)
             # Under sequence parallelism each rank holds part of the gradient: Megatron sums it.
             self.gates[name].sequence_parallel = config.sequence_parallel
-        self.stats = LoadStats(len(self.layout.routers), self.layout.num_experts, device)
+        routers = self.layout.routers
+        widths = [float(len(self.layout.allowed(name))) for name in routers]
+        coeffs = [settings.aux_loss_coeffs[name] for name in routers]
+        for name, values in (("candidates_R", widths), ("coeffs_R", coeffs)):
+            self.register_buffer(name, torch.tensor(values, device=device), persistent=False)
+        self.stats = LoadStats(len(routers), self.layout.num_experts, device)
         self.reset_parameters()
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -118,8 +129,8 @@ class ModalityRouter(MegatronModule):
         weights_TK = top_TK / top_TK.sum(dim=-1, keepdim=True)
         probs_TE = torch.zeros_like(softmax_TE).scatter(1, ids_TK, weights_TK)
         routing_map_TE = torch.zeros_like(softmax_TE, dtype=torch.bool).scatter(1, ids_TK, True)
-        if self.training and torch.is_grad_enabled():
-            probs_TE = self._balance(probs_TE, softmax_TE, routing_map_TE, types_T)
+        if self.training:
+            probs_TE = self._losses(probs_TE, scores_TE, softmax_TE, routing_map_TE, types_T)
         return probs_TE, routing_map_TE
 
     def _scores(self, hidden_Th: Tensor, is_image_T: Tensor) -> Tensor:
@@ -141,34 +152,52 @@ class ModalityRouter(MegatronModule):
         vision_TE, text_TE = joint
         return torch.where(is_image_T.unsqueeze(1), vision_TE, text_TE)
 
-    def _router_mask(self, name: str, types_T: Tensor) -> Tensor:
-        """Tokens that a router scores, without padding."""
-        if name == "joint":
-            return types_T != PADDING
-        if name == "vision":
-            return types_T == IMAGE
-        return (types_T != IMAGE) & (types_T != PADDING)
+    def masks(self, types_T: Tensor) -> Tensor:
+        """Tokens that each router scores, without padding: bool ``(T, R)``."""
+        is_image_T, is_real_T = types_T == IMAGE, types_T != PADDING
+        if self.layout.routers == ("joint",):
+            return is_real_T.unsqueeze(1)
+        return torch.stack([is_image_T, is_real_T & ~is_image_T], dim=1)
 
-    def _balance(
-        self, probs_TE: Tensor, softmax_TE: Tensor, routing_map_TE: Tensor, types_T: Tensor
+    def _losses(
+        self,
+        probs_TE: Tensor,
+        scores_TE: Tensor,
+        softmax_TE: Tensor,
+        routing_map_TE: Tensor,
+        types_T: Tensor,
     ) -> Tensor:
-        """Attach every router's balance loss to ``probs_TE`` and count the load.
+        """Attach the losses of every router to ``probs_TE`` and count the load.
 
-        Only runs with gradients enabled, so a recomputed layer is counted once (its first
-        forward pass has none).
+        Losses and counts belong to the pass with gradients, so a recomputed layer (its first
+        pass has none) is counted once.
         """
-        for index, name in enumerate(self.layout.routers):
-            balance = balance_loss(
-                softmax_TE,
-                routing_map_TE,
-                self._router_mask(name, types_T),
-                len(self.layout.allowed(name)),
-                self.token_group,
-            )
-            coeff = self.settings.aux_loss_coeffs[name]
-            if coeff:
-                probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, coeff * balance.loss)
-            self.stats.add(
-                index, balance.tokens, balance.load_E, balance.prob_E, balance.loss.detach()
-            )
-        return probs_TE
+        settings, masks_TR = self.settings, self.masks(types_T)
+        balance = balance_losses(
+            softmax_TE, routing_map_TE, masks_TR, self.candidates_R, self.token_group
+        )
+        if settings.pooled is not None:
+            assert self.layer_number is not None
+            settings.pooled.put(self.layer_number - 1, balance)
+        if not torch.is_grad_enabled():
+            return probs_TE
+        loss_R, logged_R = self._balance_loss(balance)
+        total = torch.dot(self.coeffs_R, loss_R)
+        z_R = torch.zeros_like(logged_R)
+        if settings.z_loss_coeff:
+            z_R = z_losses(scores_TE, masks_TR, balance.all_tokens_R)
+            total = total + settings.z_loss_coeff * z_R.sum()
+        self.stats.add(balance, logged_R.detach(), z_R.detach())
+        return MoEAuxLossAutoScaler.apply(probs_TE, total)
+
+    def _balance_loss(self, balance: Balance) -> tuple[Tensor, Tensor]:
+        """The loss to differentiate and the value to log, by router."""
+        pooled = self.settings.pooled
+        if pooled is None:
+            return balance.loss_R, balance.loss_R
+        assert self.layer_number is not None
+        loss_R = pooled.loss_R(balance.prob_RE, self.candidates_R)
+        if not pooled.is_last(self.layer_number - 1):
+            return loss_R, torch.zeros_like(loss_R)
+        # The log takes the mean over layers: one of them reports for all.
+        return loss_R, pooled.value_R(self.candidates_R) * len(pooled.places)

@@ -12,6 +12,7 @@ from moiie_megatron.backend.specs import decoder_spec, has_transformer_engine
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
 from moiie_megatron.moe.layer import moiie_module
+from moiie_megatron.moe.pooled import PooledLoads
 from moiie_megatron.moe.router import RouterSettings
 from moiie_megatron.multimodal.connector import Connector
 from moiie_megatron.multimodal.model import MoIIEModel
@@ -69,12 +70,15 @@ def router_settings(config: RunConfig) -> RouterSettings:
         "text": moe.text_aux_loss_coeff,
         "joint": moe.text_aux_loss_coeff,
     }
-    layers = len(config.moe_layers)
+    is_pooled = moe.aux_loss == "pooled"
+    layers = 1 if is_pooled else len(config.moe_layers)
     return RouterSettings(
         layout=moe.layout,
         aux_loss_coeffs={name: alphas[name] / layers for name in moe.layout.routers},
         init_std=moe.router_init_std,
         seed=config.train.seed,
+        z_loss_coeff=moe.z_loss_coeff / len(config.moe_layers),
+        pooled=PooledLoads(config.moe_layers) if is_pooled else None,
     )
 
 

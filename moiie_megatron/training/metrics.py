@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from moiie_megatron.backend.parallel import World
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.moe.layer import MoIIELayer
-from moiie_megatron.moe.load_stats import LoadStats, unpack
+from moiie_megatron.moe.load_stats import LoadStats
 from moiie_megatron.multimodal.model import MoIIEModel
 from moiie_megatron.training.step import StepResult
 
@@ -38,7 +38,7 @@ def routing_summary(
         return {"aux": {}, "layers": {}}
     layout = config.moe.layout
     routers, experts = layout.routers, layout.num_experts
-    width = len(routers) * (2 * experts + 2)
+    width = LoadStats(len(routers), experts, torch.device("cpu")).packed().numel()
     sums = torch.zeros(len(layers), width, device=world.device.torch_device)
     for number, stats in _local_stats(model):
         sums[layers.index(number)] = stats.packed()
@@ -48,7 +48,7 @@ def routing_summary(
     aux = dict.fromkeys(routers, 0.0)
     shares: dict[str, dict[str, list[float]]] = {}
     for number, row in zip(layers, sums.double().cpu(), strict=True):
-        stats = unpack(row, len(routers), experts)
+        stats = LoadStats.unpack(row, len(routers), experts)
         share = stats["load_RE"] / stats["tokens_R"].clamp(min=1).unsqueeze(1)
         shares[str(number)] = {name: share[i].tolist() for i, name in enumerate(routers)}
         for i, name in enumerate(routers):

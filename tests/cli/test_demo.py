@@ -126,10 +126,10 @@ def test_generate_refuses(out: Path, arguments: list[str], message: str) -> None
 
 
 def test_a_failing_stage_fails_the_demo(tmp_path: Path) -> None:
-    (tmp_path / "stage1").mkdir()
-    (tmp_path / "stage1" / "checkpoints").write_text("in the way")
+    (tmp_path / "dense").write_text("in the way of the first stage")
     result = start("tools/demo.py", "--quick", "--out", str(tmp_path))
     assert result.returncode == 1
+    assert "tools/train.py" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "report.json").exists()
 
 

@@ -42,6 +42,17 @@ def train_in_turn(folder: Path, runs: Mapping[str, Any], processes: int, timeout
     run(command(TRAIN, files, processes), timeout).check()
 
 
+def go_back(output: Path, copy: Path, step: int) -> Path:
+    """A copy of a finished run, as it was after its checkpoint of ``step``."""
+    shutil.copytree(output, copy)
+    checkpoints = copy / "checkpoints"
+    (checkpoints / "latest").write_text(f"step_{step:07d}\n")
+    for folder in checkpoints.glob("step_*"):
+        if folder.name > f"step_{step:07d}":
+            shutil.rmtree(folder)
+    return copy
+
+
 @pytest.fixture(scope="session")
 def single(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     """One process: ``seed`` is a dense checkpoint, the others start from it."""
@@ -87,6 +98,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path) -
         connector = tiny_values(digits, folder / "connector", "connector")
         connector["train"]["steps"] = 2
         connector["checkpoint"]["init_from"] = str(seed)
+        connector["checkpoint"]["interval"] = 1
         connector["parallel"] = {"pipeline": 2}
         runs = {
             # Also the undisturbed run that test_resume.py compares with.
@@ -109,16 +121,18 @@ def quad(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path, p
 
     def make(folder: Path) -> None:
         seed = single / "seed"
-        halfway = folder / "resumed"
-        shutil.copytree(pair / "ep2", halfway)
-        checkpoints = halfway / "checkpoints"
-        shutil.rmtree(checkpoints / f"step_{STEPS:07d}")
-        (checkpoints / "latest").write_text(f"step_{STEPS - SAVE_EVERY:07d}\n")
+        resumed = go_back(pair / "ep2", folder / "resumed", STEPS - SAVE_EVERY)
+        connector = tiny_values(
+            digits, go_back(pair / "connector", folder / "connector", 1), "connector"
+        )
+        connector["train"]["steps"] = 2
+        connector["parallel"] = {"pipeline": 2}
         runs = {
             "tp2ep2dp2": joint_values(
                 digits, folder / "tp2ep2dp2", seed, parallel={"tensor": 2, "expert": 2}
             ),
-            "resumed": joint_values(digits, halfway, seed, parallel={"pipeline": 2, "expert": 2}),
+            "resumed": joint_values(digits, resumed, seed, parallel={"pipeline": 2, "expert": 2}),
+            "connector": connector,
         }
         train_in_turn(folder, runs, processes=4, timeout=240)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from moiie_megatron.backend.parallel import World
+from moiie_megatron.checkpoint.store import latest_checkpoint
+from moiie_megatron.checkpoint.upcycle import load_weights
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.batch import Batch
@@ -63,7 +65,13 @@ def _batch(tokens: torch.Tensor, types: torch.Tensor, images: torch.Tensor) -> B
 
 def steps(config: RunConfig, world: World) -> list[dict[str, object]]:
     """The same batches for every number of ranks: rank r of n takes every n-th micro-batch."""
-    trainee = prepare_training(config, world, build_model(config, world), len(SCHEDULE))
+    model = build_model(config, world)
+    # Fresh experts differ between layouts; those made from one dense FFN do not.
+    assert config.checkpoint.init_from is not None
+    source = latest_checkpoint(config.checkpoint.init_from)
+    assert source is not None
+    load_weights(source, world, model)
+    trainee = prepare_training(config, world, model, len(SCHEDULE))
     trainee.ddp.train()
     lines: list[dict[str, object]] = []
     for number, ranks in enumerate(SCHEDULE):

@@ -10,7 +10,8 @@ import pytest
 from tests.distributed.conftest import STEPS
 from tests.helpers.tiny_run import read_metrics
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+# The time limit counts the runs, which the first test of a session waits for.
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Layouts add the same fp32 numbers in another order: each sum differs by some 1e-7 of its size,
 # and Adam divides small gradients by their own size, which makes such differences grow from step

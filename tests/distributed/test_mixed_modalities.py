@@ -12,17 +12,20 @@ from tests.helpers.launch import command, run
 from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import tiny_values, write_config
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+# The time limit counts the runs, which the first test of a session waits for.
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
 WORKER = "tests/distributed/mixed_worker.py"
 
 
 @pytest.fixture(scope="session")
-def courses(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[str, Any]:
+def courses(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path) -> dict[str, Any]:
     """Steps by number of processes, rank and recompute; two processes share the experts."""
 
     def make(folder: Path) -> None:
-        config = write_config(folder / "run.yaml", tiny_values(digits, folder / "unused"))
+        values = tiny_values(digits, folder / "unused")
+        values["checkpoint"]["init_from"] = str(single / "seed")
+        config = write_config(folder / "run.yaml", values)
         for processes in (1, 2):
             out = folder / str(processes)
             out.mkdir()

@@ -18,7 +18,8 @@ from tests.distributed.test_layouts import assert_same_course
 from tests.helpers.launch import TRAIN, command, kill_group, run, started
 from tests.helpers.tiny_run import read_metrics, write_config
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+# The time limit counts the runs, which the first test of a session waits for.
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def plain_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -97,9 +98,7 @@ def test_finished_run_is_left_alone(tmp_path: Path, single: Path, digits: Path) 
     assert read_metrics(output) == read_metrics(single / "dense")
 
 
-def test_connector_stage_on_a_pipeline_whose_end_has_nothing_to_train(
-    single: Path, pair: Path
-) -> None:
+def test_connector_stage_whose_last_rank_has_nothing_to_train(single: Path, pair: Path) -> None:
     """Stage 1: only the connector changes, everything else keeps every bit."""
     steps = read_metrics(pair / "connector")
     assert [line["step"] for line in steps] == [1, 2]
@@ -110,3 +109,20 @@ def test_connector_stage_on_a_pipeline_whose_end_has_nothing_to_train(
     assert len(weights) > 50
     assert sorted(changed) == sorted(name for name in weights if name.startswith("connector."))
     assert len(changed) == 4
+
+
+def test_connector_stage_resumes(pair: Path, quad: Path) -> None:
+    """Two ranks begin, four go on; the last stage's optimizer still has nothing."""
+    steps, whole = read_metrics(quad / "connector"), read_metrics(pair / "connector")
+    assert len(steps) == len(whole) == 2
+    assert steps[1]["seconds"] != whole[1]["seconds"]
+    for key in ("lm_loss", "grad_norm"):
+        assert steps[1][key] == pytest.approx(whole[1][key], rel=1e-4)
+    last = Path("checkpoints", "step_0000002")
+    before, after = (
+        plain_tensors(pair / "connector" / last),
+        plain_tensors(quad / "connector" / last),
+    )
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.allclose(after[name], value, atol=1e-5), name

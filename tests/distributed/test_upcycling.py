@@ -8,7 +8,8 @@ import pytest
 
 from tests.helpers.tiny_run import read_metrics
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+# The time limit counts the runs, which the first test of a session waits for.
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Equal experts under renormalised weights: rounding only (fp32, sums of some 100 terms).
 TOLERANCE = 1e-5

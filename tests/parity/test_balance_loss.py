@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
 from torch import Tensor
 
-from moiie_megatron.moe.losses import balance_loss
+from moiie_megatron.moe.losses import balance_losses
 from tests.parity import golden
 
 CASES = golden.numbers("aux_loss")
@@ -20,7 +20,8 @@ def _ours(logits: Tensor, mask: Tensor, top_k: int) -> tuple[Tensor, Tensor, Ten
     probs = torch.softmax(logits, dim=-1)
     chosen = torch.topk(probs, top_k, dim=-1).indices
     routing_map = torch.zeros_like(probs, dtype=torch.bool).scatter(1, chosen, True)
-    loss = balance_loss(probs, routing_map, mask, logits.shape[1]).loss
+    candidates = torch.tensor([float(logits.shape[1])])
+    loss = balance_losses(probs, routing_map, mask.unsqueeze(1), candidates).loss_R.squeeze(0)
     return loss, probs, routing_map
 
 
