@@ -52,3 +52,15 @@ def idle_optimizers_have_a_step(optimizer: Any, step: int) -> Iterator[None]:
     finally:
         for inner in idle:
             inner.state.pop(_IDLE, None)
+
+
+def allocate_state(optimizer: Any) -> None:
+    """Give a fresh optimizer its state, so that a checkpoint can be loaded into it.
+
+    Megatron's distributed optimizer on torch's AdamW asserts while it describes its state that
+    there is some.  The values (and the one step that they count) are replaced by the load.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if inner is not None and not inner.state and hasattr(part, "gbuf_ranges"):
+            part._init_optimizer_states_with_dummy_values()

@@ -18,9 +18,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
 from moiie_megatron.backend.parallel import World
-from moiie_megatron.backend.saving import idle_optimizers_have_a_step, write_without_manager
+from moiie_megatron.backend.saving import (
+    allocate_state,
+    idle_optimizers_have_a_step,
+    write_without_manager,
+)
 from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import RunConfig
 
@@ -132,6 +137,7 @@ def load_checkpoint(folder: Path, world: World, parts: dict[str, Any]) -> Progre
     """
     metadata = sharding_metadata(world)
     common = load_common(folder)
+    allocate_state(parts["optimizer"])
     with idle_optimizers_have_a_step(parts["optimizer"], common["progress"]["step"]):
         return _load_state(folder, world, parts, common, metadata)
 
@@ -187,9 +193,12 @@ def read_sharded(folder: Path, state: dict[str, Any], **options: Any) -> dict[st
     """
     try:
         return dist_checkpointing.load(state, str(folder), **options)
-    except Exception as error:  # torch's and Megatron's readers raise many types
+    except (Exception, CheckpointException) as error:  # the readers raise many types
+        # Torch wraps what a rank met in a BaseException whose own text only counts ranks.
+        causes = error.failures.values() if isinstance(error, CheckpointException) else ()
+        cause = next((inner for inner, _ in causes), error)
         raise ValueError(
-            f"The checkpoint {folder} does not fit this run ({_first_line(error)}): compare its "
+            f"The checkpoint {folder} does not fit this run ({_first_line(cause)}): compare its "
             f"{CONFIG_FILE} with the configuration."
         ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,12 +32,14 @@ Grid = tuple[int, ...]  # the four digits in the order of PLACES
 
 
 def caption(grid: Grid, rng: random.Random) -> str:
-    """``bottom left 0, top right 7, top left 3, bottom right 1``: the four places in any order.
+    """``bottom left 0, top right 7, top left 3, bottom right 1``; every second in reading order.
 
-    In one fixed order the position in the text would give the place away, and nobody would
-    learn what the words for places mean.
+    In reading order alone the position in the text would give the place away, and nobody would
+    learn what the words for places mean; in any order alone, digits are learnt late.
     """
-    order = rng.sample(range(len(PLACES)), k=len(PLACES))
+    order: Sequence[int] = range(len(PLACES))
+    if rng.random() < 0.5:
+        order = rng.sample(order, k=len(PLACES))
     return ", ".join(f"{PLACES[place]} {grid[place]}" for place in order)
 
 

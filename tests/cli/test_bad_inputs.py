@@ -28,7 +28,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "world": (["parallel.expert=2"], ["1 ranks", "parallel.expert is 2"]),
     "megatron_unknown": (["megatron.recompute_granularit=full"], ["did you mean recompute_gran"]),
     "megatron_owned": (["megatron.num_layers=2"], ["megatron.num_layers is 2", "language.num_l"]),
-    "override": (["train.steps"], ["train.steps"]),
+    "no_override": (["train.steps"], ["train.steps", "name a YAML file"]),
     "no_records": (["data.sources.0.records=x"], ["data.sources"]),
     "records": (["data.sources=[{records: FOLDER/no.jsonl, images: FOLDER}]"], ["FOLDER/no.jsonl"]),
     "images": (["data.sources=[{records: FOLDER/torn.json, images: FOLDER/no}]"], ["FOLDER/no"]),
@@ -41,7 +41,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "newer": (["checkpoint.init_from=FOLDER/newer"], ["format version 99"]),
     "other_sizes": (
         ["checkpoint.init_from=FOLDER/good", "language.ffn_hidden_size=256"],
-        ["(128, 64)", "(256, 64)"],
+        ["(256, 64)", "(512, 64)"],
     ),
     "cuda": (["train.device=cuda"], ["train.device is cuda", "0 GPU(s)"]),
 }
@@ -109,7 +109,7 @@ def test_one_process(case: str, bad: Path) -> None:
 def two_processes(folder: Path, config: Path, *overrides: str) -> tuple[Finished, list[str]]:
     """The finished job, and what each process printed to stderr."""
     logs = folder / "logs"
-    start = torchrun(2, f"--log-dir={logs}", "--redirects=3", "--tee=2")
+    start = torchrun(2, f"--log-dir={logs}", "--tee=3")
     finished = run([*start, TRAIN, str(config), *overrides], timeout=100)
     files = sorted(logs.rglob("stderr.log"))
     assert len(files) == 2

@@ -23,12 +23,15 @@ MOE_LAYERS = (1, 3)
 COEFFS = {"vision": 0.05, "text": 0.03}  # the reference's, in golden config.json
 
 
-def _moiie(family: str, world: World, *, aux: bool) -> tuple[MoIIEModel, RunConfig]:
-    """The golden model.  The data sums the balance losses of layers; our alpha weighs their
-    mean, so it is the coefficient times the number of MoE layers."""
-    times = len(MOE_LAYERS) if aux else 0
+def _moiie(family: str, world: World, aux: str) -> tuple[MoIIEModel, RunConfig]:
+    """The golden model without balance losses, with ``per_layer`` or with ``pooled`` ones.  The
+    data sums the per-layer losses of layers; our alpha weighs their mean, so it is the
+    coefficient times the number of MoE layers."""
+    times = {"none": 0, "per_layer": len(MOE_LAYERS), "pooled": 1}[aux]
     moe = MoEConfig(
-        vision_aux_loss_coeff=COEFFS["vision"] * times, text_aux_loss_coeff=COEFFS["text"] * times
+        aux_loss="pooled" if aux == "pooled" else "per_layer",
+        vision_aux_loss_coeff=COEFFS["vision"] * times,
+        text_aux_loss_coeff=COEFFS["text"] * times,
     )
     directory = str(golden.ROOT / f"tiny_{family}_moiie")
     config = tiny.run_config(tiny.language(family, pretrained=directory), moe)
@@ -67,7 +70,7 @@ def test_logits_loss_and_every_gradient_of_the_language_loss(
     inputs = golden.tensors(f"tiny_{family}_moiie/inputs")
     want = golden.tensors(f"tiny_{family}_moiie/outputs")
     runs = golden.numbers(f"tiny_{family}_moiie/outputs")[case]
-    model, config = _moiie(family, world, aux=False)
+    model, config = _moiie(family, world, "none")
     real = _real(inputs, case)
 
     logits = tiny.forward(model, inputs, case)
@@ -92,7 +95,7 @@ def test_balance_losses_and_their_gradients(family: str, case: str, world: World
     inputs = golden.tensors(f"tiny_{family}_moiie/inputs")
     want = golden.tensors(f"tiny_{family}_moiie/outputs")
     runs = golden.numbers(f"tiny_{family}_moiie/outputs")[case]
-    model, config = _moiie(family, world, aux=True)
+    model, config = _moiie(family, world, "per_layer")
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
 
     tiny.forward(model, inputs, case, labels=True).backward()
@@ -109,6 +112,38 @@ def test_balance_losses_and_their_gradients(family: str, case: str, world: World
         golden.assert_close(gradients[name], grad, name)
         without = want[f"{case}.grad_lm_only.{name}"]
         assert not torch.allclose(grad, without, rtol=1e-2), "the data shows no balance loss"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pooled_balance_losses_and_every_gradient(
+    family: str, case: str, recompute: bool, world: World
+) -> None:
+    """The reference's exact total loss, also when every layer is computed twice."""
+    inputs = golden.tensors(f"tiny_{family}_moiie/inputs")
+    want = golden.tensors(f"tiny_{family}_moiie/outputs")
+    runs = golden.numbers(f"tiny_{family}_moiie/outputs")[case]
+    model, config = _moiie(family, world, "pooled")
+    if recompute:
+        model.config.recompute_granularity = "full"
+        model.config.recompute_method = "uniform"
+        model.config.recompute_num_layers = 1
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    tiny.forward(model, inputs, case, labels=True).backward()
+
+    logged = torch.zeros(2)
+    for layer in MOE_LAYERS:
+        logged += model.language_model.decoder.layers[layer].mlp.router.stats.aux_R
+    golden.assert_close(logged / len(MOE_LAYERS), want[f"{case}.losses"][1:3], "pooled losses")
+    gradients = _gradients(model, config)
+    for name, digest in runs["grad_digests"].items():
+        golden.assert_digest(gradients[name], digest, name)
+    start = f"{case}.grad."
+    routers = {n.removeprefix(start): t for n, t in want.items() if n.startswith(start)}
+    assert len(routers) == 4
+    for name, grad in routers.items():
+        golden.assert_close(gradients[name], grad, name)
 
 
 @pytest.mark.parametrize("case", CASES)
