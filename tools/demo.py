@@ -43,11 +43,8 @@ class Plan:
 
     def overrides(self, stage: str) -> list[str]:
         """The files of examples/configs name runs/demo; this run may be elsewhere."""
-        records = {"dense": ("captions.json", "text.jsonl"), "stage1": ("captions.json",)}
-        sources = [
-            {"records": str(self.data / name), "images": str(self.data / "images")}
-            for name in records.get(stage, ("train.jsonl",))
-        ]
+        records = "train.jsonl" if stage == "stage2" else "captions.json"
+        sources = [{"records": str(self.data / records), "images": str(self.data / "images")}]
         result = [
             f"output={json.dumps(str(self.out / stage))}",
             f"data.sources={json.dumps(sources)}",
@@ -134,7 +131,7 @@ def follow(command: Sequence[str], threads: int) -> int:
         assert process.stdout is not None
         for line in process.stdout:
             step = re.match(r"step (\d+)/(\d+) ", line)
-            if step is None or int(step[1]) % REPORT_EVERY in (0, 1) or step[1] == step[2]:
+            if step is None or step[1] in ("1", step[2]) or int(step[1]) % REPORT_EVERY == 0:
                 print(line, end="", flush=True)
     if process.returncode:
         print(f"error: {' '.join(command[:6])} ... failed.", file=sys.stderr, flush=True)

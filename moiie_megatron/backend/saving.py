@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -54,13 +55,37 @@ def idle_optimizers_have_a_step(optimizer: Any, step: int) -> Iterator[None]:
             inner.state.pop(_IDLE, None)
 
 
-def allocate_state(optimizer: Any) -> None:
-    """Give a fresh optimizer its state, so that a checkpoint can be loaded into it.
+@contextmanager
+def loading_into(optimizer: Any) -> Iterator[None]:
+    """Within it, a checkpoint can be loaded into a fresh distributed optimizer on torch's AdamW.
 
-    Megatron's distributed optimizer on torch's AdamW asserts while it describes its state that
-    there is some.  The values (and the one step that they count) are replaced by the load.
+    Megatron-Core 0.16 trips there three times: it asserts that a fresh optimizer has state, it
+    looks for a ``step`` among the loaded tensors (which it left out itself), and it gives all
+    parameters one and the same ``step`` tensor, which every update then advances once per
+    parameter.  Transformer Engine's optimizer keeps the steps elsewhere; nothing changes for it.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        if inner is not None and not inner.state and hasattr(part, "gbuf_ranges"):
+    parts = [
+        part
+        for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        if hasattr(part, "gbuf_ranges") and part.optimizer is not None
+    ]
+    for part in parts:
+        if not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()
+        part._set_main_param_and_optimizer_states = partial(_set_with_step, part)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part._set_main_param_and_optimizer_states
+            for state in part.optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone()
+
+
+def _set_with_step(part: Any, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+    """Megatron's method of that name, with the step that ``load_state_dict`` has already set."""
+    group, place = part.model_param_group_index_map[model_param]
+    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
+    own = {"step": state["step"]} if "step" in state else {}
+    type(part)._set_main_param_and_optimizer_states(part, model_param, {**own, **tensors})

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from moiie_megatron.backend.parallel import World
 from moiie_megatron.backend.saving import (
-    allocate_state,
     idle_optimizers_have_a_step,
+    loading_into,
     write_without_manager,
 )
 from moiie_megatron.config.load import dump_config
@@ -137,8 +137,8 @@ def load_checkpoint(folder: Path, world: World, parts: dict[str, Any]) -> Progre
     """
     metadata = sharding_metadata(world)
     common = load_common(folder)
-    allocate_state(parts["optimizer"])
-    with idle_optimizers_have_a_step(parts["optimizer"], common["progress"]["step"]):
+    optimizer, step = parts["optimizer"], common["progress"]["step"]
+    with idle_optimizers_have_a_step(optimizer, step), loading_into(optimizer):
         return _load_state(folder, world, parts, common, metadata)
 
 

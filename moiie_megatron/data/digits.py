@@ -217,9 +217,9 @@ def _pair(name: str, pictures: list[_Picture], first: int, rng: random.Random) -
 
 
 def _test_questions(pictures: list[_Picture], rng: random.Random) -> Iterable[dict[str, Any]]:
-    """Per picture two digits and one yes or no; every 5th picture a sum."""
+    """Per picture three digits and one yes or no; every 5th picture a sum."""
     for i, picture in enumerate(pictures):
-        questions = [ask.digit_at(picture.digits, place) for place in rng.sample(range(4), k=2)]
+        questions = [ask.digit_at(picture.digits, place) for place in rng.sample(range(4), k=3)]
         questions.append(ask.is_there(picture.digits, rng))
         if i % 5 == 0:
             questions.append(ask.row_sum(picture.digits, rng))

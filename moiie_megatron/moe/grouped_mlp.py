@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import (
     ReplicaId,
     ShardedStateDict,
@@ -26,15 +25,16 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moiie_megatron.moe.grouped_linear import gated, grouped_linear
+
 
 class GroupedExperts(MegatronModule):
-    """Gated FFN experts on ``torch.nn.functional.grouped_mm``, on CPU and GPU.
+    """Gated FFN experts, on CPU and GPU (``moe/grouped_linear.py``).
 
     Stands where Megatron's ``TEGroupedMLP`` and ``SequentialMLP`` do and writes the same
     checkpoint: ``experts.linear_fc1.weight`` and ``experts.linear_fc2.weight`` with a leading
-    expert axis.  Weights are stored ``(E, out, in)`` and passed transposed, the layout that was
-    fastest in bf16.  An expert without rows gets a zero gradient, so every rank takes part in
-    every reduction.
+    expert axis.  An expert without rows gets a zero gradient, so every rank takes part in every
+    reduction.
     """
 
     def __init__(
@@ -70,25 +70,21 @@ class GroupedExperts(MegatronModule):
     ) -> tuple[Tensor, None]:
         """Run every row through its expert and weigh it with its routing probability.
 
+        The weight is applied to the output of the second product, not before it: that is the
+        same number, on rows that are several times shorter.
+
         Args:
             hidden_RD: Rows sorted by expert.
             tokens_per_expert: int64 ``(E,)``, adding up to R.
-            probs_R: Weight of each row, applied before the second product as Megatron does.
+            probs_R: Weight of each row.
 
         Returns:
             ``(R, D)`` and no bias.
         """
-        if hidden_RD.shape[0] == 0:
-            # grouped_mm has nothing to do; the weights must stay in the graph all the same.
-            idle = (self.weight_fc1.sum() + self.weight_fc2.sum()) * 0.0
-            return hidden_RD + (probs_R.sum() * 0.0 + idle).to(hidden_RD.dtype), None
-        ends_E = torch.cumsum(tokens_per_expert, dim=0).to(hidden_RD.device, torch.int32)
-        gate_up = F.grouped_mm(hidden_RD, self.weight_fc1.transpose(1, 2), offs=ends_E)
-        gate, up = gate_up.chunk(2, dim=-1)
-        inner = self.config.activation_func(gate) * up
-        inner = (inner * probs_R.unsqueeze(-1)).to(hidden_RD.dtype)
-        output = F.grouped_mm(inner, self.weight_fc2.transpose(1, 2), offs=ends_E)
-        return _contiguous_grad(output), None
+        gate_up = grouped_linear(hidden_RD, self.weight_fc1, tokens_per_expert)
+        inner = gated(gate_up, self.config.activation_func)
+        output = grouped_linear(inner, self.weight_fc2, tokens_per_expert)
+        return (output * probs_R.unsqueeze(-1)).to(hidden_RD.dtype), None
 
     def backward_dw(self) -> None:
         """Nothing is delayed; Megatron calls this on every experts module."""
@@ -157,19 +153,3 @@ def _merge_gated(shards: list[Tensor]) -> Tensor:
 
 def _merge_plain(shards: list[Tensor]) -> Tensor:
     return torch.stack(shards)
-
-
-class _ContiguousGrad(torch.autograd.Function):
-    """Identity whose gradient is contiguous: grouped_mm refuses an expanded (stride 0) one."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
-
-
-def _contiguous_grad(tensor: Tensor) -> Tensor:
-    return _ContiguousGrad.apply(tensor)

@@ -28,8 +28,8 @@ def build_model(config: RunConfig, world: World) -> MoIIEModel:
     language, device = config.language, world.device
     _check_rope_scaling(config)
     mconfig = transformer_config(config, device)
-    moe_module = _moe_module(config, world) if config.moe_layers else None
-    spec = decoder_spec(mconfig, device, moe_module=moe_module, pp_rank=world.groups.pp.rank())
+    experts = moe_module(config, world) if config.moe_layers else None
+    spec = decoder_spec(mconfig, device, moe_module=experts, pp_rank=world.groups.pp.rank())
     language_model = GPTModel(
         config=mconfig,
         transformer_layer_spec=spec,
@@ -82,7 +82,8 @@ def router_settings(config: RunConfig) -> RouterSettings:
     )
 
 
-def _moe_module(config: RunConfig, world: World) -> ModuleSpec:
+def moe_module(config: RunConfig, world: World) -> ModuleSpec:
+    """What stands in place of the FFN in a layer with experts."""
     placement = config.placement
     return moiie_module(
         router_settings(config),
@@ -95,9 +96,9 @@ def _moe_module(config: RunConfig, world: World) -> ModuleSpec:
 
 def _te_experts() -> ModuleSpec:
     """Transformer Engine's grouped experts, as Megatron's own MoE specification has them."""
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.models.gpt.moe_module_specs import getmoe_module_spec
 
-    return get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True).submodules.experts
+    return getmoe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True).submodules.experts
 
 
 def _check_rope_scaling(config: RunConfig) -> None:

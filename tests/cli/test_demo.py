@@ -49,7 +49,7 @@ def test_report(out: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     kinds = report["by_kind"]
     assert set(kinds) == {"which", "exists", "sum"}
-    assert report["questions"] == sum(kind["questions"] for kind in kinds.values()) == 13
+    assert report["questions"] == sum(kind["questions"] for kind in kinds.values()) == 17
     assert 0 <= report["accuracy"] <= 1 and 0 <= report["blanked_accuracy"] <= 1
     assert report["seconds"] > sum(stage["seconds"] for stage in report["stages"].values()) > 0
     assert (Path(report["checkpoint"]) / "run.yaml").is_file()

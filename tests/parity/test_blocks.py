@@ -9,10 +9,10 @@ from torch import Tensor
 
 from moiie_megatron.backend.megatron import transformer_config
 from moiie_megatron.backend.parallel import World
-from moiie_megatron.config.schema import MoEConfig
+from moiie_megatron.config.schema import MoEConfig, ParallelConfig
 from moiie_megatron.experts.token_types import IMAGE
-from moiie_megatron.moe.layer import MoIIELayer, moiie_module
-from moiie_megatron.multimodal.build import router_settings
+from moiie_megatron.moe.layer import MoIIELayer
+from moiie_megatron.multimodal.build import moe_module
 from tests.parity import golden, tiny
 
 MOIIE_8 = {"num_vision_experts": 2, "num_shared_experts": 4, "num_text_experts": 2}
@@ -25,21 +25,26 @@ BLOCKS = [
 ]
 
 
-def _layer(moe: dict[str, object], dispatcher: str, world: World) -> MoIIELayer:
+def build_layer(
+    moe: dict[str, object], dispatcher: str, world: World, parallel: ParallelConfig | None = None
+) -> MoIIELayer:
+    """One layer of the size of the golden blocks, in training mode."""
     section = MoEConfig(
         **moe, layers="all", dispatcher=dispatcher, vision_aux_loss_coeff=0, text_aux_loss_coeff=0
     )
     sizes = {"hidden_size": 32, "ffn_hidden_size": 64, "num_layers": 1}
-    config = tiny.run_config(tiny.language("phi3", **sizes), section)
+    config = tiny.run_config(
+        tiny.language("phi3", **sizes), section, parallel=parallel or ParallelConfig()
+    )
     layer = build_module(
-        moiie_module(router_settings(config), world.groups),
+        moe_module(config, world),
         config=transformer_config(config, world.device),
     )
     layer.set_layer_number(1)
     return layer.train()
 
 
-def _reference_names(layer: MoIIELayer) -> dict[str, Tensor]:
+def reference_names(layer: MoIIELayer) -> dict[str, Tensor]:
     """Our parameters' values and gradients are compared under the reference's names."""
     layout = layer.router.layout
     names = {}
@@ -55,12 +60,12 @@ def _reference_names(layer: MoIIELayer) -> dict[str, Tensor]:
     return names
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatcher", ["moiie", "alltoall", "allgather"])
 @pytest.mark.parametrize(("name", "moe", "run"), BLOCKS, ids=[f"{b[0]}-{b[2]}" for b in BLOCKS])
 def test_block(name: str, moe: dict[str, object], run: str, dispatcher: str, world: World) -> None:
     data, digests = golden.tensors(name), golden.numbers(name)[run]
-    layer, case = _layer(moe, dispatcher, world), run.split(".")[0]
-    names = _reference_names(layer)
+    layer, case = build_layer(moe, dispatcher, world), run.split(".")[0]
+    names = reference_names(layer)
     stored = {n.removeprefix("weights.") for n in data if n.startswith("weights.")}
     assert set(names) == stored and set(names) == set(digests)
     with torch.no_grad():

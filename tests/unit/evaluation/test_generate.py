@@ -55,15 +55,22 @@ def teacher_forced(generator: Generator, prompt: Prompt, answer: list[int]) -> l
     return logits[0, len(prompt.tokens) - 1 : -1, :vocabulary].argmax(-1).tolist()
 
 
-def test_greedy_is_the_argmax_after_every_prefix(
-    generator: Generator, prompts: list[Prompt]
-) -> None:
+@pytest.fixture
+def endless(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> Generator:
+    """An untrained model may end at once: here nothing ends an answer."""
+    monkeypatch.setattr(generator, "stop_ids", frozenset())
+    return generator
+
+
+def test_greedy_is_the_argmax_after_every_prefix(endless: Generator, prompts: list[Prompt]) -> None:
+    generator = endless
     for prompt, answer in zip(prompts, generator.generate(prompts, 5), strict=True):
-        assert 0 < len(answer) <= 5
+        assert len(answer) == 5
         assert answer == teacher_forced(generator, prompt, answer)
 
 
-def test_batch_equals_single(generator: Generator, prompts: list[Prompt]) -> None:
+def test_batch_equals_single(endless: Generator, prompts: list[Prompt]) -> None:
+    generator = endless
     together = generator.generate(prompts, 5)
     assert together == [generator.generate([prompt], 5)[0] for prompt in prompts]
     logits = generator.next_token_logits(prompts, [[], [], []])
@@ -73,11 +80,13 @@ def test_batch_equals_single(generator: Generator, prompts: list[Prompt]) -> Non
 
 
 def test_answers_end_at_a_stop_id(
-    generator: Generator, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+    endless: Generator, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    generator = endless
     free = generator.generate(prompts, 6)
     stop = free[0][-1]
     monkeypatch.setattr(generator, "stop_ids", frozenset([stop]))
+    assert generator.generate(prompts[:1], 6) == [free[0][: free[0].index(stop)]]
     expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
     assert generator.generate(prompts, 6) == expected
 

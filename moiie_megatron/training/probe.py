@@ -1,0 +1,154 @@
+"""One optimizer step recorded as full logical tensors, so that layouts can be compared.
+
+Every rank cuts its parameters, gradients and logits by their place in the distributed
+checkpoint; rank 0 puts the pieces together.  A tensor that several ranks hold (replicas) must be
+the same on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from moiie_megatron.backend.parallel import World
+from moiie_megatron.checkpoint.assign import assign
+from moiie_megatron.checkpoint.store import sharding_metadata
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.data.batch import Batch
+from moiie_megatron.multimodal.build import build_model
+from moiie_megatron.multimodal.model import MoIIEModel
+from moiie_megatron.training.metrics import routing_summary
+from moiie_megatron.training.setup import prepare_training
+from moiie_megatron.training.step import count_tokens, evaluate_loss, run_schedule
+
+# What a piece of a tensor is: its name, the full shape, where it starts, and the numbers.
+_Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
+
+
+def record_step(
+    config: RunConfig,
+    world: World,
+    batches: list[Batch],
+    weights: Callable[[str, int | None], Tensor | None] | None,
+) -> dict[str, Tensor] | None:
+    """One step from given weights; every rank calls this.
+
+    Args:
+        batches: This rank's micro-batches of the global batch.
+        weights: Full tensors by logical name (``checkpoint/assign.py``); None keeps fresh ones.
+
+    Returns:
+        On rank 0: ``start/NAME``, ``grad/NAME`` (after all reductions), ``next/NAME`` (after the
+        optimizer) by logical tensor name, and ``loss``, ``eval_loss``, ``aux``; elsewhere None.
+
+    Raises:
+        ValueError: Replicas of a tensor differ between ranks.
+    """
+    # Gradients are whole on every rank only without the distributed optimizer's shards.
+    config = config.model_copy(
+        update={"optimizer": config.optimizer.model_copy(update={"distributed": False})}
+    )
+    model = build_model(config, world)
+    if weights is not None:
+        assign(model, weights)
+    record = _gather("start", _pieces(model, world, lambda parameter: parameter.data), world)
+    eval_loss = evaluate_loss(config, world, model, batches)
+    trainee = prepare_training(config, world, model, steps=10)
+    labels, _, _ = count_tokens(batches, world)
+    scale = len(batches) * world.dp_size / max(labels, 1)
+    loss = run_schedule(config, world, trainee.ddp, batches, loss_scale=scale) / max(labels, 1)
+    for group in (world.groups.dp, world.groups.pp):
+        dist.all_reduce(loss, group=group)
+    aux = routing_summary(config, world, model, len(batches) * world.dp_size)["aux"]
+    record |= _gather("grad", _pieces(model, world, _main_grad), world)
+    trainee.optimizer.step()
+    record |= _gather("next", _pieces(model, world, lambda parameter: parameter.data), world)
+    record |= {
+        "loss": loss.cpu(),
+        "eval_loss": torch.tensor(eval_loss),
+        "aux": torch.tensor(list(aux.values())),
+    }
+    return record if world.rank == 0 else None
+
+
+def _main_grad(parameter: Tensor) -> Tensor | None:
+    return parameter.main_grad if parameter.requires_grad else None
+
+
+def _pieces(
+    model: MoIIEModel, world: World, read: Callable[[Tensor], Tensor | None]
+) -> Iterator[_Piece]:
+    """What this rank holds of every tensor; ``read`` gives the numbers of a parameter."""
+    for entry in model.sharded_state_dict(metadata=sharding_metadata(world)).values():
+        if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
+            continue  # extra state of Transformer Engine modules
+        values = read(entry.data)
+        if values is None:
+            continue
+        if isinstance(entry, ShardedTensorFactory):
+            shards = entry.build_fn(entry.key, values, entry.replica_id, None)
+        else:
+            entry.data = values
+            shards = [entry]
+        for shard in shards:
+            part = shard.data.detach().float().cpu().clone()
+            part = part.reshape((1,) * shard.prepend_axis_num + tuple(part.shape))
+            yield shard.key, tuple(shard.global_shape), tuple(shard.global_offset), part
+
+
+def _gather(kind: str, pieces: Iterator[_Piece], world: World) -> dict[str, Any]:
+    """Full tensors on rank 0, an empty dictionary elsewhere.
+
+    Raises:
+        ValueError: Two ranks hold different values of the same piece.
+    """
+    received: list[list[_Piece]] | None = [[]] * world.size if world.rank == 0 else None
+    dist.gather_object(list(pieces), received)
+    full: dict[str, Tensor] = {}
+    for rank_pieces in received or []:
+        for name, shape, offset, part in rank_pieces:
+            whole = full.setdefault(f"{kind}/{name}", torch.full(shape, float("nan")))
+            place = whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))]
+            seen = ~place.isnan()
+            difference = (place - part)[seen].abs().max() if seen.any() else torch.zeros(())
+            if difference > 1e-5 * part.abs().max():
+                raise ValueError(
+                    f"{kind} of {name} differs by {float(difference):.2e} between ranks that "
+                    "hold the same piece."
+                )
+            place.copy_(part)
+    for name, whole in full.items():
+        if whole.isnan().any():
+            raise ValueError(f"{name} is not held completely by any set of ranks, or is NaN.")
+    return full
+
+
+def differences(record: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+    """Largest difference by kind, relative to the largest value of each tensor.
+
+    Returns:
+        ``loss``, ``eval_loss``, ``aux``, ``grad`` and ``next`` (``next`` relative to the size of
+        the update, not of the weight).
+
+    Raises:
+        ValueError: The records hold different tensors.
+    """
+    if record.keys() != reference.keys():
+        odd = sorted(record.keys() ^ reference.keys())
+        raise ValueError(f"The layouts hold different tensors: {', '.join(odd[:5])}.")
+    worst: dict[str, float] = {}
+    for name, want in reference.items():
+        kind = name.split("/")[0]
+        if kind == "start":
+            continue
+        size = want
+        if kind == "next":
+            size = want - reference["start" + name.removeprefix("next")]
+        error = (record[name] - want).abs().max() / size.abs().max().clamp(min=1e-8)
+        worst[kind] = max(worst.get(kind, 0.0), float(error))
+    return worst

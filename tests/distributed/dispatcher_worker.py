@@ -1,0 +1,192 @@
+"""One rank of test_dispatcher.py: the MoIIE dispatcher against Megatron's and against a loop."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
+from torch import Tensor
+
+from moiie_megatron.backend.parallel import World, start_world, stop_world
+from moiie_megatron.backend.process import find_store
+from moiie_megatron.config.schema import ParallelConfig
+from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher, destinations
+from moiie_megatron.moe.layer import MoIIELayer
+from moiie_megatron.training.launch import launch_from
+from tests.parity import golden
+from tests.parity.test_blocks import BLOCKS, MOIIE_8, build_layer, reference_names
+
+HIDDEN = 32
+
+
+def routing(tokens: int, experts: int, top_k: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random scores (a leaf), the renormalised top-k weights, and the routing map."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(tokens, experts, generator=generator).requires_grad_()
+    top, ids = torch.softmax(scores, dim=-1).topk(top_k, dim=-1)
+    weights = top / top.sum(dim=-1, keepdim=True)
+    probs = torch.zeros(tokens, experts).scatter(1, ids, weights)
+    return scores, probs, torch.zeros(tokens, experts, dtype=torch.bool).scatter(1, ids, True)
+
+
+def through(
+    dispatcher: MoETokenDispatcher, layer: MoIIELayer, hidden: Tensor, probs: Tensor, map_: Tensor
+) -> Tensor:
+    """The six methods around the layer's experts, as ``MoELayer`` calls them."""
+    rows, row_probs = dispatcher.dispatch_preprocess(hidden, map_, probs)
+    rows, row_probs = dispatcher.token_dispatch(rows, row_probs)
+    rows, counts, row_probs = dispatcher.dispatch_postprocess(rows, row_probs)
+    output, _ = layer.experts(rows, counts, row_probs)
+    output = dispatcher.token_combine(dispatcher.combine_preprocess(output))
+    return dispatcher.combine_postprocess(output)
+
+
+def make(cls: type[MoETokenDispatcher], layer: MoIIELayer, world: World) -> MoETokenDispatcher:
+    return cls(layer.num_local_experts, layer.local_expert_indices, layer.config, world.groups)
+
+
+def check_bitwise(layer: MoIIELayer, world: World, dtype: torch.dtype, top_k: int = 2) -> None:
+    """Outputs and all gradients equal those of ``alltoall`` to the last bit."""
+    layer.experts.to(dtype)
+    tokens = 24 + 8 * world.rank  # ranks hold different numbers of tokens
+    results = []
+    for cls in (MoEAlltoAllTokenDispatcher, MoIIETokenDispatcher):
+        scores, probs, map_ = routing(tokens, layer.config.num_moe_experts, top_k, world.rank)
+        generator = torch.Generator().manual_seed(100 + world.rank)
+        hidden = torch.randn(tokens, 1, HIDDEN, generator=generator).to(dtype).requires_grad_()
+        upstream = torch.randn(tokens, 1, HIDDEN, generator=generator).to(dtype)
+        layer.experts.zero_grad()
+        output = through(make(cls, layer, world), layer, hidden, probs, map_)
+        output.backward(upstream)
+        weights = [parameter.grad for parameter in layer.experts.parameters()]
+        results.append([output, hidden.grad, scores.grad, *weights])
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert torch.equal(ours, theirs), (dtype, (ours - theirs).abs().max())
+    layer.experts.float()
+
+
+def check_any_number_of_experts(layer: MoIIELayer, world: World) -> None:
+    """0 to 3 experts per token, one rank without any: equal to a loop over gathered experts."""
+    experts = layer.config.num_moe_experts
+    tokens = 20
+    scores, probs, map_ = routing(tokens, experts, 3, seed=7 + world.rank)
+    fewer = torch.arange(tokens).unsqueeze(1) % 4  # keep the first 0, 1, 2 or 3 by expert id
+    map_ = map_ & (map_.cumsum(dim=1) <= fewer)
+    if world.rank == world.size - 1:
+        map_ = torch.zeros_like(map_)
+    probs = probs * map_
+    hidden = torch.randn(tokens, 1, HIDDEN, generator=torch.Generator().manual_seed(world.rank))
+    hidden.requires_grad_()
+    layer.experts.zero_grad()
+    output = through(make(MoIIETokenDispatcher, layer, world), layer, hidden, probs, map_)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(50 + world.rank))
+    (grad,) = torch.autograd.grad(output, hidden, upstream)
+
+    full = [_gather_experts(weight.detach(), world) for weight in layer.experts.parameters()]
+    plain = hidden.detach().clone().requires_grad_()
+    flat, want = plain.view(tokens, HIDDEN), []
+    for token in range(tokens):
+        total = torch.zeros(HIDDEN)
+        for expert in map_[token].nonzero().flatten().tolist():
+            gate, up = (full[0][expert] @ flat[token]).chunk(2)
+            inner = torch.nn.functional.silu(gate) * up
+            total = total + probs[token, expert].detach() * (full[1][expert] @ inner)
+        want.append(total)
+    expected = torch.stack(want).view_as(output)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    (want_grad,) = torch.autograd.grad(expected, plain, upstream, allow_unused=True)
+    want_grad = torch.zeros_like(grad) if want_grad is None else want_grad
+    torch.testing.assert_close(grad, want_grad, rtol=1e-5, atol=1e-6)
+    assert torch.equal(output[~map_.any(dim=1)], torch.zeros_like(output[~map_.any(dim=1)]))
+
+
+def _gather_experts(weight: Tensor, world: World) -> Tensor:
+    parts = [torch.empty_like(weight) for _ in range(world.groups.ep.size())]
+    dist.all_gather(parts, weight, group=world.groups.ep)
+    return torch.cat(parts)
+
+
+def check_rows_sent(layer: MoIIELayer, world: World) -> None:
+    """As many rows travel as there are distinct (token, rank) pairs; counted with sets."""
+    experts, size = layer.config.num_moe_experts, world.groups.ep.size()
+    _, probs, map_ = routing(64, experts, 2, seed=world.rank)
+    dispatcher = make(MoIIETokenDispatcher, layer, world)
+    rows, row_probs = dispatcher.dispatch_preprocess(torch.randn(64, 1, HIDDEN), map_, probs)
+    pairs = {(t, e * size // experts) for t, e in map_.nonzero().tolist()}
+    assert int(destinations(map_, size).sum()) == len(pairs)
+    if size > 1:
+        assert len(rows) == len(row_probs) == sum(dispatcher.plan.send) == len(pairs)
+        assert len(pairs) < map_.sum(), "no token has two experts on one rank"
+
+
+def check_golden(name: str, moe: dict[str, object], run: str, world: World, ep: int) -> None:
+    """The reference's block, its tokens and experts spread over the ranks."""
+    data, digests = golden.tensors(name), golden.numbers(name)[run]
+    layer, case = build_layer(moe, "moiie", world, ParallelConfig(expert=ep)), run.split(".")[0]
+    rank, first = world.rank, world.groups.ep.rank() * layer.num_local_experts
+    local = range(first, first + layer.num_local_experts)
+    names = reference_names(layer)
+    with torch.no_grad():
+        for reference, ours in names.items():
+            if not isinstance(ours, tuple):
+                ours.copy_(data[f"weights.{reference}"])
+            elif ours[1] in local:
+                ours[0][ours[1] - first].copy_(data[f"weights.{reference}"])
+
+    def mine(tensor: Tensor) -> Tensor:
+        """This rank's part of ``(2, 24, ...)`` as ``(1, part, ...)``."""
+        return tensor.flatten(0, 1).chunk(world.size)[rank].unsqueeze(0).contiguous()
+
+    hidden = mine(data[f"{case}.hidden_states"]).requires_grad_()
+    types = mine(data.get(f"{case}.token_type_ids", torch.zeros(2, 24))).to(torch.int8)
+    output = layer(hidden.transpose(0, 1).contiguous(), padding_mask=types)[0].transpose(0, 1)
+    golden.assert_close(output, mine(data[f"{run}.output"]), f"{name} output")
+    (output * mine(data[f"{case}.upstream_grad"])).sum().backward()
+    golden.assert_close(hidden.grad, mine(data[f"{run}.grad.hidden_states"]), f"{name} grad")
+    for reference, ours in names.items():
+        if not isinstance(ours, tuple):
+            total = ours.grad.clone()
+            dist.all_reduce(total)
+            golden.assert_digest(total, digests[reference], reference)
+        elif ours[1] in local:
+            golden.assert_digest(ours[0].grad[ours[1] - first], digests[reference], reference)
+
+
+def checks(ep: int, world: World) -> Iterator[str]:
+    """Run all checks of one world; the name of each that passed."""
+    for moe, name in (({"variant": "moiie"}, "e4"), ({"variant": "moiie", **MOIIE_8}, "e8")):
+        layer = build_layer(moe, "alltoall", world, ParallelConfig(expert=ep))
+        for dtype in (torch.float32, torch.bfloat16):
+            check_bitwise(layer, world, dtype)
+            yield f"bitwise {name} {dtype}"
+        check_any_number_of_experts(layer, world)
+        yield f"0 to k {name}"
+        if layer.num_local_experts > 1:
+            check_rows_sent(layer, world)
+            yield f"rows {name}"
+    for name, moe, run in BLOCKS:
+        check_golden(name, moe, run, world, ep)
+        yield f"golden {name} {run}"
+
+
+def main() -> None:
+    launch = launch_from(os.environ)
+    torch.set_num_threads(1)
+    size = launch.world_size
+    keys = dist.PrefixStore(f"ep{size}", find_store(launch))
+    world = start_world(ParallelConfig(expert=size), launch, device="cpu", store=keys)
+    for name in checks(size, world):
+        if world.rank == 0:
+            print(f"ok {name}", flush=True)
+    stop_world()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Compare parallel layouts, or the losses of two runs.
+
+``compare_runs.py layouts CONFIG [key=value ...]`` takes one optimizer step in many layouts and
+prints PASS or FAIL for each against a single process: loss, balance losses, every gradient and
+the next weights.  ``compare_runs.py losses A B --assert-equal`` compares two runs' metrics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moiie_megatron.backend.process import find_store
+from moiie_megatron.config.checks import check_config
+from moiie_megatron.config.load import load_config
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.training.launch import exit_code, launch_from
+
+RECOMPUTE = {
+    "off": [],
+    "full": [
+        "megatron.recompute_granularity=full",
+        "megatron.recompute_method=uniform",
+        "megatron.recompute_num_layers=1",
+    ],
+    "moe": ["megatron.recompute_granularity=selective", "megatron.recompute_modules=[moe]"],
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread a step over processes."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    data: int = 1
+    recompute: str = "off"
+    dispatcher: str = "moiie"
+
+    @property
+    def processes(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def name(self) -> str:
+        degrees = f"TP{self.tensor} PP{self.pipeline} EP{self.expert} ETP{self.expert_tensor}"
+        return f"{degrees} DP{self.data} recompute {self.recompute} {self.dispatcher}"
+
+    def overrides(self) -> list[str]:
+        return [
+            f"parallel.tensor={self.tensor}",
+            f"parallel.pipeline={self.pipeline}",
+            f"parallel.expert={self.expert}",
+            f"parallel.expert_tensor={self.expert_tensor}",
+            f"moe.dispatcher={self.dispatcher}",
+            *RECOMPUTE[self.recompute],
+        ]
+
+
+def layouts(processes: int) -> Iterator[Layout]:
+    """The table: every grid that fills 1, 2, 4, ... processes, then what else can differ."""
+    sizes = [n for n in (1, 2, 4, 8, 16, 32) if n <= processes]
+    degrees = (1, 2)
+    for n, tensor, pipeline, expert, expert_tensor in itertools.product(
+        sizes, degrees, degrees, (1, 2, 4), degrees
+    ):
+        dense, experts = tensor * pipeline, expert * expert_tensor * pipeline
+        if n % dense or n % experts or max(dense, experts) < n and n > 2:
+            continue  # data parallelism beyond what the grid needs adds nothing new
+        yield Layout(tensor, pipeline, expert, expert_tensor, n // dense)
+    for n in sizes[1:2]:
+        for recompute, dispatcher in itertools.product(RECOMPUTE, ("moiie", "alltoall")):
+            if (recompute, dispatcher) != ("off", "moiie"):
+                yield Layout(expert=n, data=n, recompute=recompute, dispatcher=dispatcher)
+
+
+def compare_layouts(arguments: argparse.Namespace) -> int:
+    """Run the table, one launch per number of processes; print and judge."""
+    table = [
+        layout
+        for layout in layouts(arguments.processes)
+        if _possible(arguments.config, [*arguments.overrides, *layout.overrides()], layout)
+    ]
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Path(folder) / "reference.pt"
+        for processes in sorted({layout.processes for layout in table}):
+            ours = [layout for layout in table if layout.processes == processes]
+            job = Path(folder) / f"job{processes}.json"
+            job.write_text(
+                json.dumps(
+                    {
+                        "config": arguments.config,
+                        "overrides": arguments.overrides,
+                        "layouts": [asdict(layout) for layout in ours],
+                        "reference": str(reference),
+                        "tolerance": arguments.tolerance,
+                    }
+                )
+            )
+            result = subprocess.run(
+                [
+                    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                    *("--nproc-per-node", str(processes), __file__, "probe", str(job)),
+                ],
+                check=False,
+            )
+            failed += result.returncode != 0
+    print("all layouts PASS" if not failed else "some layouts FAIL", flush=True)
+    return 1 if failed else 0
+
+
+def _possible(config: str, overrides: Sequence[str], layout: Layout) -> bool:
+    try:
+        check_config(load_config(config, overrides), world_size=layout.processes)
+    except ValueError as reason:
+        print(f"----  {layout.name}: {reason}", flush=True)
+        return False
+    return True
+
+
+def probe(job_file: str) -> int:
+    """What each process of a launch does: its layouts one after the other."""
+    import torch
+    import torch.distributed as dist
+
+    from moiie_megatron.backend.parallel import start_world, stop_world
+    from moiie_megatron.data.build import build_dataset, build_train_loader
+    from moiie_megatron.training.probe import differences, record_step
+    from moiie_megatron.training.step import num_microbatches
+
+    job = json.loads(Path(job_file).read_text())
+    reference_file = Path(job["reference"])
+    launch = launch_from(os.environ)
+    store = find_store(launch)
+    failed = 0
+    for number, values in enumerate(job["layouts"]):
+        layout = Layout(**values)
+        config: RunConfig = load_config(job["config"], [*job["overrides"], *layout.overrides()])
+        keys = dist.PrefixStore(f"layout{number}", store)
+        world = start_world(config.active_parallel, launch, device=config.train.device, store=keys)
+        loader = build_train_loader(
+            config,
+            build_dataset(config),
+            consumed_samples=0,
+            dp_rank=world.dp_rank,
+            dp_size=world.dp_size,
+        )
+        batches = [next(loader) for _ in range(num_microbatches(config, world))]
+        reference = torch.load(reference_file) if reference_file.exists() else None
+
+        def weights(name: str, expert: int | None, known: dict | None = reference):
+            whole = known[f"start/{name}"]
+            return whole if expert is None else whole[expert]
+
+        try:
+            record = record_step(config, world, batches, weights if reference else None)
+            problem = ""
+        except ValueError as error:
+            record, problem = None, str(error)
+        if world.rank == 0:
+            if reference is None:
+                assert record is not None, problem
+                torch.save(record, reference_file)
+                print(f"PASS  {layout.name}: the reference", flush=True)
+            else:
+                worst = differences(record, reference) if record is not None else {}
+                bad = problem or any(not x <= job["tolerance"] for x in worst.values())
+                figures = "  ".join(f"{kind} {x:.1e}" for kind, x in worst.items())
+                print(
+                    f"{'FAIL' if bad else 'PASS'}  {layout.name}: {problem or figures}", flush=True
+                )
+                failed += bool(bad)
+        stop_world()
+    return 1 if failed else 0
+
+
+def compare_losses(arguments: argparse.Namespace) -> int:
+    """Compare every step of two runs."""
+    runs = []
+    for name in (arguments.a, arguments.b):
+        path = Path(name)
+        path = path / "metrics.jsonl" if path.is_dir() else path
+        if not path.exists():
+            raise ValueError(f"{path} does not exist: name two runs or two metrics.jsonl files.")
+        runs.append({line["step"]: line for line in map(json.loads, path.open())})
+    first, second = runs
+    common = sorted(first.keys() & second.keys())
+    print(f"{len(common)} common steps of {len(first)} and {len(second)}")
+    worst = 0.0
+    for step in common:
+        difference = abs(first[step]["lm_loss"] - second[step]["lm_loss"])
+        worst = max(worst, difference)
+        if difference > arguments.tolerance:
+            values = f"{first[step]['lm_loss']:.6f} and {second[step]['lm_loss']:.6f}"
+            print(f"step {step}: {values}")
+    print(f"largest difference {worst:.3e}")
+    same = first.keys() == second.keys() and worst <= arguments.tolerance
+    return 1 if arguments.assert_equal and not same else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, dest="command")
+    table = commands.add_parser("layouts", help="one step in many layouts against one process")
+    table.add_argument("config")
+    table.add_argument("overrides", nargs="*", metavar="key=value")
+    table.add_argument("--processes", type=int, default=8, help="largest number to start")
+    table.add_argument(
+        "--tolerance", type=float, default=1e-3, help="relative to the largest value"
+    )
+    losses = commands.add_parser("losses", help="the losses of two runs, step by step")
+    losses.add_argument("a")
+    losses.add_argument("b")
+    losses.add_argument("--tolerance", type=float, default=0.0)
+    losses.add_argument("--assert-equal", action="store_true", help="exit with 1 if they differ")
+    worker = commands.add_parser("probe", help=argparse.SUPPRESS)
+    worker.add_argument("job")
+    arguments = parser.parse_args()
+    codes: list[int] = []
+
+    def task() -> None:
+        if arguments.command == "layouts":
+            codes.append(compare_layouts(arguments))
+        elif arguments.command == "probe":
+            codes.append(probe(arguments.job))
+        else:
+            codes.append(compare_losses(arguments))
+
+    return exit_code(task, launch_from(os.environ)) or codes[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
