@@ -22,9 +22,9 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
+from timing import interleave
 from torch import Tensor
 
-from benchmarks.timing import interleave
 from moiie_megatron.backend.parallel import Launch, start_world, stop_world
 from moiie_megatron.config.schema import ParallelConfig
 from moiie_megatron.experts.layout import ExpertLayout
@@ -48,15 +48,23 @@ class Case:
     gradient: Tensor
 
     @classmethod
-    def make(cls, hidden: int, ffn: int, dtype: torch.dtype, tokens: int, image: float) -> Case:
+    def make(
+        cls,
+        hidden: int,
+        ffn: int,
+        dtype: torch.dtype,
+        tokens: int,
+        image_share: float,
+        layout: ExpertLayout = LAYOUT,
+    ) -> Case:
         config = TransformerConfig(
             num_layers=1,
             hidden_size=hidden,
             ffn_hidden_size=ffn,
             moe_ffn_hidden_size=ffn,
             num_attention_heads=8,
-            num_moe_experts=LAYOUT.num_experts,
-            moe_router_topk=LAYOUT.top_k,
+            num_moe_experts=layout.num_experts,
+            moe_router_topk=layout.top_k,
             moe_router_dtype="fp32",
             moe_router_load_balancing_type="aux_loss",
             moe_aux_loss_coeff=0.001,
@@ -69,7 +77,7 @@ class Case:
             use_cpu_initialization=True,
         )
         generator = torch.Generator().manual_seed(0)
-        types = torch.where(torch.rand(1, tokens, generator=generator) < image, IMAGE, TEXT)
+        types = torch.where(torch.rand(1, tokens, generator=generator) < image_share, IMAGE, TEXT)
         shape = (tokens, 1, hidden)
         return cls(
             config,
@@ -91,7 +99,7 @@ class Case:
 def moiie(case: Case, groups: ProcessGroupCollection) -> Callable[[Tensor], Tensor]:
     """This project's layer."""
     coeffs = {"vision": 0.001, "text": 0.001}
-    settings = RouterSettings(LAYOUT, coeffs, init_std=0.02, seed=0)
+    settings = RouterSettings(LAYOUT, coeffs, init_std=0.02)
     spec = moiie_module(settings, groups, dispatcher=MoIIETokenDispatcher)
     layer = MoIIELayer(case.config, spec.submodules, layer_number=1, **spec.params)
     return lambda hidden: layer(hidden, padding_mask=case.token_types)[0]
@@ -194,7 +202,7 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--image-share", type=float, default=0.71)
     parser.add_argument("--rounds", type=int, default=15)

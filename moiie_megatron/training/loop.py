@@ -25,7 +25,8 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.build import build_dataset, build_train_loader
 from moiie_megatron.data.faults import FaultMonitor
 from moiie_megatron.multimodal.build import build_model
-from moiie_megatron.training.metrics import RunLog, routing_summary
+from moiie_megatron.training.metrics import RunLog
+from moiie_megatron.training.routing import routing_summary
 from moiie_megatron.training.setup import Trainee, prepare_training
 from moiie_megatron.training.step import num_microbatches, train_step
 

@@ -3,63 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from moiie_megatron.backend.parallel import World
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.moe.layer import MoIIELayer
-from moiie_megatron.moe.load_stats import LoadStats
-from moiie_megatron.multimodal.model import MoIIEModel
+from moiie_megatron.training.routing import RoutingSummary
 from moiie_megatron.training.step import StepResult
-
-
-def routing_summary(
-    config: RunConfig, world: World, model: MoIIEModel, micro_batches: int
-) -> dict[str, Any]:
-    """What the routers did since the last call; resets the counters.  Every rank calls this.
-
-    Args:
-        micro_batches: Micro-batches of all data-parallel ranks since the last call.
-
-    Returns:
-        ``aux``: balance loss by router, the mean over layers and micro-batches (the value that
-        alpha weighs); ``layers``: by layer number and router, the share of the router's tokens
-        that each expert got (logical order; adds up to top-k).
-    """
-    layers = config.moe_layers
-    if not layers:
-        return {"aux": {}, "layers": {}}
-    layout = config.moe.layout
-    routers, experts = layout.routers, layout.num_experts
-    width = LoadStats(len(routers), experts, torch.device("cpu")).packed().numel()
-    sums = torch.zeros(len(layers), width, device=world.device.torch_device)
-    for number, stats in _local_stats(model):
-        sums[layers.index(number)] = stats.packed()
-        stats.reset()
-    # Ranks hold other tokens (data and sequence parallelism) or other layers (pipeline).
-    dist.all_reduce(sums)
-    aux = dict.fromkeys(routers, 0.0)
-    shares: dict[str, dict[str, list[float]]] = {}
-    for number, row in zip(layers, sums.double().cpu(), strict=True):
-        stats = LoadStats.unpack(row, len(routers), experts)
-        share = stats["load_RE"] / stats["tokens_R"].clamp(min=1).unsqueeze(1)
-        shares[str(number)] = {name: share[i].tolist() for i, name in enumerate(routers)}
-        for i, name in enumerate(routers):
-            aux[name] += float(stats["aux_R"][i]) / (len(layers) * micro_batches)
-    return {"aux": aux, "layers": shares}
-
-
-def _local_stats(model: MoIIEModel) -> Iterator[tuple[int, LoadStats]]:
-    for layer in model.language_model.decoder.layers:
-        if isinstance(layer.mlp, MoIIELayer):
-            yield layer.layer_number - 1, layer.mlp.router.stats
 
 
 class RunLog:
@@ -80,7 +34,9 @@ class RunLog:
         output.mkdir(parents=True, exist_ok=True)
         self.path = output / "metrics.jsonl"
         kept = [line for line in _complete_lines(self.path) if line["step"] <= start_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        beside = self.path.with_name("metrics.jsonl.writing")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(beside, self.path)
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1)
 
@@ -89,7 +45,7 @@ class RunLog:
         step: int,
         result: StepResult,
         learning_rates: dict[str, float],
-        routing: dict[str, Any],
+        routing: RoutingSummary,
         faults: int,
     ) -> None:
         """Report one optimizer step (counted from 1)."""
@@ -100,7 +56,8 @@ class RunLog:
         values = {
             "step": step,
             "lm_loss": result.lm_loss,
-            **{f"aux_{name}": value for name, value in routing["aux"].items()},
+            **{f"aux_{name}": value for name, value in routing.aux.items()},
+            **{f"z_{name}": value for name, value in routing.z.items()},
             **{f"lr_{part}": lr for part, lr in learning_rates.items()},
             "grad_norm": result.grad_norm,
             "tokens": result.tokens,
@@ -110,7 +67,17 @@ class RunLog:
             "seconds": seconds,
             "bad_samples": faults,
         }
-        self.file.write(json.dumps(values | {"expert_share": routing["layers"]}) + "\n")
+        self.file.write(
+            json.dumps(
+                values
+                | {
+                    "expert_share": routing.expert_share,
+                    "rows_per_token": routing.rows_per_token,
+                    "remote_rows_per_token": routing.remote_rows_per_token,
+                }
+            )
+            + "\n"
+        )
         for name, value in values.items():
             if name != "step":
                 self.board.add_scalar(name, value, step)

@@ -21,7 +21,7 @@ from moiie_megatron.data.batch import Batch
 from moiie_megatron.experts.token_types import IMAGE, PADDING
 from moiie_megatron.multimodal.build import build_model
 from moiie_megatron.training.launch import launch_from, run_in_turn
-from moiie_megatron.training.metrics import routing_summary
+from moiie_megatron.training.routing import routing_summary
 from moiie_megatron.training.setup import prepare_training
 from moiie_megatron.training.step import train_step
 
@@ -89,7 +89,7 @@ def steps(config: RunConfig, world: World) -> list[dict[str, object]]:
                 "lm_loss": result.lm_loss,
                 "grad_norm": result.grad_norm,
                 "image_tokens": result.image_tokens,
-                "aux": routing["aux"],
+                "aux": routing.aux,
                 "kinds": [int(len(batch.images) > 0) for batch in mine],
             }
         )

@@ -1,0 +1,173 @@
+"""What the MoIIE dispatcher sends and takes, against Megatron's alltoall, over real processes.
+
+    torchrun --nproc-per-node 2 benchmarks/dispatch.py [--json FILE]
+    torchrun --nproc-per-node 4 benchmarks/dispatch.py
+
+Rows are counted twice: by the dispatcher, and as distinct (token, remote rank) pairs with Python
+sets.  Times are forward and backward of the whole layer with the same experts, the slower rank,
+interleaved; the placement is timed at 80 % image tokens against the contiguous order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from layer import Case
+from timing import Timings, interleave
+from torch import Tensor
+
+from moiie_megatron.backend.parallel import World, start_world, stop_world
+from moiie_megatron.config.schema import ParallelConfig
+from moiie_megatron.experts.layout import ExpertLayout
+from moiie_megatron.experts.placement import Placement, balanced, contiguous
+from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
+from moiie_megatron.moe.layer import MoIIELayer, moiie_module
+from moiie_megatron.moe.router import RouterSettings
+from moiie_megatron.training.launch import launch_from
+
+LAYOUTS = {4: ExpertLayout(1, 2, 1), 8: ExpertLayout(2, 4, 2)}
+
+
+def build(
+    case: Case, layout: ExpertLayout, placement: Placement, world: World, *, moiie: bool = True
+) -> MoIIELayer:
+    """A layer with this project's dispatcher or Megatron's alltoall."""
+    settings = RouterSettings(layout, {"vision": 0.001, "text": 0.001}, init_std=0.02)
+    spec = moiie_module(
+        settings,
+        world.groups,
+        dispatcher=MoIIETokenDispatcher if moiie else None,
+        order=None if placement.is_identity else placement.order,
+    )
+    return MoIIELayer(case.config, spec.submodules, layer_number=1, **spec.params)
+
+
+def step(case: Case, layer: MoIIELayer) -> Callable[[], None]:
+    """Forward and backward; all ranks start together."""
+    run = case.step(lambda hidden: layer(hidden, padding_mask=case.token_types)[0])
+
+    def together() -> None:
+        dist.barrier()
+        run()
+
+    return together
+
+
+def slower_rank(timings: Timings) -> Timings:
+    """Every run as long as its slowest rank."""
+    times = torch.tensor([timings.seconds[name] for name in timings.seconds])
+    dist.all_reduce(times, op=dist.ReduceOp.MAX)
+    return Timings(dict(zip(timings.seconds, times.tolist(), strict=True)))
+
+
+def count_rows(case: Case, layer: MoIIELayer, world: World) -> tuple[float, float]:
+    """Rows that left this rank per token: as dispatched, and as distinct pairs."""
+    with torch.no_grad():
+        layer(case.hidden, padding_mask=case.token_types)
+        _, map_TE = layer.router(case.hidden, case.token_types.transpose(0, 1))
+    order = layer.order or range(map_TE.shape[1])
+    place = {expert: number for number, expert in enumerate(order)}
+    size = map_TE.shape[1] // world.size
+    pairs = {(t, place[e] // size) for t, e in map_TE.nonzero().tolist()}
+    remote = sum(rank != world.rank for _, rank in pairs)
+    plan = layer.token_dispatcher.plan
+    sent = sum(plan.send) - plan.send[world.rank]
+    counts = torch.tensor([sent, remote, len(map_TE)], dtype=torch.float64)
+    dist.all_reduce(counts)
+    return float(counts[0] / counts[2]), float(counts[1] / counts[2])
+
+
+def loads(case: Case, layer: MoIIELayer, world: World) -> float:
+    """Largest over mean number of rows that the ranks' experts process."""
+    with torch.no_grad():
+        layer(case.hidden, padding_mask=case.token_types)
+    mine = layer.token_dispatcher.plan.tokens_per_expert.sum().double().reshape(1)
+    every = [torch.zeros_like(mine) for _ in range(world.size)]
+    dist.all_gather(every, mine)
+    rows: Tensor = torch.cat(every)
+    return float(rows.max() / rows.mean())
+
+
+def compare(experts: int, world: World, options: argparse.Namespace) -> dict[str, object]:
+    """All figures for one number of experts."""
+    layout, ep = LAYOUTS[experts], world.size
+
+    def case(image_share: float) -> Case:
+        made = Case.make(
+            options.hidden, options.ffn, torch.float32, options.tokens, image_share, layout
+        )
+        made.config.expert_model_parallel_size = ep
+        generator = torch.Generator().manual_seed(world.rank)
+        made.hidden.copy_(torch.randn(made.hidden.shape, generator=generator))
+        return made
+
+    mixed, plain = case(0.71), contiguous(layout, ep)
+    ours, theirs = (build(mixed, layout, plain, world, moiie=m) for m in (True, False))
+    theirs.load_state_dict(ours.state_dict())
+    rows, distinct = count_rows(mixed, ours, world)
+    against = slower_rank(
+        interleave(
+            {"moiie": step(mixed, ours), "alltoall": step(mixed, theirs)}, rounds=options.rounds
+        )
+    )
+    images = case(0.8)
+    layers = {
+        "balanced": build(images, layout, balanced(layout, ep, image_share=0.8), world),
+        "contiguous": build(images, layout, plain, world),
+    }
+    placed = slower_rank(
+        interleave({n: step(images, layer) for n, layer in layers.items()}, rounds=options.rounds)
+    )
+    load = {
+        share: {name: loads(at, build(at, layout, p, world), world) for name, p in both.items()}
+        for share in (0.2, 0.5, 0.8)
+        for at in (case(share),)
+        for both in ({"balanced": balanced(layout, ep, image_share=share), "contiguous": plain},)
+    }
+    result = {
+        "experts": experts,
+        "ep": ep,
+        "rows_per_token": rows,
+        "distinct_rows_per_token": distinct,
+        "moiie_over_alltoall": against.ratio("moiie", "alltoall"),
+        "balanced_over_contiguous": placed.ratio("balanced", "contiguous"),
+        "max_over_mean_load": {str(share): values for share, values in load.items()},
+    }
+    if world.rank == 0:
+        print(
+            f"experts {experts}  EP {ep}  rows per token {rows:.3f} (distinct {distinct:.3f})  "
+            f"time over alltoall {result['moiie_over_alltoall']:.3f}  "
+            f"balanced over contiguous {result['balanced_over_contiguous']:.3f}",
+            flush=True,
+        )
+        for share, values in load.items():
+            figures = "  ".join(f"{name} {value:.2f}" for name, value in values.items())
+            print(f"    image share {share}: max/mean load {figures}", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--ffn", type=int, default=1792)
+    parser.add_argument("--tokens", type=int, default=2048, help="per process")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    launch = launch_from(os.environ)
+    world = start_world(ParallelConfig(expert=launch.world_size), launch, device="cpu")
+    cases = [compare(n, world, options) for n in LAYOUTS if n % world.size == 0]
+    if world.rank == 0 and options.json:
+        options.json.write_text(json.dumps({"cases": cases}, indent=2) + "\n")
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()
