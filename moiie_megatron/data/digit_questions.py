@@ -55,11 +55,12 @@ def digit_at(grid: Grid, place: int) -> Question:
     return Question("which", f"Which digit is at the {PLACES[place]}?", str(grid[place]))
 
 
-def is_there(grid: Grid, rng: random.Random) -> Question:
+def is_digit(grid: Grid, rng: random.Random) -> Question:
     """Yes and no equally often: the answer is drawn first, then a digit that makes it true."""
-    present = rng.random() < 0.5
-    digit = rng.choice([d for d in range(10) if (d in grid) == present])
-    return Question("exists", f"Is there a {WORDS[digit]}?", "yes" if present else "no")
+    place, right = rng.randrange(4), rng.random() < 0.5
+    digit = grid[place] if right else rng.choice([d for d in range(10) if d != grid[place]])
+    question = f"Is the digit at the {PLACES[place]} a {WORDS[digit]}?"
+    return Question("is", question, "yes" if right else "no")
 
 
 def row_sum(grid: Grid, rng: random.Random) -> Question:
@@ -70,7 +71,7 @@ def row_sum(grid: Grid, rng: random.Random) -> Question:
 
 def about(grid: Grid, rng: random.Random) -> Question:
     """A question whose answer needs the picture; sums are the rarest."""
-    return rng.choices((which_digit, is_there, row_sum), weights=(5, 4, 1))[0](grid, rng)
+    return rng.choices((which_digit, is_digit, row_sum), weights=(5, 4, 1))[0](grid, rng)
 
 
 def arithmetic(rng: random.Random) -> Question:
@@ -104,7 +105,7 @@ def vocabulary() -> list[str]:
         lines.append(caption(grid, rng))
         exchanges = [
             which_digit(grid, rng),
-            is_there(grid, rng),
+            is_digit(grid, rng),
             row_sum(grid, rng),
             arithmetic(rng),
             same_digit(rng.randrange(4), rng.random() < 0.5),

@@ -25,7 +25,7 @@ from moiie_megatron.data import digit_questions as ask
 from moiie_megatron.data.records import PLACEHOLDER
 
 MANIFEST: Final = "manifest.json"
-FORMAT: Final = 2  # raise when the same settings would give other files
+FORMAT: Final = 3  # raise when the same settings would give other files
 TEST_SHARE: Final = 0.2  # of the scans
 MARKERS: Final = ("<|user|>", "<|assistant|>", "<|end|>", PLACEHOLDER, "\n")
 
@@ -220,7 +220,7 @@ def _test_questions(pictures: list[_Picture], rng: random.Random) -> Iterable[di
     """Per picture three digits and one yes or no; every 5th picture a sum."""
     for i, picture in enumerate(pictures):
         questions = [ask.digit_at(picture.digits, place) for place in rng.sample(range(4), k=3)]
-        questions.append(ask.is_there(picture.digits, rng))
+        questions.append(ask.is_digit(picture.digits, rng))
         if i % 5 == 0:
             questions.append(ask.row_sum(picture.digits, rng))
         for number, question in enumerate(questions):

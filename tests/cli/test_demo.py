@@ -48,7 +48,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def test_report(out: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     kinds = report["by_kind"]
-    assert set(kinds) == {"which", "exists", "sum"}
+    assert set(kinds) == {"which", "is", "sum"}
     assert report["questions"] == sum(kind["questions"] for kind in kinds.values()) == 17
     assert 0 <= report["accuracy"] <= 1 and 0 <= report["blanked_accuracy"] <= 1
     assert report["seconds"] > sum(stage["seconds"] for stage in report["stages"].values()) > 0

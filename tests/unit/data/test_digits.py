@@ -40,9 +40,9 @@ def expected_answer(question: str, labels: list[int]) -> str:
             return str(labels[place])
         if question == f"Is there the same digit at the {name} of both pictures?":
             return "yes" if labels[place] == labels[4 + place] else "no"
-    for digit, word in enumerate(WORDS):
-        if question == f"Is there a {word}?":
-            return "yes" if digit in labels else "no"
+        for digit, word in enumerate(WORDS):
+            if question == f"Is the digit at the {name} a {word}?":
+                return "yes" if labels[place] == digit else "no"
     row = {"What is the sum of the top row?": 0, "What is the sum of the bottom row?": 2}[question]
     return str(labels[row] + labels[row + 1])
 
@@ -123,7 +123,7 @@ def test_yes_and_no_are_balanced() -> None:
     answers: Counter[str] = Counter()
     for _ in range(2000):
         grid = tuple(rng.randrange(10) for _ in range(4))
-        answers[ask.is_there(grid, rng).answer] += 1
+        answers[ask.is_digit(grid, rng).answer] += 1
     assert 900 < answers["yes"] < 1100
 
 

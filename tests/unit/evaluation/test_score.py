@@ -47,7 +47,7 @@ def test_numbers() -> None:
 
 def test_score_asks_the_model(generator: Generator, digits: Path) -> None:
     questions = read_questions(digits / "test.jsonl")
-    assert len(questions) == 13 and {q.kind for q in questions} == {"which", "exists", "sum"}
+    assert len(questions) == 13 and {q.kind for q in questions} == {"which", "is", "sum"}
     result = score(generator, questions, digits / "images", batch_size=4, max_new_tokens=3)
     assert [o.id for o in result.outcomes] == [q.record.id for q in questions]
     loader = generator.image_loader(digits / "images")
