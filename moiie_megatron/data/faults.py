@@ -73,7 +73,7 @@ def read_sample(samples: Samples, index: int, seed: int) -> Example:
             raise ValueError(
                 f"Stopping: {len(tried)} samples in a row could not be read, so the data, its "
                 f"paths or the template must be wrong; last: {last.file}[{last.index}]: "
-                f"{last.reason}"
+                f"{last.reason}."
             )
         candidate = replacement(seed, index, tried, len(samples))
 
@@ -108,5 +108,5 @@ class FaultMonitor:
         raise ValueError(
             f"Stopping: {self.bad} of {self.seen} samples ({self.bad / self.seen:.1%}) could not "
             f"be read, more than data.max_bad_share {self.max_share:.1%}: repair the data or "
-            f"raise the limit; last: {last.file}[{last.index}]: {last.reason}"
+            f"raise the limit; last: {last.file}[{last.index}]: {last.reason}."
         )

@@ -47,7 +47,7 @@ def test_monitor_counts_and_logs(caplog: pytest.LogCaptureFixture) -> None:
         monitor.add(batch_of(9, 1))
     assert str(caught.value) == (
         "Stopping: 10 of 100 samples (10.0%) could not be read, more than data.max_bad_share "
-        "1.0%: repair the data or raise the limit; last: f.json[0]: no image"
+        "1.0%: repair the data or raise the limit; last: f.json[0]: no image."
     )
 
 
