@@ -177,8 +177,10 @@ def probe(job_file: str) -> int:
                 torch.save(record, reference_file)
             elif record is not None:
                 worst = differences(record, reference)
-            bad = problem or any(not x <= job["tolerance"] for x in worst.values())
-            figures = "  ".join(f"{kind} {x:.1e}" for kind, x in worst.items())
+            wrong = [name for x, name in worst.values() if not x <= job["tolerance"]]
+            bad = bool(problem or wrong)
+            figures = "  ".join(f"{kind} {x:.1e}" for kind, (x, _) in worst.items())
+            figures += f"  (worst: {', '.join(wrong)})" if wrong else ""
             verdict = "FAIL" if bad else "PASS"
             print(f"{verdict}  {layout.name}: {problem or figures or 'reference'}", flush=True)
             with Path(job["verdicts"]).open("a") as verdicts:

@@ -128,12 +128,17 @@ def _gather(kind: str, pieces: Iterator[_Piece], world: World) -> dict[str, Any]
     return full
 
 
-def differences(record: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
-    """Largest difference by kind, relative to the largest value of each tensor.
+def differences(
+    record: dict[str, Tensor], reference: dict[str, Tensor]
+) -> dict[str, tuple[float, str]]:
+    """Largest relative difference by kind, and the tensor that shows it.
+
+    A difference is relative to the largest value of its tensor (of its update, for ``next``), or
+    to a ten-thousandth of the largest of its kind if that is more: some gradients are zero but
+    for rounding (a key's bias moves no softmax), and noise over noise says nothing.
 
     Returns:
-        ``loss``, ``eval_loss``, ``aux``, ``grad`` and ``next`` (``next`` relative to the size of
-        the update, not of the weight).
+        ``loss``, ``eval_loss``, ``aux``, ``grad`` and ``next``.
 
     Raises:
         ValueError: The records hold different tensors.
@@ -141,7 +146,7 @@ def differences(record: dict[str, Tensor], reference: dict[str, Tensor]) -> dict
     if record.keys() != reference.keys():
         odd = sorted(record.keys() ^ reference.keys())
         raise ValueError(f"The layouts hold different tensors: {', '.join(odd[:5])}.")
-    worst: dict[str, float] = {}
+    errors: dict[str, list[tuple[float, float, str]]] = {}
     for name, want in reference.items():
         kind = name.split("/")[0]
         if kind == "start":
@@ -149,6 +154,12 @@ def differences(record: dict[str, Tensor], reference: dict[str, Tensor]) -> dict
         size = want
         if kind == "next":
             size = want - reference["start" + name.removeprefix("next")]
-        error = (record[name] - want).abs().max() / size.abs().max().clamp(min=1e-8)
-        worst[kind] = max(worst.get(kind, 0.0), float(error))
+        # A weight is rounded after its update, which may be far smaller than the weight.
+        rounding = torch.finfo(want.dtype).eps * want.abs() if kind == "next" else 0.0
+        error = ((record[name] - want).abs() - rounding).clamp(min=0.0).max()
+        errors.setdefault(kind, []).append((float(error), float(size.abs().max()), name))
+    worst = {}
+    for kind, found in errors.items():
+        floor = max(1e-4 * max(size for _, size, _ in found), 1e-30)
+        worst[kind] = max((error / max(size, floor), name) for error, size, name in found)
     return worst
