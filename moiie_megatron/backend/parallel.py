@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from moiie_megatron.backend.device import Device, choose_device
 from moiie_megatron.backend.process import Launch, find_store
@@ -80,6 +81,7 @@ def start_world(
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     seed_everything(seed, groups)
+    _unit_aux_loss_scale(chosen)
     return World(chosen, groups, dist.get_rank(), dist.get_world_size())
 
 
@@ -87,6 +89,15 @@ def seed_everything(seed: int, groups: ProcessGroupCollection) -> None:
     """Seed torch and Megatron's tracker: equal over data parallelism, distinct per stage."""
     torch.manual_seed(seed + 100 * groups.pp.rank())
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * groups.pp.rank())
+
+
+def _unit_aux_loss_scale(device: Device) -> None:
+    """Megatron keeps the scale of auxiliary losses in a class, with the shape it first got.
+
+    The schedules give one of shape ``(1,)``; a backward pass before the first schedule would
+    leave a scalar there, into which theirs cannot be copied.
+    """
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1, device=device.torch_device)
 
 
 def stop_world() -> None:

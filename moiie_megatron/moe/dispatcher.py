@@ -90,14 +90,10 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
         probs_TE = torch.where(routing_map, probs, _NOT_ROUTED)
         if self.ep_size == 1:
             return hidden_TD, probs_TE
-        self.sent = Copies.from_mask(sent_TN.t(), sum(self.plan.send))
-        rank_S = torch.repeat_interleave(
-            torch.arange(self.ep_size, device=hidden_TD.device),
-            torch.tensor(self.plan.send, device=hidden_TD.device),
-            output_size=sum(self.plan.send),
-        )
+        most = min(self.config.moe_router_topk, self.ep_size)
+        self.sent = Copies.from_mask(sent_TN, sum(self.plan.send), most)
         # Each (token, rank) block of probabilities is sent at most once.
-        block_S = self.sent.row_X * self.ep_size + rank_S
+        block_S = self.sent.row_X * self.ep_size + self.sent.group_X
         probs_Sn = probs_TE.view(-1, self.num_local_experts).index_select(0, block_S)
         return self.sent.expand(hidden_TD), probs_Sn
 
@@ -123,18 +119,12 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
         if self.tp_size > 1:
             hidden_states = self._gather(hidden_states)
             probs = self._gather(probs)
-        routed_nR = (probs >= 0).t()
-        count = int(self.plan.tokens_per_expert.sum())
-        self.copies = Copies.from_mask(routed_nR, count)
-        # Experts take their rows in order, so the flattened (expert, row) mask is the order.
-        expert_X = torch.repeat_interleave(
-            torch.arange(self.num_local_experts, device=probs.device),
-            self.plan.tokens_per_expert.to(probs.device),
-            output_size=count,
-        )
-        flat = self.copies.row_X * self.num_local_experts + expert_X
-        probs_X = probs.reshape(-1).index_select(0, flat)
-        return self.copies.expand(hidden_states), self.plan.tokens_per_expert, probs_X
+        tokens_per_expert = self.plan.tokens_per_expert
+        most = min(self.config.moe_router_topk, self.num_local_experts)
+        self.copies = Copies.from_mask(probs >= 0, int(tokens_per_expert.sum()), most)
+        place_X = self.copies.row_X * self.num_local_experts + self.copies.group_X
+        probs_X = probs.reshape(-1).index_select(0, place_X)
+        return self.copies.expand(hidden_states), tokens_per_expert, probs_X
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Add up the outputs of the local experts of every received row: one row to send back."""

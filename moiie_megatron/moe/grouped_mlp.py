@@ -25,11 +25,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moiie_megatron.moe.grouped_linear import gated, grouped_linear
+from moiie_megatron.moe.expert_ffn import expert_ffn
 
 
 class GroupedExperts(MegatronModule):
-    """Gated FFN experts, on CPU and GPU (``moe/grouped_linear.py``).
+    """Gated FFN experts, on CPU and GPU (``moe/expert_ffn.py``).
 
     Stands where Megatron's ``TEGroupedMLP`` and ``SequentialMLP`` do and writes the same
     checkpoint: ``experts.linear_fc1.weight`` and ``experts.linear_fc2.weight`` with a leading
@@ -70,9 +70,6 @@ class GroupedExperts(MegatronModule):
     ) -> tuple[Tensor, None]:
         """Run every row through its expert and weigh it with its routing probability.
 
-        The weight is applied to the output of the second product, not before it: that is the
-        same number, on rows that are several times shorter.
-
         Args:
             hidden_RD: Rows sorted by expert.
             tokens_per_expert: int64 ``(E,)``, adding up to R.
@@ -81,10 +78,15 @@ class GroupedExperts(MegatronModule):
         Returns:
             ``(R, D)`` and no bias.
         """
-        gate_up = grouped_linear(hidden_RD, self.weight_fc1, tokens_per_expert)
-        inner = gated(gate_up, self.config.activation_func)
-        output = grouped_linear(inner, self.weight_fc2, tokens_per_expert)
-        return (output * probs_R.unsqueeze(-1)).to(hidden_RD.dtype), None
+        output = expert_ffn(
+            hidden_RD,
+            probs_R,
+            self.weight_fc1,
+            self.weight_fc2,
+            tokens_per_expert,
+            self.config.activation_func,
+        )
+        return output, None
 
     def backward_dw(self) -> None:
         """Nothing is delayed; Megatron calls this on every experts module."""

@@ -95,7 +95,7 @@ class MoIIELayer(MoELayer):
         if self.order is not None:  # from logical ids to places
             probs = probs.index_select(1, self.order_E)
             routing_map = routing_map.index_select(1, self.order_E)
-        if self.training and torch.is_grad_enabled():
+        if self.ep_group.size() > 1 and self.training and torch.is_grad_enabled():
             self._count_rows(routing_map, token_types)
         hidden_states, probs = self.preprocess(hidden_states, probs, routing_map)
         dispatched, probs = self.dispatch(hidden_states, probs)

@@ -14,7 +14,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
-from numpy.random import SeedSequence
 from torch import Tensor
 
 from moiie_megatron.experts.layout import ExpertLayout
@@ -22,6 +21,7 @@ from moiie_megatron.experts.token_types import IMAGE, PADDING
 from moiie_megatron.moe.load_stats import LoadStats
 from moiie_megatron.moe.losses import Balance, balance_losses, z_losses
 from moiie_megatron.moe.pooled import PooledLoads
+from moiie_megatron.moe.router_init import fresh_gate
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class ModalityRouter(MegatronModule):
         coeffs = [settings.aux_loss_coeffs[name] for name in routers]
         for name, values in (("candidates_R", widths), ("coeffs_R", coeffs)):
             self.register_buffer(name, torch.tensor(values, device=device), persistent=False)
+        columns = torch.tensor(_columns(self.layout), device=device)
+        self.register_buffer("columns_RE", columns, persistent=False)
         self.stats = LoadStats(len(routers), self.layout.num_experts, device)
         self.reset_parameters()
 
@@ -96,19 +98,17 @@ class ModalityRouter(MegatronModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh weights: a pure function of (seed, layer, router).
-
-        The process-wide generators differ between pipeline stages and depend on what was drawn
-        before.  An upcycled model takes everything but its routers from the dense checkpoint, so
-        with routers that do not depend on the layout its whole run does not; and layers do not
-        share their draw.
-        """
+        """Fresh weights, see ``moe/router_init.py``."""
         for index, gate in enumerate(self.gates.values()):
-            key = SeedSequence([self.settings.seed, self.layer_number or 0, index])
-            generator = torch.Generator().manual_seed(int(key.generate_state(1)[0]))
-            # On the CPU, whatever the device: its generator gives the same everywhere.
-            fresh = torch.randn(gate.shape, generator=generator) * self.settings.init_std
-            gate.copy_(fresh)
+            gate.copy_(
+                fresh_gate(
+                    gate.shape,
+                    seed=self.settings.seed,
+                    layer_number=self.layer_number or 0,
+                    router=index,
+                    std=self.settings.init_std,
+                )
+            )
 
     def forward(self, hidden_states: Tensor, token_types: Tensor) -> tuple[Tensor, Tensor]:
         """Score every token and choose its experts.
@@ -123,34 +123,29 @@ class ModalityRouter(MegatronModule):
         """
         hidden_Th = hidden_states.reshape(-1, hidden_states.shape[-1])
         types_T = token_types.reshape(-1)
-        scores_TE = self._scores(hidden_Th, types_T == IMAGE)
-        softmax_TE = torch.softmax(scores_TE.float(), dim=-1)
-        top_TK, ids_TK = torch.topk(softmax_TE, self.layout.top_k, dim=-1)
-        weights_TK = top_TK / top_TK.sum(dim=-1, keepdim=True)
-        probs_TE = torch.zeros_like(softmax_TE).scatter(1, ids_TK, weights_TK)
-        routing_map_TE = torch.zeros_like(softmax_TE, dtype=torch.bool).scatter(1, ids_TK, True)
+        scores_TE = self._scores(hidden_Th, types_T)
+        ids_TK = torch.topk(scores_TE.detach(), self.layout.top_k, dim=-1).indices
+        routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, ids_TK, True)
+        # The softmax over the chosen is the softmax over all, renormalised.
+        chosen_TE = torch.where(routing_map_TE, scores_TE, float("-inf"))
+        probs_TE = torch.softmax(chosen_TE, dim=-1)
         if self.training:
-            probs_TE = self._losses(probs_TE, scores_TE, softmax_TE, routing_map_TE, types_T)
+            probs_TE = self._losses(probs_TE, scores_TE, routing_map_TE, types_T)
         return probs_TE, routing_map_TE
 
-    def _scores(self, hidden_Th: Tensor, is_image_T: Tensor) -> Tensor:
-        """Joint scores ``(T, E)``: each token's own router, -inf at forbidden experts."""
-        names = self.layout.routers
+    def _scores(self, hidden_Th: Tensor, types_T: Tensor) -> Tensor:
+        """Joint scores fp32 ``(T, E)``: each token's own router, -inf at forbidden experts."""
         fp32 = self.config.moe_router_dtype == "fp32"
-        weight = torch.cat([self.gates[name] for name in names])
+        weight = torch.cat(list(self.gates.values()))
         logits = router_gating_linear(
             hidden_Th, weight, None, torch.float32 if fp32 else hidden_Th.dtype
-        )
-        joint = []
-        widths = [self.gates[name].shape[0] for name in names]
-        for name, logits_TW in zip(names, logits.split(widths, dim=1), strict=True):
-            ids = self.layout.allowed(name)
-            edges = (ids.start, self.layout.num_experts - ids.stop)
-            joint.append(F.pad(logits_TW, edges, value=float("-inf")))
-        if len(joint) == 1:
-            return joint[0]
-        vision_TE, text_TE = joint
-        return torch.where(is_image_T.unsqueeze(1), vision_TE, text_TE)
+        ).float()
+        if len(self.gates) == 1:
+            return logits
+        # One more column, -inf, for what a router may not use.
+        padded = F.pad(logits, (0, 1), value=float("-inf"))
+        columns_TE = self.columns_RE.index_select(0, (types_T != IMAGE).int())
+        return padded.gather(1, columns_TE)
 
     def masks(self, types_T: Tensor) -> Tensor:
         """Tokens that each router scores, without padding: bool ``(T, R)``."""
@@ -163,7 +158,6 @@ class ModalityRouter(MegatronModule):
         self,
         probs_TE: Tensor,
         scores_TE: Tensor,
-        softmax_TE: Tensor,
         routing_map_TE: Tensor,
         types_T: Tensor,
     ) -> Tensor:
@@ -174,7 +168,11 @@ class ModalityRouter(MegatronModule):
         """
         settings, masks_TR = self.settings, self.masks(types_T)
         balance = balance_losses(
-            softmax_TE, routing_map_TE, masks_TR, self.candidates_R, self.token_group
+            torch.softmax(scores_TE, dim=-1),
+            routing_map_TE,
+            masks_TR,
+            self.candidates_R,
+            self.token_group,
         )
         if settings.pooled is not None:
             assert self.layer_number is not None
@@ -201,3 +199,19 @@ class ModalityRouter(MegatronModule):
             return loss_R, torch.zeros_like(loss_R)
         # The log takes the mean over layers: one of them reports for all.
         return loss_R, pooled.value_R(self.candidates_R) * len(pooled.places)
+
+
+def _columns(layout: ExpertLayout) -> list[list[int]]:
+    """Where the scores of all routers side by side have each router's score of each expert.
+
+    The column after the last one stands for the experts that a router may not use.
+    """
+    last = sum(len(layout.allowed(name)) for name in layout.routers)
+    rows, start = [], 0
+    for name in layout.routers:
+        allowed = layout.allowed(name)
+        rows.append(
+            [start + allowed.index(e) if e in allowed else last for e in range(layout.num_experts)]
+        )
+        start += len(allowed)
+    return rows

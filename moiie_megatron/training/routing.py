@@ -61,6 +61,7 @@ def routing_summary(
     def by_router(values: torch.Tensor) -> dict[str, float]:
         return dict(zip(routers, values.tolist(), strict=True))
 
+    spread = config.active_parallel.expert > 1
     count = len(layers) * micro_batches
     tokens_R = total["tokens_R"].clamp(min=1)
     shares = {
@@ -74,7 +75,8 @@ def routing_summary(
         aux=by_router(total["aux_R"] / count),
         z=by_router(total["z_R"] / count) if config.moe.z_loss_coeff else {},
         expert_share=shares,
-        rows_per_token=by_router(total["rows_R"] / tokens_R),
+        # Counted where rows travel; on one rank every token is one row.
+        rows_per_token=by_router(total["rows_R" if spread else "tokens_R"] / tokens_R),
         remote_rows_per_token=by_router(total["remote_R"] / tokens_R),
     )
 

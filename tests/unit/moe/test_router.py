@@ -1,0 +1,139 @@
+"""The modality routers: choices, probabilities, z-loss, and what the dtype of the router does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moiie_megatron.backend.parallel import Launch, World, start_world, stop_world
+from moiie_megatron.config.schema import ParallelConfig
+from moiie_megatron.experts.layout import ExpertLayout
+from moiie_megatron.experts.token_types import IMAGE, PADDING, TEXT
+from moiie_megatron.moe.router import ModalityRouter, RouterSettings
+
+HIDDEN, TOKENS = 32, 50
+LAYOUT = ExpertLayout.from_variant("moiie")
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    torch.set_num_threads(1)
+    yield start_world(ParallelConfig(), Launch(), device="cpu", seed=1)
+    stop_world()
+
+
+def router(
+    world: World,
+    *,
+    alpha: float = 0.0,
+    z_loss: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    router_dtype: str | None = "fp32",
+) -> ModalityRouter:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        num_moe_experts=4,
+        moe_router_dtype=router_dtype,
+        params_dtype=dtype,
+        use_cpu_initialization=True,
+    )
+    coeffs = {"vision": alpha, "text": alpha}
+    settings = RouterSettings(LAYOUT, coeffs, init_std=0.5, z_loss_coeff=z_loss)
+    return ModalityRouter(config, world.groups, settings)
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Hidden states ``(s, 1, h)`` and types ``(s, 1)`` of every kind."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(TOKENS, 1, HIDDEN, generator=generator).to(dtype)
+    kinds = torch.tensor([TEXT, IMAGE, PADDING], dtype=torch.int8)
+    return hidden, kinds[torch.randint(0, 3, (TOKENS, 1), generator=generator)]
+
+
+def scores_of(module: ModalityRouter, hidden: Tensor, types: Tensor) -> list[Tensor]:
+    """Each token's scores by its own gate alone, written out."""
+    found = []
+    for row, kind in zip(hidden[:, 0], types[:, 0].tolist(), strict=True):
+        found.append(module.gates["vision" if kind == IMAGE else "text"] @ row)
+    return found
+
+
+def test_top_two_of_the_own_router_renormalised(world: World) -> None:
+    module = router(world).eval()
+    hidden, types = tokens()
+    probs, chosen = module(hidden, types)
+    for token, scores in enumerate(scores_of(module, hidden, types)):
+        first = 0 if types[token, 0] == IMAGE else 1  # experts V S S T; text may use S S T
+        top = torch.softmax(scores, dim=0).topk(2)
+        wanted = torch.zeros(4)
+        wanted[top.indices + first] = top.values / top.values.sum()
+        assert torch.allclose(probs[token], wanted, atol=1e-6)
+        assert torch.equal(chosen[token], wanted > 0)
+
+
+def test_z_loss_and_its_gradient(world: World) -> None:
+    """Mean squared log-sum-exp by router over real tokens; nothing else attached."""
+    module = router(world, z_loss=0.3)
+    hidden, types = tokens()
+    probs, _ = module(hidden, types)
+    found = torch.autograd.grad(probs.sum() * 0.0, list(module.gates.values()))
+    expected, logged = torch.zeros(()), []
+    for kinds in ((IMAGE,), (TEXT,)):
+        real = [
+            torch.logsumexp(scores, dim=0).square()
+            for scores, kind in zip(scores_of(module, hidden, types), types[:, 0], strict=True)
+            if int(kind) in kinds
+        ]
+        logged.append(torch.stack(real).mean())
+        expected = expected + 0.3 * logged[-1]
+    wanted = torch.autograd.grad(expected, list(module.gates.values()))
+    for got, want in zip(found, wanted, strict=True):
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-6) and want.abs().max() > 1e-3
+    assert torch.allclose(module.stats.z_R, torch.stack(logged).detach(), rtol=1e-5)
+
+
+def test_padding_and_replay_are_not_counted(world: World) -> None:
+    """Counters take each real token once: padding never, a pass without gradients never."""
+    module = router(world, alpha=0.01)
+    hidden, types = tokens()
+    with torch.no_grad():
+        module(hidden, types)
+    assert not any(buffer.any() for buffer in module.stats.buffers())
+    module(hidden, types)
+    real = torch.tensor([(types == IMAGE).sum(), (types == TEXT).sum()])
+    assert torch.equal(module.stats.tokens_R, real.float())
+    assert torch.equal(module.stats.load_RE.sum(dim=1), 2 * real.float())
+
+
+def test_a_modality_without_tokens_costs_nothing(world: World) -> None:
+    module = router(world, alpha=1.0, z_loss=1.0)
+    hidden, _ = tokens()
+    types = torch.full((TOKENS, 1), TEXT, dtype=torch.int8)
+    probs, _ = module(hidden, types)
+    vision, text = torch.autograd.grad(probs.sum() * 0.0, list(module.gates.values()))
+    assert not vision.any() and text.any()
+    assert module.stats.aux_R[0] == 0.0 and module.stats.aux_R[1] > 1.9
+
+
+@pytest.mark.parametrize("router_dtype", ["fp32", None])
+def test_dtype_of_the_router(world: World, router_dtype: str | None) -> None:
+    """fp32 computes the scores of bf16 values exactly; "model" rounds them to bf16.
+
+    Either way the softmax is taken in fp32 and probabilities add up to 1.
+    """
+    module = router(world, dtype=torch.bfloat16, router_dtype=router_dtype).eval()
+    hidden, types = tokens(torch.bfloat16)
+    probs, chosen = module(hidden, types)
+    assert probs.dtype == torch.float32
+    assert torch.allclose(probs.sum(dim=1), torch.ones(TOKENS), atol=1e-6)
+    exact = router(world).eval()
+    exact.load_state_dict({k: v.float() for k, v in module.state_dict().items()}, strict=False)
+    want, same = exact(hidden.float(), types)
+    error = float((probs - want)[(chosen == same).all(dim=1)].abs().max())
+    assert error < 1e-6 if router_dtype == "fp32" else 1e-5 < error < 0.02
