@@ -1,8 +1,9 @@
 """Compare parallel layouts, or the losses of two runs.
 
-``compare_runs.py layouts CONFIG [key=value ...]`` takes one optimizer step in many layouts and
-prints PASS or FAIL for each against a single process: loss, balance losses, every gradient and
-the next weights.  ``compare_runs.py losses A B --assert-equal`` compares two runs' metrics.
+``compare_runs.py layouts CONFIG [key=value ...]`` takes one optimizer step in many layouts, with
+every way to recompute, dispatcher and model variant, and prints PASS or FAIL for each against a
+single process: losses, balance losses, every gradient and the next weights.
+``compare_runs.py losses A B --assert-equal`` compares two runs' metrics.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moiie_megatron.backend.process import find_store
@@ -35,6 +36,10 @@ RECOMPUTE = {
 }
 
 
+DISPATCHERS = ("moiie", "alltoall", "allgather")
+VARIANTS = ("vanilla", "modality", "moiie")
+
+
 @dataclass(frozen=True)
 class Layout:
     """One way to spread a step over processes."""
@@ -46,6 +51,7 @@ class Layout:
     data: int = 1
     recompute: str = "off"
     dispatcher: str = "moiie"
+    variant: str | None = None  # None: the configuration's own
 
     @property
     def processes(self) -> int:
@@ -54,7 +60,8 @@ class Layout:
     @property
     def name(self) -> str:
         degrees = f"TP{self.tensor} PP{self.pipeline} EP{self.expert} ETP{self.expert_tensor}"
-        return f"{degrees} DP{self.data} recompute {self.recompute} {self.dispatcher}"
+        rest = f"recompute {self.recompute} {self.dispatcher} {self.variant or ''}"
+        return f"{degrees} DP{self.data} {rest}".rstrip()
 
     def overrides(self) -> list[str]:
         return [
@@ -64,11 +71,22 @@ class Layout:
             f"parallel.expert_tensor={self.expert_tensor}",
             f"moe.dispatcher={self.dispatcher}",
             *RECOMPUTE[self.recompute],
+            *self._variant_overrides(),
         ]
 
+    def _variant_overrides(self) -> list[str]:
+        """Another variant comes with its own numbers of experts."""
+        if self.variant is None:
+            return []
+        counts = [f"moe.num_{group}_experts=null" for group in ("vision", "shared", "text")]
+        return [f"moe.variant={self.variant}", *counts]
 
-def layouts(processes: int) -> Iterator[Layout]:
-    """The table: every grid that fills 1, 2, 4, ... processes, then what else can differ."""
+
+def layouts(processes: int, own_variant: str) -> Iterator[Layout]:
+    """The table: every grid that fills 1, 2, 4, ... processes, then what else can differ.
+
+    A layout may come twice.
+    """
     sizes = [n for n in (1, 2, 4, 8, 16, 32) if n <= processes]
     degrees = (1, 2)
     for n, tensor, pipeline, expert, expert_tensor in itertools.product(
@@ -78,22 +96,29 @@ def layouts(processes: int) -> Iterator[Layout]:
         if n % dense or n % experts or max(dense, experts) < n and n > 2:
             continue  # data parallelism beyond what the grid needs adds nothing new
         yield Layout(tensor, pipeline, expert, expert_tensor, n // dense)
-    for n in sizes[1:2]:
-        for recompute, dispatcher in itertools.product(RECOMPUTE, ("moiie", "alltoall")):
-            if (recompute, dispatcher) != ("off", "moiie"):
-                yield Layout(expert=n, data=n, recompute=recompute, dispatcher=dispatcher)
+    # Two processes share the experts; four also the layers, or also the sequence.
+    mixed = [Layout(expert=2, data=2), Layout(pipeline=2, expert=2, data=2)]
+    mixed += [Layout(tensor=2, expert=2, data=2)]
+    for layout in (layout for layout in mixed if layout.processes <= processes):
+        for recompute, dispatcher in itertools.product(RECOMPUTE, DISPATCHERS):
+            yield replace(layout, recompute=recompute, dispatcher=dispatcher)
+    for variant in (variant for variant in VARIANTS if variant != own_variant):
+        yield Layout(variant=variant)
+        for layout in (layout for layout in mixed if layout.processes <= processes):
+            yield replace(layout, variant=variant)
 
 
 def compare_layouts(arguments: argparse.Namespace) -> int:
     """Run the table, one launch per number of processes; print and judge."""
+    own_variant = load_config(arguments.config, arguments.overrides).moe.variant
     table = [
         layout
-        for layout in layouts(arguments.processes)
+        for layout in dict.fromkeys(layouts(arguments.processes, own_variant))
         if _possible(arguments.config, [*arguments.overrides, *layout.overrides()], layout)
     ]
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        reference, verdicts = Path(folder) / "reference.pt", Path(folder) / "verdicts"
+        verdicts = Path(folder) / "verdicts"
         for processes in sorted({layout.processes for layout in table}):
             ours = [layout for layout in table if layout.processes == processes]
             job = Path(folder) / f"job{processes}.json"
@@ -103,7 +128,7 @@ def compare_layouts(arguments: argparse.Namespace) -> int:
                         "config": arguments.config,
                         "overrides": arguments.overrides,
                         "layouts": [asdict(layout) for layout in ours],
-                        "reference": str(reference),
+                        "references": folder,
                         "verdicts": str(verdicts),
                         "tolerance": arguments.tolerance,
                     }
@@ -144,7 +169,6 @@ def probe(job_file: str) -> int:
     from moiie_megatron.training.step import num_microbatches
 
     job = json.loads(Path(job_file).read_text())
-    reference_file = Path(job["reference"])
     launch = launch_from(os.environ)
     store = find_store(launch)
     for number, values in enumerate(job["layouts"]):
@@ -160,6 +184,7 @@ def probe(job_file: str) -> int:
             dp_size=world.dp_size,
         )
         batches = [next(loader) for _ in range(num_microbatches(config, world))]
+        reference_file = Path(job["references"]) / f"{layout.variant}.pt"
         reference = torch.load(reference_file) if reference_file.exists() else None
 
         def weights(name: str, expert: int | None, known: dict | None = reference):

@@ -25,8 +25,9 @@ def main() -> int:
 
     # Heavy imports after the arguments: --help answers at once.
     from moiie_megatron.backend.parallel import World
+    from moiie_megatron.checkpoint.folder import find_checkpoint
     from moiie_megatron.data.records import PLACEHOLDER, Turn
-    from moiie_megatron.evaluation.generate import Generator, checkpoint_config, find_checkpoint
+    from moiie_megatron.evaluation.generate import Generator, checkpoint_config
 
     launch = launch_from(os.environ)
 

@@ -6,6 +6,7 @@ Differences between Megatron-Core versions belong here: a renamed field is one l
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ OWNED_FIELDS = {
     "gated_linear_unit": "language.family",
     "add_bias_linear": "language.family",
     "window_size": "language.sliding_window",
+    "softmax_scale": "language.longrope",
     "num_moe_experts": "moe.variant",
     "moe_layer_freq": "moe.layers",
     "moe_ffn_hidden_size": "language.ffn_hidden_size",
@@ -119,6 +121,10 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
     if language.sliding_window is not None:
         # transformers: a token sees `sliding_window` positions, itself included.
         fields["window_size"] = (language.sliding_window - 1, 0)
+    if language.longrope is not None:
+        # transformers multiplies queries and keys by the factor, so scores have it twice.
+        head_size = language.hidden_size // language.num_attention_heads
+        fields["softmax_scale"] = language.longrope.attention_factor**2 / math.sqrt(head_size)
     moe_layers = config.moe_layers
     if moe_layers:
         fields |= {

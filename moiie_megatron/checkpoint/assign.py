@@ -6,8 +6,7 @@ of every local part.  So nothing here knows about tensor, pipeline or expert par
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -91,34 +90,3 @@ def _slices(shard: ShardedTensor, full: Tensor) -> tuple[slice, ...]:
     return tuple(
         slice(start, start + size) for start, size in zip(offsets, shard.local_shape, strict=True)
     )
-
-
-def refuse_unused(
-    present: Iterable[str], known: Collection[str], ignored: Iterable[str], source: str
-) -> None:
-    """Refuse a source with tensors that the model has no place for.
-
-    ``known`` comes from the name tables, not from what this rank asked for: a rank asks only
-    for its own layers and experts.
-
-    Args:
-        present: Names in the source.
-        known: Names that the tables read.
-        ignored: Regular expressions (``re.search``) of names that are no loss.
-        source: File or folder, for the message.
-
-    Raises:
-        ValueError: Names a few of the tensors.
-    """
-    patterns = [re.compile(pattern) for pattern in ignored]
-    extra = sorted(
-        name
-        for name in set(present) - set(known)
-        if not any(pattern.search(name) for pattern in patterns)
-    )
-    if extra:
-        more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
-        raise ValueError(
-            f"{source} holds tensors that the model has no place for ({', '.join(extra[:3])}"
-            f"{more}): use weights of the configured architecture."
-        )

@@ -26,20 +26,15 @@ from moiie_megatron.backend.saving import (
     loading_into,
     write_without_manager,
 )
+from moiie_megatron.checkpoint.folder import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    LATEST_FILE,
+    copy_tokenizer,
+    step_folder,
+)
 from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import RunConfig
-
-FORMAT_VERSION = 1
-CONFIG_FILE = "run.yaml"
-LATEST_FILE = "latest"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -62,34 +57,6 @@ def sharding_metadata(world: World) -> dict[str, Any]:
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
     }
-
-
-def checkpoints_folder(output: str | Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return Path(output) / "checkpoints"
-
-
-def step_folder(output: str | Path, step: int) -> Path:
-    """The checkpoint after ``step`` optimizer steps."""
-    return checkpoints_folder(output) / f"step_{step:07d}"
-
-
-def latest_checkpoint(output: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None.
-
-    Raises:
-        ValueError: ``latest`` names a folder that is not there.
-    """
-    pointer = checkpoints_folder(output) / LATEST_FILE
-    if not pointer.exists():
-        return None
-    folder = pointer.parent / pointer.read_text().strip()
-    if not folder.is_dir():
-        raise ValueError(
-            f"{pointer} names the checkpoint {folder.name}, which is not there: restore it, or "
-            f"write the name of another step folder into {pointer}."
-        )
-    return folder
 
 
 def save_checkpoint(
@@ -120,7 +87,7 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(beside), content_metadata=stored)
     if world.rank == 0:
         (beside / CONFIG_FILE).write_text(dump_config(config))
-        _copy_tokenizer(Path(config.data.tokenizer), beside)
+        copy_tokenizer(Path(config.data.tokenizer), beside)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(beside, final)
         _replace_text(final.parent / LATEST_FILE, final.name + "\n")
@@ -174,7 +141,7 @@ def load_common(folder: Path) -> dict[str, Any]:
     except (CheckpointingException, OSError, EOFError, RuntimeError) as error:
         raise ValueError(
             f"{folder} is not a complete Megatron checkpoint ({_first_line(error)}): use a "
-            "folder named step_... under a run's checkpoints."
+            "folder named step_... under a run's checkpoints, or a converted checkpoint."
         ) from error
     version = common.get("format_version")
     if version is None or version > FORMAT_VERSION:
@@ -237,15 +204,6 @@ def _set_rng(state: dict[str, Any], world: World) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
     if world.device.is_cuda and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    if source.is_file():
-        shutil.copy(source, folder / source.name)
-        return
-    for name in _TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copy(source / name, folder / name)
 
 
 def _prune(config: RunConfig, newest: Path) -> None:

@@ -5,7 +5,8 @@ One row serves both directions.  Megatron names are those of our distributed che
 parallel layout shows.  Hugging Face names follow transformers (files ``modeling_llama.py``,
 ``modeling_phi3.py``, ``modeling_siglip.py``, ``modeling_clip.py``); the names inside MoE layers
 follow the MoIIE reference: ``mlp.gate`` is the text router (in Vanilla MoE the only one),
-``mlp.gate_vis`` the vision router, ``mlp.experts.{i}`` the experts in logical order.
+``mlp.gate_vis`` the vision router, ``mlp.experts.{i}`` the experts in logical order.  ``Naming``
+says in which of two layouts the rest is: the reference's, or that of our own exports.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ LANGUAGE = "language_model."
 VISION = "vision_encoder.model."
 CONNECTOR = "connector."
 ROUTER = ".mlp.router.gates."
+EXPERTS = ".mlp.experts.experts."
 
-# What stands in front of the language model's names in a Hugging Face checkpoint.
-HF_LANGUAGE = "model."
-
+# Dense layers name the norm after the linear layer that Transformer Engine fuses it with; the
+# norm in front of experts stands alone.
+_MOE_NORM = ".pre_mlp_layernorm.weight"
+_DENSE_NORM = ".mlp.linear_fc1.layer_norm_weight"
 _ROUTERS = {"vision": "gate_vis", "text": "gate", "joint": "gate"}
 
 
@@ -46,8 +49,64 @@ class Row:
     expert: int | None = None
 
 
+@dataclass(frozen=True)
+class Naming:
+    """A layout of Hugging Face names for the whole model.
+
+    Args:
+        language: What stands in front of the language model's names.
+        vision: The same for the vision tower.
+        connector: The same for the connector.
+        connector_layers: What the connector's two linear layers are called.
+        split_experts: Experts have gate_proj and up_proj also in families that fuse them.
+    """
+
+    language: str
+    vision: str
+    connector: str
+    connector_layers: tuple[str, str]
+    split_experts: bool
+
+
+# transformers' own names for dense models, and the reference's for models with experts.
+REFERENCE = Naming("model.", "vision_model.", "model.mm_projector.", ("0", "2"), False)
+# Our exported models: transformers' LLaVA names around the backbone's own.
+EXPORTED = Naming(
+    "model.language_model.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+    ("linear_1", "linear_2"),
+    True,
+)
+
+
+def dense_name(name: str) -> str:
+    """The tensor of the dense model that a tensor of an upcycled layer is made from."""
+    if name.endswith(_MOE_NORM):
+        return name.removesuffix(_MOE_NORM) + _DENSE_NORM
+    return name.replace(EXPERTS, ".mlp.")
+
+
+def model_rows(
+    language: LanguageConfig,
+    vision: VisionConfig,
+    layout: ExpertLayout,
+    moe_layers: Collection[int],
+    naming: Naming = EXPORTED,
+) -> list[Row]:
+    """Everything: vision tower, connector, decoder."""
+    return [
+        *vision_rows(vision, naming.vision),
+        *connector_rows(naming.connector, naming.connector_layers),
+        *language_rows(language, layout, moe_layers, naming),
+    ]
+
+
 def language_rows(
-    language: LanguageConfig, layout: ExpertLayout, moe_layers: Collection[int]
+    language: LanguageConfig,
+    layout: ExpertLayout,
+    moe_layers: Collection[int],
+    naming: Naming = REFERENCE,
 ) -> list[Row]:
     """The decoder, with experts in ``moe_layers`` (from 0; empty for a dense model).
 
@@ -58,28 +117,24 @@ def language_rows(
     rows = [
         Row(
             LANGUAGE + "embedding.word_embeddings.weight",
-            (HF_LANGUAGE + "embed_tokens.weight",),
+            (naming.language + "embed_tokens.weight",),
             same,
         ),
-        Row(LANGUAGE + "decoder.final_layernorm.weight", (HF_LANGUAGE + "norm.weight",), same),
+        Row(LANGUAGE + "decoder.final_layernorm.weight", (naming.language + "norm.weight",), same),
     ]
     if not language.tied_embeddings:
         rows.append(Row(LANGUAGE + "output_layer.weight", ("lm_head.weight",), same))
     for number in range(language.num_layers):
-        layer, hf_layer = f"{LANGUAGE}decoder.layers.{number}.", f"{HF_LANGUAGE}layers.{number}."
+        layer = f"{LANGUAGE}decoder.layers.{number}."
+        hf_layer = f"{naming.language}layers.{number}."
         rows += _attention_rows(language, layer, hf_layer)
         if number in moe_layers:
-            rows += _moe_rows(language, layout, layer, hf_layer)
+            rows += _moe_rows(language, layout, layer, hf_layer, naming)
         else:
-            rows += _ffn_rows(language, layer + "mlp.", hf_layer + "mlp.")
-        norm = "pre_mlp_layernorm.weight" if number in moe_layers else _FUSED_NORM
-        rows.append(Row(layer + norm, (hf_layer + "post_attention_layernorm.weight",), same))
+            rows += _ffn_rows(_ffn_parts(language), layer + "mlp.", hf_layer + "mlp.")
+        norm = layer.removesuffix(".") + (_MOE_NORM if number in moe_layers else _DENSE_NORM)
+        rows.append(Row(norm, (hf_layer + "post_attention_layernorm.weight",), same))
     return rows
-
-
-# Dense layers name the norm after the linear layer that Transformer Engine fuses it with; the
-# norm in front of experts stands alone.
-_FUSED_NORM = "mlp.linear_fc1.layer_norm_weight"
 
 
 def _attention_rows(language: LanguageConfig, layer: str, hf_layer: str) -> list[Row]:
@@ -105,43 +160,57 @@ def _attention_rows(language: LanguageConfig, layer: str, hf_layer: str) -> list
     ]
 
 
-def _ffn_rows(
-    language: LanguageConfig, mlp: str, hf_mlp: str, expert: int | None = None
-) -> list[Row]:
-    names: tuple[str, ...]
-    if language.family == "phi3":  # its gate_up_proj already is [gate | up]
-        names, surgery = ("gate_up_proj",), tensors.same()
-    else:
-        names, surgery = ("gate_proj", "up_proj"), tensors.gate_up()
+@dataclass(frozen=True)
+class _FfnParts:
+    """What a family calls the parts of an FFN."""
+
+    gate_up: tuple[str, ...]
+    down: str
+
+
+_SPLIT = _FfnParts(("gate_proj", "up_proj"), "down_proj")
+_FUSED = _FfnParts(("gate_up_proj",), "down_proj")
+_MIXTRAL = _FfnParts(("w1", "w3"), "w2")
+
+
+def _ffn_parts(language: LanguageConfig) -> _FfnParts:
+    return _FUSED if language.family == "phi3" else _SPLIT
+
+
+def _ffn_rows(parts: _FfnParts, mlp: str, hf_mlp: str, expert: int | None = None) -> list[Row]:
+    # A fused gate_up_proj already is [gate | up].
+    surgery = tensors.gate_up() if len(parts.gate_up) == 2 else tensors.same()
+    gate_up = tuple(f"{hf_mlp}{name}.weight" for name in parts.gate_up)
+    down = (f"{hf_mlp}{parts.down}.weight",)
     return [
-        Row(
-            mlp + "linear_fc1.weight",
-            tuple(f"{hf_mlp}{name}.weight" for name in names),
-            surgery,
-            expert,
-        ),
-        Row(mlp + "linear_fc2.weight", (hf_mlp + "down_proj.weight",), tensors.same(), expert),
+        Row(mlp + "linear_fc1.weight", gate_up, surgery, expert),
+        Row(mlp + "linear_fc2.weight", down, tensors.same(), expert),
     ]
 
 
 def _moe_rows(
-    language: LanguageConfig, layout: ExpertLayout, layer: str, hf_layer: str
+    language: LanguageConfig, layout: ExpertLayout, layer: str, hf_layer: str, naming: Naming
 ) -> list[Row]:
+    parts, hf_mlp = _ffn_parts(language), hf_layer + "mlp."
+    if naming.split_experts:
+        parts = _SPLIT
+    elif language.family == "mixtral":  # transformers' names on disk, not those in its modules
+        parts, hf_mlp = _MIXTRAL, hf_layer + "block_sparse_moe."
     rows = [
         Row(
             f"{layer.removesuffix('.')}{ROUTER}{router}",
-            (f"{hf_layer}mlp.{_ROUTERS[router]}.weight",),
+            (f"{hf_mlp}{_ROUTERS[router]}.weight",),
             tensors.same(),
         )
         for router in layout.routers
     ]
+    experts = layer.removesuffix(".") + EXPERTS
     for expert in range(layout.num_experts):
-        hf_expert = f"{hf_layer}mlp.experts.{expert}."
-        rows += _ffn_rows(language, layer + "mlp.experts.experts.", hf_expert, expert)
+        rows += _ffn_rows(parts, experts, f"{hf_mlp}experts.{expert}.", expert)
     return rows
 
 
-def vision_rows(vision: VisionConfig, prefix: str = "vision_model.") -> list[Row]:
+def vision_rows(vision: VisionConfig, prefix: str = REFERENCE.vision) -> list[Row]:
     """The vision tower.
 
     Args:
@@ -166,10 +235,12 @@ def vision_rows(vision: VisionConfig, prefix: str = "vision_model.") -> list[Row
     return [Row(VISION + name, (prefix + name,), tensors.same()) for name in names]
 
 
-def connector_rows(prefix: str = "model.mm_projector.") -> list[Row]:
+def connector_rows(
+    prefix: str = REFERENCE.connector, layers: tuple[str, str] = REFERENCE.connector_layers
+) -> list[Row]:
     """The connector; its Hugging Face names are LLaVA's and the reference's ``mm_projector``."""
     return [
         Row(f"{CONNECTOR}{ours}.{kind}", (f"{prefix}{theirs}.{kind}",), tensors.same())
-        for ours, theirs in (("linear_1", "0"), ("linear_2", "2"))
+        for ours, theirs in zip(("linear_1", "linear_2"), layers, strict=True)
         for kind in ("weight", "bias")
     ]

@@ -6,11 +6,32 @@ heads), r = n / g heads per group, f FFN size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor that has not been read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def meta(self) -> Tensor:
+        """A tensor without data: what surgery makes of it shows what it makes of the real one."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorInfo:
+        return cls(tuple(tensor.shape), tensor.dtype)
 
 
 @dataclass(frozen=True)

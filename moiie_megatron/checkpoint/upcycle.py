@@ -18,20 +18,8 @@ from torch import Tensor
 
 from moiie_megatron.backend.parallel import World
 from moiie_megatron.checkpoint.store import load_common, read_sharded, sharding_metadata
+from moiie_megatron.checkpoint.tables import CONNECTOR, EXPERTS, ROUTER, dense_name
 from moiie_megatron.multimodal.model import MoIIEModel
-
-_EXPERTS = ".mlp.experts.experts."
-_ROUTER = ".mlp.router."
-_CONNECTOR = "connector."
-_MOE_NORM = ".pre_mlp_layernorm.weight"
-_DENSE_NORM = ".mlp.linear_fc1.layer_norm_weight"
-
-
-def dense_name(name: str) -> str:
-    """The tensor of the dense model that a tensor of an upcycled layer is made from."""
-    if name.endswith(_MOE_NORM):
-        return name.removesuffix(_MOE_NORM) + _DENSE_NORM
-    return name.replace(_EXPERTS, ".mlp.")
 
 
 def load_weights(
@@ -55,9 +43,9 @@ def load_weights(
     for entry in _entries(model, world):
         names = []
         for shard in _shards(entry):
-            if _ROUTER in shard.key and shard.key not in present:
+            if ROUTER in shard.key and shard.key not in present:
                 continue  # a fresh router
-            if new_connector and shard.key.startswith(_CONNECTOR):
+            if new_connector and shard.key.startswith(CONNECTOR):
                 continue
             source = shard if shard.key in present else _dense_shard(shard)
             _check(source, present, folder)
@@ -88,7 +76,7 @@ def _shards(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
 def _dense_shard(shard: ShardedTensor) -> ShardedTensor:
     """The same cut of the dense tensor: without the leading expert axis if there is one."""
     name = dense_name(shard.key)
-    if _EXPERTS not in shard.key:
+    if EXPERTS not in shard.key:
         return replace(shard, key=name)
     assert shard.prepend_axis_num == 1, shard
     return replace(

@@ -45,9 +45,13 @@ def check_config(config: RunConfig, *, world_size: int | None = None) -> None:
 def check_paths(config: RunConfig) -> None:
     """Refuse paths that do not exist; relative ones start at the current directory.
 
+    A run needs sources of data; the configuration in a converted checkpoint has none.
+
     Raises:
-        ValueError: The first missing file or folder, with its key.
+        ValueError: No source, or the first missing file or folder, with its key.
     """
+    if not config.data.sources:
+        raise ValueError("data.sources is empty: give at least one source of records and images.")
     _exists("data.tokenizer", config.data.tokenizer, "a tokenizer folder or .model file")
     for number, source in enumerate(config.data.sources):
         _exists(f"data.sources.{number}.records", source.records, "a file", want="file")
@@ -96,6 +100,11 @@ def check_megatron_section(
 def _check_language(config: RunConfig) -> None:
     language = config.language
     heads, groups = language.num_attention_heads, language.num_query_groups
+    if language.rope_scaling is not None and language.longrope is not None:
+        raise ValueError(
+            "language.rope_scaling and language.longrope are both given: a model has one of them, "
+            "set the other to null."
+        )
     if language.hidden_size % heads or (language.hidden_size // heads) % 2:
         raise ValueError(
             f"language.hidden_size is {language.hidden_size} but language.num_attention_heads is "
@@ -106,6 +115,14 @@ def _check_language(config: RunConfig) -> None:
             f"language.num_query_groups is {groups} but language.num_attention_heads is {heads}: "
             f"use {_divisors(heads)}."
         )
+    pairs = language.hidden_size // heads // 2
+    for name in ("short_factor", "long_factor") if language.longrope is not None else ():
+        count = len(getattr(language.longrope, name))
+        if count != pairs:
+            raise ValueError(
+                f"language.longrope.{name} has {count} numbers but heads have {2 * pairs} "
+                f"channels: give {pairs}, one per pair of channels."
+            )
 
 
 def _check_vision(config: RunConfig) -> None:
@@ -132,6 +149,8 @@ def _check_experts(config: RunConfig) -> None:
     layout = config.moe.layout
     if not layout.is_dense:
         moe_layers(config.moe.layers, config.language.num_layers)
+    if config.language.family == "mixtral":
+        _check_mixtral(config)
     if not _has_experts(config):
         return
     if not config.moe_layers:
@@ -144,6 +163,12 @@ def _check_experts(config: RunConfig) -> None:
         raise ValueError(
             f"parallel.expert is {parallel.expert} but the moe section has {layout.num_experts} "
             f"experts: use {_divisors(layout.num_experts)}."
+        )
+    loads = config.moe.expert_loads
+    if loads is not None and len(loads) != layout.num_experts:
+        raise ValueError(
+            f"moe.expert_loads has {len(loads)} numbers but the moe section has "
+            f"{layout.num_experts} experts: give one per expert."
         )
     if config.moe.aux_loss == "pooled" and parallel.pipeline > 1:
         raise ValueError(
@@ -177,6 +202,18 @@ def _check_experts(config: RunConfig) -> None:
             f"{parallel.expert_tensor}: with experts their quotient must be a multiple of "
             f"{_GROUPED_MM_MULTIPLE}, which grouped matrix multiplication needs."
         )
+
+
+def _check_mixtral(config: RunConfig) -> None:
+    """Its experts are pretrained: every stage has them, in every layer, for all tokens."""
+    moe, num_layers = config.moe, config.language.num_layers
+    if config.stage.moe and moe.variant == "vanilla" and len(config.moe_layers) == num_layers:
+        return
+    raise ValueError(
+        f"language.family is mixtral, which has experts for all tokens in all of its {num_layers} "
+        f"layers, but stage.moe is {str(config.stage.moe).lower()}, moe.variant is {moe.variant} "
+        f"and moe.layers is {moe.layers}: set them to true, vanilla and all."
+    )
 
 
 def _check_stage(config: RunConfig) -> None:
@@ -237,8 +274,6 @@ def _check_parallel(config: RunConfig) -> None:
 
 def _check_data(config: RunConfig) -> None:
     data, parallel = config.data, config.parallel
-    if not data.sources:
-        raise ValueError("data.sources is empty: give at least one source of records and images.")
     if not data.image_token:
         raise ValueError("data.image_token is '': use a text such as <image>.")
     needed = config.vision.num_image_tokens + 2

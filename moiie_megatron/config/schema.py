@@ -7,6 +7,7 @@ imports torch, so a configuration can be checked on any machine.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -41,10 +42,32 @@ class RopeScaling(Section):
     original_max_position_embeddings: PositiveInt = 8192
 
 
-class LanguageConfig(Section):
-    """The dense decoder that is the backbone of the language side."""
+class LongRope(Section):
+    """LongRoPE (arXiv 2402.13753; transformers' ``rope_type: longrope``), as in Phi-3 with 128k.
 
-    family: Literal["llama", "phi3"]
+    Every frequency has a divisor of its own: ``short_factor`` in sequences of up to
+    ``original_max_position_embeddings`` positions, ``long_factor`` in longer ones.
+    """
+
+    short_factor: list[PositiveFloat]
+    long_factor: list[PositiveFloat]
+    factor: Annotated[float, Field(ge=1.0)] = Field(
+        description="max_position_embeddings / original_max_position_embeddings"
+    )
+    original_max_position_embeddings: Annotated[int, Field(gt=1)] = 4096
+
+    @property
+    def attention_factor(self) -> float:
+        """What queries and keys are multiplied by, in sequences of every length."""
+        return math.sqrt(
+            1 + math.log(self.factor) / math.log(self.original_max_position_embeddings)
+        )
+
+
+class LanguageConfig(Section):
+    """The decoder that is the backbone of the language side; dense but for ``mixtral``."""
+
+    family: Literal["llama", "phi3", "mixtral"]
     num_layers: PositiveInt
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
@@ -54,6 +77,7 @@ class LanguageConfig(Section):
     max_position_embeddings: PositiveInt
     rotary_base: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
+    longrope: LongRope | None = None
     norm_epsilon: PositiveFloat = 1e-5
     tied_embeddings: bool = False
     sliding_window: PositiveInt | None = None
@@ -108,6 +132,12 @@ class MoEConfig(Section):
     placement: Literal["balanced", "contiguous"] = "balanced"
     image_share: Fraction = Field(
         0.7, description="expected share of image tokens, where no placement suits every share"
+    )
+    expert_loads: list[NonNegativeFloat] | None = Field(
+        None, description="measured tokens by logical expert, to place by instead of image_share"
+    )
+    reference_mask: bool = Field(
+        False, description="the last image token of every run counts as text, as in the reference"
     )
 
     @property
@@ -237,9 +267,10 @@ class RunConfig(Section):
     @property
     def placement(self) -> Placement:
         """The physical order of the experts over this run's expert-parallel ranks."""
-        if self.moe.placement == "contiguous":
-            return contiguous(self.moe.layout, self.parallel.expert, self.moe.image_share)
-        return balanced(self.moe.layout, self.parallel.expert, image_share=self.moe.image_share)
+        moe, ep_size = self.moe, self.parallel.expert
+        if moe.placement == "contiguous":
+            return contiguous(moe.layout, ep_size, moe.image_share)
+        return balanced(moe.layout, ep_size, image_share=moe.image_share, loads=moe.expert_loads)
 
     @property
     def active_parallel(self) -> ParallelConfig:

@@ -24,7 +24,7 @@ class Tokenizer(Protocol):
         pad_id: Padding; the end of text where there is no padding token.
         image_id: Stands at image positions.  ``vocab_size`` where the vocabulary has no image
             token: the model puts image features there and never embeds this id.
-        vocab_size: Number of ids, without an image token that is not in the vocabulary.
+        vocab_size: Number of ids, without an image token behind all others.
         chat_template: The tokenizer's own Jinja template.
         special_tokens: Texts of ``bos_token``, ``eos_token``..., as chat templates name them.
     """
@@ -99,7 +99,9 @@ class HuggingFaceTokenizer:
         self._backend: Any = fast.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        # An exported model's tokenizer has its image token behind the model's vocabulary.
+        self.vocab_size = max(i for token, i in vocabulary.items() if token != image_token) + 1
         if fast.eos_token_id is None:
             raise ValueError(
                 f"data.tokenizer {path} names no eos_token: set it in tokenizer_config.json."

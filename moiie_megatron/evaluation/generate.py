@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from moiie_megatron.backend.parallel import World
-from moiie_megatron.checkpoint.store import CONFIG_FILE, latest_checkpoint
+from moiie_megatron.checkpoint.folder import CONFIG_FILE
 from moiie_megatron.checkpoint.upcycle import load_weights
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
@@ -45,20 +45,6 @@ class Prompt:
     tokens: Tensor
     token_types: Tensor
     images: Tensor
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint at ``path``: a step folder, or a run's output folder (its newest one).
-
-    Raises:
-        ValueError: Neither is there.
-    """
-    folder = latest_checkpoint(path) or Path(path)
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"{path} is no checkpoint: name a step_... folder or the output folder of a run."
-        )
-    return folder
 
 
 def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:

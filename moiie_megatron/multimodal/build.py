@@ -8,6 +8,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from moiie_megatron.backend.megatron import torch_dtype, transformer_config
 from moiie_megatron.backend.parallel import World
+from moiie_megatron.backend.rope import scaled_rotary_embedding
 from moiie_megatron.backend.specs import decoder_spec, has_transformer_engine
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
@@ -26,7 +27,6 @@ def build_model(config: RunConfig, world: World) -> MoIIEModel:
         ValueError: A setting that Megatron-Core cannot express.
     """
     language, device = config.language, world.device
-    _check_rope_scaling(config)
     mconfig = transformer_config(config, device)
     experts = moe_module(config, world) if config.moe_layers else None
     spec = decoder_spec(mconfig, device, moe_module=experts, pp_rank=world.groups.pp.rank())
@@ -40,12 +40,13 @@ def build_model(config: RunConfig, world: World) -> MoIIEModel:
         share_embeddings_and_output_weights=language.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=language.rotary_base,
-        rope_scaling=language.rope_scaling is not None,
-        rope_scaling_factor=language.rope_scaling.factor if language.rope_scaling else 8.0,
         # Images are merged into the whole sequence first, then it is cut (multimodal/model.py).
         scatter_embedding_sequence_parallel=False,
         pg_collection=world.groups,
     )
+    rope = scaled_rotary_embedding(language, mconfig, world.groups)
+    if rope is not None:
+        language_model.rotary_pos_emb = rope
     vision_encoder = connector = None
     if world.is_first_stage:
         connector_size = config.connector.hidden_size or language.hidden_size
@@ -54,7 +55,14 @@ def build_model(config: RunConfig, world: World) -> MoIIEModel:
         for part in (vision_encoder, connector):
             part.to(device=device.torch_device, dtype=torch_dtype(config))
         _same_on_all_tensor_ranks((vision_encoder, connector), world)
-    model = MoIIEModel(mconfig, language_model, vision_encoder, connector, world.groups)
+    model = MoIIEModel(
+        mconfig,
+        language_model,
+        vision_encoder,
+        connector,
+        world.groups,
+        reference_mask=config.moe.reference_mask,
+    )
     return model.to(device=device.torch_device)
 
 
@@ -99,21 +107,6 @@ def _te_experts() -> ModuleSpec:
     from megatron.core.models.gpt.moe_module_specs import getmoe_module_spec
 
     return getmoe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True).submodules.experts
-
-
-def _check_rope_scaling(config: RunConfig) -> None:
-    scaling = config.language.rope_scaling
-    fixed = {
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    for name, value in fixed.items():
-        if scaling is not None and getattr(scaling, name) != value:
-            raise ValueError(
-                f"language.rope_scaling.{name} is {getattr(scaling, name)}: Megatron-Core's Llama "
-                f"scaling has {value} built in."
-            )
 
 
 def _same_on_all_tensor_ranks(modules: tuple[torch.nn.Module, ...], world: World) -> None:

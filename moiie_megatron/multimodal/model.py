@@ -18,6 +18,7 @@ from torch import Tensor
 from moiie_megatron.experts.token_types import TEXT
 from moiie_megatron.multimodal.connector import Connector
 from moiie_megatron.multimodal.merge import merge_images
+from moiie_megatron.multimodal.reference_mask import reference_types
 from moiie_megatron.multimodal.vision import VisionEncoder
 
 
@@ -32,6 +33,7 @@ class MoIIEModel(MegatronModule):
         vision_encoder: On the first stage; None elsewhere.
         connector: On the first stage; None elsewhere.
         groups: Megatron's process groups.
+        reference_mask: See ``reference_mask.py``.
     """
 
     def __init__(
@@ -41,12 +43,15 @@ class MoIIEModel(MegatronModule):
         vision_encoder: VisionEncoder | None,
         connector: Connector | None,
         groups: ProcessGroupCollection,
+        *,
+        reference_mask: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.language_model = language_model
         self.vision_encoder = vision_encoder
         self.connector = connector
         self.groups = groups
+        self.reference_mask = reference_mask
         # Megatron's schedules and gradient reductions ask the outermost module for these.
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
@@ -100,6 +105,7 @@ class MoIIEModel(MegatronModule):
         decoder_input = None
         if self.pre_process:
             decoder_input = self._embed(tokens, position_ids, token_types, images, inputs_embeds)
+        routed_types = reference_types(token_types) if self.reference_mask else token_types
         mask = None if labels is None else labels >= 0
         output = self.language_model(
             input_ids=tokens,
@@ -109,7 +115,7 @@ class MoIIEModel(MegatronModule):
             labels=None if labels is None else labels.clamp(min=0),
             # See MoIIELayer: Megatron's one per-token slot carries the token types.  GPTModel
             # does not cut it for sequence parallelism when it gets decoder_input.
-            padding_mask=self._cut_like_hidden_states(token_types),
+            padding_mask=self._cut_like_hidden_states(routed_types),
             runtime_gather_output=labels is None,
         )
         return output * mask if mask is not None and self.post_process else output

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from moiie_megatron.backend.parallel import World
+from moiie_megatron.checkpoint.folder import latest_checkpoint
 from moiie_megatron.checkpoint.from_hf import load_pretrained
 from moiie_megatron.checkpoint.store import (
     Progress,
-    latest_checkpoint,
     load_checkpoint,
     load_common,
     save_checkpoint,

@@ -26,6 +26,20 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(session_folder(tmp_path_factory) / "digits", make_digits)
 
 
+# A sequence with an image has more than 32 tokens, half of one has not.  Attention is sharp and
+# the frequencies far apart, so that the tiny model feels the difference.
+LONGROPE = {
+    "short_factor": [1.0] * 8,
+    "long_factor": [0.02] * 8,
+    "factor": 1e9,
+    "original_max_position_embeddings": 32,
+}
+
+
+# Of four layers in two pipeline stages, the second stage's have no experts.
+ONE_LAYER = {"layers": [1]}
+
+
 def joint_values(digits: Path, output: Path, seed: Path, **sections: Mapping[str, Any]) -> Any:
     """A MoE run that starts from the dense checkpoint; ``sections`` are laid over its own."""
     values = tiny_values(digits, output)
@@ -69,6 +83,7 @@ def single(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
             return joint_values(digits, folder / name, seed, **sections)
 
         one = {"steps": 1}
+        short = {**LONGROPE, "long_factor": LONGROPE["short_factor"]}
         eight = {"num_vision_experts": 2, "num_shared_experts": 4, "num_text_experts": 2}
         runs = {
             "seed": dense,
@@ -77,10 +92,13 @@ def single(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
             "vanilla": joint("vanilla", moe={"variant": "vanilla"}, train=one),
             "modality": joint("modality", moe={"variant": "modality"}, train=one),
             "moiie8": joint("moiie8", moe=eight, train=one),
+            "one_layer": joint("one_layer", moe=ONE_LAYER),
+            "longrope": joint("longrope", language={"longrope": LONGROPE}, train=one),
+            "shortrope": joint("shortrope", language={"longrope": short}, train=one),
             "bf16": joint("bf16", train={"precision": "bf16", "steps": 3}),
             "fp32": joint("fp32", train={"steps": 3}),
         }
-        train_in_turn(folder, runs, processes=1, timeout=200)
+        train_in_turn(folder, runs, processes=1, timeout=400)
 
     return made_once(session_folder(tmp_path_factory) / "single", make)
 
@@ -100,6 +118,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path) -
         connector["checkpoint"]["init_from"] = str(seed)
         connector["checkpoint"]["interval"] = 1
         connector["parallel"] = {"pipeline": 2}
+        longrope = {"language": {"longrope": LONGROPE}, "train": {"steps": 1}}
         runs = {
             # Also the undisturbed run that test_resume.py compares with.
             "ep2": joint("ep2", {"expert": 2}, checkpoint={"interval": SAVE_EVERY}),
@@ -108,9 +127,17 @@ def pair(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path) -
             "dp2": joint("dp2", {}),
             "tp2etp2": joint("tp2etp2", {"tensor": 2, "expert_tensor": 2}),
             "tp2ep2": joint("tp2ep2", {"tensor": 2, "expert": 2}),
+            "one_layer": joint(
+                "one_layer",
+                {"pipeline": 2},
+                moe=ONE_LAYER,
+                checkpoint={"interval": SAVE_EVERY},
+            ),
+            "tp2longrope": joint("tp2longrope", {"tensor": 2}, **longrope),
+            "pp2longrope": joint("pp2longrope", {"pipeline": 2}, **longrope),
             "connector": connector,
         }
-        train_in_turn(folder, runs, processes=2, timeout=240)
+        train_in_turn(folder, runs, processes=2, timeout=500)
 
     return made_once(session_folder(tmp_path_factory) / "pair", make)
 
@@ -122,6 +149,8 @@ def quad(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path, p
     def make(folder: Path) -> None:
         seed = single / "seed"
         resumed = go_back(pair / "ep2", folder / "resumed", STEPS - SAVE_EVERY)
+        one_layer = go_back(pair / "one_layer", folder / "one_layer", STEPS - SAVE_EVERY)
+        both = {"pipeline": 2, "expert": 2}
         connector = tiny_values(
             digits, go_back(pair / "connector", folder / "connector", 1), "connector"
         )
@@ -131,9 +160,10 @@ def quad(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path, p
             "tp2ep2dp2": joint_values(
                 digits, folder / "tp2ep2dp2", seed, parallel={"tensor": 2, "expert": 2}
             ),
-            "resumed": joint_values(digits, resumed, seed, parallel={"pipeline": 2, "expert": 2}),
+            "resumed": joint_values(digits, resumed, seed, parallel=both),
+            "one_layer": joint_values(digits, one_layer, seed, parallel=both, moe=ONE_LAYER),
             "connector": connector,
         }
-        train_in_turn(folder, runs, processes=4, timeout=240)
+        train_in_turn(folder, runs, processes=4, timeout=500)
 
     return made_once(session_folder(tmp_path_factory) / "quad", make)

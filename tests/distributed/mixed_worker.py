@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from moiie_megatron.backend.parallel import World
-from moiie_megatron.checkpoint.store import latest_checkpoint
+from moiie_megatron.checkpoint.folder import latest_checkpoint
 from moiie_megatron.checkpoint.upcycle import load_weights
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig

@@ -43,8 +43,22 @@ def test_two_processes_train_like_one(layout: str, single: Path, pair: Path) -> 
     assert_same_course(read_metrics(pair / layout), read_metrics(single / "moiie"))
 
 
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_every_rank_knows_the_length_that_longrope_depends_on(
+    layout: str, single: Path, pair: Path
+) -> None:
+    long, short = read_metrics(single / "longrope"), read_metrics(single / "shortrope")
+    assert_same_course(read_metrics(pair / f"{layout}longrope"), long)
+    # The length matters, by more than layouts may differ.
+    assert short[0]["grad_norm"] != pytest.approx(long[0]["grad_norm"], rel=3 * TOLERANCE)
+
+
 def test_four_processes_train_like_one(single: Path, quad: Path) -> None:
     assert_same_course(read_metrics(quad / "tp2ep2dp2"), read_metrics(single / "moiie"))
+
+
+def test_a_pipeline_stage_without_experts(single: Path, pair: Path) -> None:
+    assert_same_course(read_metrics(pair / "one_layer"), read_metrics(single / "one_layer"))
 
 
 def test_the_reference_really_trains(single: Path) -> None:

@@ -89,6 +89,13 @@ def test_resume_in_another_layout(pair: Path, quad: Path) -> None:
     assert steps[0]["seconds"] == read_metrics(pair / "ep2")[0]["seconds"]
 
 
+def test_resume_with_a_stage_without_experts(pair: Path, quad: Path) -> None:
+    """Two ranks begin, four finish; one pipeline stage has no expert parameters to optimize."""
+    steps, whole = read_metrics(quad / "one_layer"), read_metrics(pair / "one_layer")
+    assert_same_course(steps, whole)
+    assert steps[-1]["seconds"] != whole[-1]["seconds"]
+
+
 def test_finished_run_is_left_alone(tmp_path: Path, single: Path, digits: Path) -> None:
     output = tmp_path / "dense"
     shutil.copytree(single / "dense", output)

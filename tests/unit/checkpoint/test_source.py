@@ -34,6 +34,20 @@ def test_reads_every_tensor(write, tmp_path: Path) -> None:
     assert all(torch.equal(source.get(name), tensor) for name, tensor in TENSORS.items())
 
 
+@pytest.mark.parametrize("write", [_single, _sharded])
+def test_parts_of_a_tensor_in_its_place(write, tmp_path: Path) -> None:
+    source = SafetensorsSource(write(tmp_path))
+    assert source.shape("a") == (2, 3)
+    source.replace("a", {"row": (1,), "corner": (0, slice(1, 3))})
+    source.replace("b", {"renamed": ()})
+    assert sorted(source.names) == ["corner", "renamed", "row"]
+    assert torch.equal(source.get("row"), TENSORS["a"][1])
+    assert torch.equal(source.get("corner"), TENSORS["a"][0, 1:3])
+    assert torch.equal(source.get("renamed"), TENSORS["b"])
+    with pytest.raises(ValueError, match="tensor a is missing"):
+        source.get("a")
+
+
 def test_a_missing_tensor_is_named_with_its_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"tensor c is missing in {tmp_path}"):
         SafetensorsSource(_single(tmp_path)).get("c")

@@ -26,6 +26,34 @@ from tests.unit.config.minimal import load_minimal
             "language.num_query_groups is 3 but language.num_attention_heads is 4: use 1, 2 or 4.",
         ),
         (
+            ["moe.expert_loads=[1.0, 2.0]"],
+            "moe.expert_loads has 2 numbers but the moe section has 4 experts: give one per",
+        ),
+        (
+            ["language.longrope={short_factor: [1.0], long_factor: [2.0], factor: 2.0}"],
+            "language.longrope.short_factor has 1 numbers but heads have 16 channels: give 8",
+        ),
+        (
+            [
+                "language.longrope={short_factor: [1.0], long_factor: [2.0], factor: 2.0}",
+                "language.rope_scaling={factor: 8.0}",
+            ],
+            "language.rope_scaling and language.longrope are both given",
+        ),
+        (
+            ["language.family=mixtral"],
+            "language.family is mixtral, which has experts for all tokens in all of its 4 layers, "
+            "but stage.moe is true, moe.variant is moiie and moe.layers is interleaved",
+        ),
+        (
+            ["language.family=mixtral", "moe.variant=vanilla"],
+            "moe.variant is vanilla and moe.layers is interleaved: set them to true, vanilla and",
+        ),
+        (
+            ["language.family=mixtral", "moe={variant: vanilla, layers: all}", "stage.moe=false"],
+            "but stage.moe is false",
+        ),
+        (
             ["vision.image_size=6"],
             "vision.image_size is 6 but vision.patch_size is 7: use 7 or more.",
         ),
@@ -131,7 +159,6 @@ from tests.unit.config.minimal import load_minimal
             ["parallel.tensor=2", "parallel.sequence=false"],
             "parallel.sequence is false but parallel.tensor is 2 and the model has experts",
         ),
-        (["data.sources=[]"], "data.sources is empty"),
         (["data.image_token=''"], "data.image_token is '': use a text such as <image>."),
         (
             ["data.sequence_length=17"],
@@ -165,6 +192,15 @@ def test_impossible_combination(tmp_path: Path, overrides: list[str], message: s
     with pytest.raises(ValueError) as caught:
         load_minimal(tmp_path, overrides)
     assert message in str(caught.value)
+
+
+def test_measured_loads_place_the_experts(tmp_path: Path) -> None:
+    """Two busy experts on one rank in the logical order go to two ranks."""
+    loads = "moe.expert_loads=[6.0, 6.0, 1.0, 1.0]"
+    config = load_minimal(tmp_path, ["parallel.expert=2", loads])
+    check_config(config)
+    assert config.placement.order == (0, 2, 1, 3) and config.placement.imbalance == 1.0
+    assert load_minimal(tmp_path, ["parallel.expert=2"]).placement.order == (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +294,7 @@ def test_paths(tmp_path: Path) -> None:
             check_paths(config(*overrides))
         return str(caught.value)
 
+    assert message("data.sources=[]").startswith("data.sources is empty: give at least one")
     tokenizer = tmp_path / "tokenizer.model"
     assert message() == (
         f"data.tokenizer is '{tokenizer}', which does not exist: name a tokenizer "

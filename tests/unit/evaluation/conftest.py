@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from moiie_megatron.backend.parallel import Launch, World, start_world, stop_world
+from moiie_megatron.checkpoint.folder import find_checkpoint
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import ParallelConfig
 from moiie_megatron.data.digits import write_digits
-from moiie_megatron.evaluation.generate import Generator, checkpoint_config, find_checkpoint
+from moiie_megatron.evaluation.generate import Generator, checkpoint_config
 from moiie_megatron.training.loop import train
 
 CONFIG = Path(__file__).resolve().parents[3] / "examples" / "configs" / "digits-stage2.yaml"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moiie_megatron.backend.parallel import World
+from moiie_megatron.checkpoint.folder import find_checkpoint
 from moiie_megatron.data.images import normalize
 from moiie_megatron.data.records import Turn
 from moiie_megatron.data.templates import load_template
@@ -17,7 +18,6 @@ from moiie_megatron.evaluation.generate import (
     Generator,
     Prompt,
     checkpoint_config,
-    find_checkpoint,
     stop_ids,
 )
 from moiie_megatron.experts.token_types import IMAGE, TEXT

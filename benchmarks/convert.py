@@ -1,0 +1,192 @@
+"""Conversion speed against ``cp`` of the same bytes on the same disk, and peak memory.
+
+``convert.py --layers 32 --hidden 4096 --ffn 14336 --heads 32 --groups 8 --vocab 128256 --rounds 1``
+is Llama-3-8B (16 GB in, 33 GB out; needs 70 GB of disk).  Random weights in Hugging Face format
+are upcycled and exported, each in a process of its own; seconds count from the call to its
+return, without Python's start.  Nobody calls fsync: neither ``cp`` nor the conversions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SIZES = {"layers": 8, "hidden": 2048, "ffn": 7168, "heads": 16, "groups": 8, "vocab": 32000}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", help="on the disk to measure; default: the temporary one")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.step:
+        step, folder = arguments.step
+        print(json.dumps(run_step(step, Path(folder), arguments)))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        results = measure(Path(folder), arguments.rounds)
+    report = summary(results)
+    for key, value in report.items():
+        print(f"{key:<16} {value:.3g}")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(report) + "\n")
+
+
+def measure(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Every round: upcycle, cp of the checkpoint, export, cp of the export.
+
+    What is not needed any more goes at once: three copies of the model would not fit most disks.
+    """
+    start("generate", folder)
+    checkpoint, exported, copy = folder / "checkpoint", folder / "exported", folder / "copy"
+    results = []
+    for number in range(rounds):
+        result = {"upcycle": start("upcycle", folder)}
+        if number == rounds - 1:
+            shutil.rmtree(folder / "llm")
+        result["cp_checkpoint"] = timed_copy(checkpoint, copy)
+        result["export"] = start("export", folder)
+        shutil.rmtree(checkpoint)
+        result["cp_exported"] = timed_copy(exported, copy)
+        shutil.rmtree(exported)
+        results.append(result)
+        print(json.dumps(result), file=sys.stderr, flush=True)
+    return results
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians over rounds of ratios within a round."""
+    pairs = {
+        "upcycle_over_cp": ("upcycle", "cp_checkpoint"),
+        "export_over_cp": ("export", "cp_exported"),
+    }
+    report = {
+        "peak_rss_gb": max(
+            r[step]["peak_rss_gb"] for r in results for step in ("upcycle", "export")
+        )
+    }
+    for name, (step, peer) in pairs.items():
+        report[name] = statistics.median(r[peer]["seconds"] / r[step]["seconds"] for r in results)
+    report["gb_written"] = results[0]["cp_checkpoint"]["gb"]
+    return report
+
+
+def start(step: str, folder: Path) -> dict[str, Any]:
+    """Run a step in a process of its own, with nothing left to write from before."""
+    os.sync()
+    words = [sys.executable, __file__, *sys.argv[1:], "--step", step, str(folder)]
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return values
+
+
+def timed_copy(source: Path, target: Path) -> dict[str, float]:
+    os.sync()
+    begin = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    seconds = time.perf_counter() - begin
+    count = sum(file.stat().st_size for file in target.iterdir())
+    shutil.rmtree(target)
+    return {"seconds": seconds, "gb": count / 1e9}
+
+
+def run_step(step: str, folder: Path, sizes: argparse.Namespace) -> dict[str, float]:
+    """In the process of the step: imports first, then the clock."""
+    from moiie_megatron.checkpoint.offline_upcycle import upcycle_checkpoint
+    from moiie_megatron.checkpoint.to_hf import export_checkpoint
+
+    begin = time.perf_counter()
+    if step == "generate":
+        generate(folder, sizes)
+    elif step == "upcycle":
+        upcycle_checkpoint(folder / "llm", folder / "vision", folder / "checkpoint")
+    else:
+        export_checkpoint(folder / "checkpoint", folder / "exported")
+    seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "peak_rss_gb": peak * 1024 / 1e9}
+
+
+def generate(folder: Path, sizes: argparse.Namespace) -> None:
+    """A Llama with random weights and a tokenizer, and a small SigLIP, tensor by tensor."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from moiie_megatron.checkpoint.hf_files import text_config, vision_config
+    from moiie_megatron.checkpoint.safetensors_writer import SafetensorsWriter
+    from moiie_megatron.checkpoint.shapes import language_shape, vision_shape
+    from moiie_megatron.checkpoint.tables import LANGUAGE, VISION, language_rows, vision_rows
+    from moiie_megatron.checkpoint.tensors import TensorInfo
+    from moiie_megatron.config.schema import LanguageConfig, VisionConfig
+    from moiie_megatron.experts.layout import ExpertLayout
+
+    language = LanguageConfig(
+        family="llama",
+        num_layers=sizes.layers,
+        hidden_size=sizes.hidden,
+        ffn_hidden_size=sizes.ffn,
+        num_attention_heads=sizes.heads,
+        num_query_groups=sizes.groups,
+        vocab_size=sizes.vocab,
+        max_position_embeddings=8192,
+    )
+    vision = VisionConfig(
+        family="siglip",
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_layers=3,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=7,
+        activation="gelu_pytorch_tanh",
+    )
+    parts = {
+        "llm": (
+            language_rows(language, ExpertLayout(0, 0, 0), []),
+            language_shape,
+            language,
+            LANGUAGE,
+        ),
+        "vision": (vision_rows(vision), vision_shape, vision, VISION),
+    }
+    for name, (rows, shape_of, section, prefix) in parts.items():
+        (folder / name).mkdir()
+        tensors = []
+        for row in rows:
+            shape = shape_of(section, row.megatron.removeprefix(prefix))
+            made = row.surgery.to_hf(TensorInfo(shape, torch.bfloat16).meta())
+            tensors += [(hf, TensorInfo.of(part)) for hf, part in zip(row.hf, made, strict=True)]
+        with SafetensorsWriter(folder / name, tensors) as writer:
+            for hf, info in tensors:
+                writer.write(hf, torch.empty(info.shape, dtype=info.dtype).normal_(std=0.02))
+            writer.finish()
+    text_config(language, {"bos_token_id": 0, "eos_token_id": 1}).save_pretrained(folder / "llm")
+    vision_config(vision).save_pretrained(folder / "vision")
+    vocabulary = {word: number for number, word in enumerate(["<s>", "</s>", "<unk>", "<image>"])}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder / "llm")
+
+
+if __name__ == "__main__":
+    main()

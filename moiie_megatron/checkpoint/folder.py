@@ -1,0 +1,152 @@
+"""The files of a checkpoint folder, where to find one, and folders that appear complete or not
+at all.  Nothing here needs torch or Megatron.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "run.yaml"
+RECEIPT_FILE = "receipt.json"
+LATEST_FILE = "latest"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+PROCESSOR_FILES = ("preprocessor_config.json",)
+
+_WRITING = ".writing"
+_SPARE = 64 << 20  # bytes for the small files, and for what others write meanwhile
+
+
+def checkpoints_folder(output: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(output) / "checkpoints"
+
+
+def step_folder(output: str | Path, step: int) -> Path:
+    """The checkpoint after ``step`` optimizer steps."""
+    return checkpoints_folder(output) / f"step_{step:07d}"
+
+
+def latest_checkpoint(output: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None.
+
+    Raises:
+        ValueError: ``latest`` names a folder that is not there.
+    """
+    pointer = checkpoints_folder(output) / LATEST_FILE
+    if not pointer.exists():
+        return None
+    folder = pointer.parent / pointer.read_text().strip()
+    if not folder.is_dir():
+        raise ValueError(
+            f"{pointer} names the checkpoint {folder.name}, which is not there: restore it, or "
+            f"write the name of another step folder into {pointer}."
+        )
+    return folder
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint at ``path``: its own folder, or a run's output folder (its newest one).
+
+    Raises:
+        ValueError: Neither is there.
+    """
+    folder = latest_checkpoint(path) or Path(path)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{path} is no checkpoint: name a step_... folder or the output folder of a run."
+        )
+    return folder
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Put a tokenizer, and a processor where one lies beside it, into a folder.
+
+    Args:
+        source: A folder or a single file.
+    """
+    if source.is_file():
+        shutil.copy(source, folder / source.name)
+        return
+    for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
+        if (source / name).exists():
+            shutil.copy(source / name, folder / name)
+
+
+def check_output(final: Path, *, force: bool, ours: str) -> None:
+    """Refuse an output folder that is there already.
+
+    Args:
+        force: It may be replaced, if it is what this program writes.
+        ours: A file by which that is recognised.
+
+    Raises:
+        ValueError: Something is there that may not be replaced.
+    """
+    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+        return
+    if not force:
+        raise ValueError(f"{final} exists: name another folder, or replace it with --force.")
+    if not (final / ours).is_file():
+        raise ValueError(
+            f"{final} holds no {ours}, so --force does not replace it: name another folder."
+        )
+
+
+@contextmanager
+def new_folder(final: Path, *, num_bytes: int, force: bool, ours: str) -> Iterator[Path]:
+    """A folder to write into that gets its name only when it is complete.
+
+    It lies beside ``final``; after an error nothing of it is left, after a kill it still has its
+    other name (the next attempt removes it).
+
+    Args:
+        num_bytes: What is going to be written.
+        force, ours: See ``check_output``.
+
+    Raises:
+        ValueError: ``final`` may not be replaced, or the disk is too full.
+    """
+    check_output(final, force=force, ours=ours)
+    beside = final.absolute().with_name(final.absolute().name + _WRITING)
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(beside, ignore_errors=True)
+    free = shutil.disk_usage(beside.parent).free
+    if free < num_bytes + _SPARE:
+        raise ValueError(
+            f"{final} needs {_gigabytes(num_bytes + _SPARE)} but its disk has "
+            f"{_gigabytes(free)} free: make room or name a folder on another disk."
+        )
+    beside.mkdir()
+    try:
+        yield beside
+        check_output(final, force=force, ours=ours)  # others may have written meanwhile
+        _replace(beside, final)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _replace(beside: Path, final: Path) -> None:
+    """Give ``beside`` its name; what had it goes last, so that one of the two is always there."""
+    old = beside.with_suffix(".replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(beside, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,60 @@
+"""The processor of an export, from what a training run knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import AddedToken
+from transformers import (
+    CLIPImageProcessorPil,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+)
+
+from moiie_megatron.config.schema import VisionConfig
+from moiie_megatron.data.images import pixel_statistics
+from moiie_megatron.hf.processing_moiie import MoiieProcessor
+
+
+def build_processor(
+    tokenizer_directory: str | Path,
+    vision: VisionConfig,
+    image_mode: Literal["square", "pad"],
+    image_token: str = "<image>",
+    chat_template: str | None = None,
+) -> MoiieProcessor:
+    """A processor that prepares text and images as the run's data side does.
+
+    ``save_pretrained`` on the result writes tokenizer, chat template and ``processor_config.json``.
+
+    Args:
+        tokenizer_directory: Hugging Face folder with ``tokenizer.json``.  An image token that is
+            not in the vocabulary is added behind it, where training puts it.
+        vision: Family and sizes of the vision encoder.
+        image_mode: ``stage.image_mode`` of the run.
+        image_token: ``data.image_token`` of the run.
+        chat_template: Default: the tokenizer's.
+    """
+    # tokenizer.json as it is, like training; classes for single families rebuild parts of it.
+    loader: Any = PreTrainedTokenizerFast  # untyped
+    tokenizer = loader.from_pretrained(str(tokenizer_directory), local_files_only=True)
+    if image_token not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)])
+    statistics = pixel_statistics(vision.family)
+    kind = SiglipImageProcessorPil if vision.family == "siglip" else CLIPImageProcessorPil
+    image_processor = kind(
+        size={"height": vision.image_size, "width": vision.image_size},
+        crop_size={"height": vision.image_size, "width": vision.image_size},
+        do_center_crop=False,
+        image_mean=list(statistics.mean),
+        image_std=list(statistics.std),
+    )
+    return MoiieProcessor(
+        image_processor,
+        tokenizer,
+        num_image_tokens=vision.num_image_tokens,
+        image_mode=image_mode,
+        image_token=image_token,
+        chat_template=chat_template,
+    )

@@ -1,0 +1,124 @@
+"""The ``config.json`` of an exported MoIIE model.  Needs transformers 5.23 or newer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+TEXT_MODELS = ("llama", "phi3")
+VISION_MODELS = ("siglip_vision_model", "clip_vision_model")
+
+
+class MoiieConfig(PreTrainedConfig):
+    """A dense decoder with experts in some layers, a vision encoder and a connector.
+
+    Expert ids count vision experts first, then shared, then text.  The text router scores shared
+    and text experts, the vision router vision and shared experts; where all experts are shared
+    (Vanilla MoE) one router serves every token.
+
+    Args:
+        text_config: ``LlamaConfig`` or ``Phi3Config``, or the same as a dict with its
+            ``model_type``.
+        vision_config: ``SiglipVisionConfig`` or ``CLIPVisionConfig``, or such a dict.
+        experts: Sizes of the groups, ``{"vision": 1, "shared": 2, "text": 1}``.
+        num_experts_per_tok: Experts per token.  Not called ``top_k``, which transformers would take
+            for a setting of sampling.
+        moe_layers: Layers (from 0) with experts; empty for a dense model.
+        router_dtype: Router scores are computed in ``float32`` or in the dtype of the ``model``.
+        image_token_id: Stands at image positions; may lie outside the vocabulary.
+        num_image_tokens: Per image; default: one per patch.
+        vision_feature_layer: Index into the vision encoder's hidden states.
+        connector_hidden_size: Default: the text model's hidden size.
+        reference_mask: The last image token of every run uses the text router, as in the
+            reference implementation (commit c614868), which looks at the type of the next token.
+        output_router_logits: Return the scores of every MoE layer by default.
+        tie_word_embeddings: Default: as ``text_config`` says.
+
+    Raises:
+        ValueError: An unknown family, or experts and layers that do not fit together.
+    """
+
+    model_type = "moiie"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
+    }
+
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    experts: dict[str, int] | None = None
+    num_experts_per_tok: int = 2
+    moe_layers: list[int] | tuple[int, ...] = ()
+    router_dtype: Literal["float32", "model"] = "float32"
+    image_token_id: int | None = None
+    num_image_tokens: int | None = None
+    vision_feature_layer: int = -2
+    connector_hidden_size: int | None = None
+    reference_mask: bool = False
+    output_router_logits: bool = False
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if "top_k" in kwargs:
+            raise ValueError(
+                f"top_k is {kwargs['top_k']}: write it as num_experts_per_tok, transformers would "
+                "sample from so many tokens."
+            )
+        super().__post_init__(**kwargs)
+        text, vision = self.text_config, self.vision_config
+        for key, config, known in (
+            ("text_config", text, TEXT_MODELS),
+            ("vision_config", vision, VISION_MODELS),
+        ):
+            if config.model_type not in known:
+                raise ValueError(
+                    f"{key}.model_type is {config.model_type}: use {' or '.join(known)}."
+                )
+        vision.vision_use_head = False  # only patch features are used
+        if self.num_image_tokens is None:
+            self.num_image_tokens = (vision.image_size // vision.patch_size) ** 2
+        if self.connector_hidden_size is None:
+            self.connector_hidden_size = text.hidden_size
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = text.tie_word_embeddings
+        text.tie_word_embeddings = self.tie_word_embeddings
+        self.experts = {"vision": 0, "shared": 0, "text": 0} | (self.experts or {})
+        self.moe_layers = sorted(self.moe_layers)
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if self.router_dtype not in ("float32", "model"):
+            raise ValueError(f"router_dtype is {self.router_dtype}: use float32 or model.")
+        if not self.moe_layers:
+            return
+        last = self.text_config.num_hidden_layers - 1
+        if not set(self.moe_layers) <= set(range(last + 1)):
+            raise ValueError(
+                f"moe_layers is {self.moe_layers}: use numbers from 0 to {last}, the layers of "
+                "text_config."
+            )
+        narrowest = min(len(ids) for ids in self.routers.values())
+        if not 1 <= self.num_experts_per_tok <= narrowest:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}, but with experts "
+                f"{self.experts} a router has {narrowest} to choose from: lower it or add experts."
+            )
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of one layer, of all groups."""
+        return sum(self.experts.values())
+
+    @property
+    def routers(self) -> dict[str, range]:
+        """The experts that each router scores, by the name of its weights: ``gate`` for text,
+        ``gate_vis`` for images; ``gate`` alone where all experts are shared."""
+        vision, total = self.experts["vision"], self.num_experts
+        if self.experts["shared"] == total:
+            return {"gate": range(total)}
+        return {
+            "gate": range(vision, total),
+            "gate_vis": range(vision + self.experts["shared"]),
+        }

@@ -1,0 +1,272 @@
+"""MoIIE: a vision-language model whose experts are split by modality, for transformers.
+
+Shapes: B batch, S sequence, T = B * S tokens, H hidden, E experts, n images, p image tokens per
+image.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.import_utils import torch_compilable_check
+
+from .configuration_moiie import MoiieConfig
+from .language_moiie import MoiieLanguageModel, MoiiePreTrainedModel
+
+IMAGE = 1  # in mm_token_type_ids; text and padding are 0
+
+
+class MoiieConnector(nn.Module):
+    """Image features into the embedding space of the text model: Linear, GELU, Linear."""
+
+    def __init__(self, config: MoiieConfig) -> None:
+        super().__init__()
+        inner = config.connector_hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, inner)
+        self.linear_2 = nn.Linear(inner, config.text_config.hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(features)))
+
+
+class MoiieModel(MoiiePreTrainedModel):
+    """Vision encoder, connector and decoder, without the head."""
+
+    def __init__(self, config: MoiieConfig) -> None:
+        super().__init__(config)
+        # A choice made for the whole model: the tower has no experts and would refuse it.
+        config.vision_config._experts_implementation = None
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = MoiieConnector(config)
+        self.language_model = MoiieLanguageModel(config.text_config, config)
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: ``(n, 3, height, width)``, normalised.
+
+        Returns:
+            ``pooler_output``: n tensors ``(p, H)``, ready for the text model.
+        """
+        kwargs["output_hidden_states"] = True
+        output = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
+        features = output.hidden_states[self.config.vision_feature_layer]
+        if self.config.vision_config.model_type == "clip_vision_model":
+            features = features[:, 1:]  # without the class token
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=list(self.multi_modal_projector(features)),
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids: ``(B, S)``; what stands at image positions does not matter.
+            pixel_values: ``(n, 3, height, width)`` in the order of their runs in the batch.
+            inputs_embeds: ``(B, S, H)`` instead of ``input_ids``.
+            mm_token_type_ids: ``(B, S)``, 1 at image positions and 0 elsewhere.  Left out, the
+                image positions are those of ``image_token_id``, until there is a cache: what is
+                decoded is text.
+            mm_encoder_outputs: ``{"image": get_image_features(...)}`` instead of
+                ``pixel_values``; ``generate`` encodes images once and passes them like this.
+
+        Raises:
+            ValueError: Both or none of two exclusive inputs, or numbers of image positions and
+                of image tokens that differ.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if encoded is not None:
+                raise ValueError("Pass images as pixel_values or as mm_encoder_outputs, not both.")
+            encoded = self.get_image_features(pixel_values)
+        is_image = self._is_image(input_ids, mm_token_type_ids, past_key_values)
+        if inputs_embeds is None:
+            # An image id may lie outside the vocabulary: it is never looked up.
+            text_ids = input_ids.masked_fill(is_image, 0)
+            inputs_embeds = self.language_model.embed_tokens(text_ids)
+        if encoded is not None:
+            inputs_embeds = _merge(inputs_embeds, encoded.pooler_output, is_image)
+        elif input_ids is not None and input_ids.shape[1] > 1:
+            _check_positions(is_image, 0)
+        if self.config.reference_mask:
+            is_image = is_image & F.pad(is_image[:, 1:], (0, 1), value=False)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            is_image=is_image,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    def _is_image(
+        self, input_ids: Tensor | None, types: Tensor | None, past_key_values: Cache | None
+    ) -> Tensor:
+        if types is not None:
+            return types == IMAGE
+        if input_ids is None:
+            raise ValueError(
+                "inputs_embeds do not tell which positions are image tokens: pass "
+                "mm_token_type_ids (1 image, 0 text) with them."
+            )
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids == self.config.image_token_id
+
+
+class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
+    """The model that ``AutoModelForImageTextToText`` loads.
+
+    Labels give the language loss alone: the routers' balance losses belong to pre-training.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: MoiieConfig) -> None:
+        super().__init__(config)
+        self.model = MoiieModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See ``MoiieModel.get_image_features``."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """See ``MoiieModel.forward``.
+
+        Args:
+            labels: ``(B, S)``, -100 where there is none; shifted here.
+            logits_to_keep: So many last positions, or the positions in a tensor; 0 for all.
+            output_router_logits: Return each MoE layer's scores ``(T, E)``, -inf at forbidden
+                experts.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(kept)
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits, labels, vocab_size=vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As usual, except where a longrope model outgrows its original context: its rotary
+        frequencies change for all positions, so everything is computed again (as Phi-3 does)."""
+        if self._outgrows_cache(input_ids, past_key_values, attention_mask):
+            past_key_values, next_sequence_length, is_first_iteration = None, None, True
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _outgrows_cache(
+        self, input_ids: Tensor, past_key_values: Cache | None, attention_mask: Tensor | None
+    ) -> bool:
+        rope = self.config.text_config.rope_parameters
+        if rope.get("rope_type") != "longrope" or past_key_values is None:
+            return False
+        cached, length = int(past_key_values.get_seq_length()), input_ids.shape[1]
+        if not 0 < cached < length:  # nothing yet, or a chunk of a prompt
+            return False
+        padding = 0
+        if attention_mask is not None and attention_mask.ndim == 2:
+            padding = attention_mask.shape[1] - int(attention_mask.sum(dim=1).max())
+        return cached - padding <= rope["original_max_position_embeddings"] < length - padding
+
+
+def _merge(embeds_BSH: Tensor, features: list[Tensor], is_image_BS: Tensor) -> Tensor:
+    """Put image features at the image positions, in row-major order of the batch."""
+    flat = torch.cat(list(features))
+    _check_positions(is_image_BS, len(flat))
+    flat = flat.to(device=embeds_BSH.device, dtype=embeds_BSH.dtype)
+    return embeds_BSH.masked_scatter(is_image_BS.unsqueeze(-1), flat)
+
+
+def _check_positions(is_image_BS: Tensor, num_image_tokens: int) -> None:
+    torch_compilable_check(
+        is_image_BS.sum() == num_image_tokens,
+        lambda: (
+            f"The tokens hold {int(is_image_BS.sum())} image positions, but the images given have "
+            f"{num_image_tokens} image tokens: every placeholder must be expanded to one id per "
+            "image token."
+        ),
+    )

@@ -1,0 +1,127 @@
+"""Text and images to the inputs of an exported MoIIE model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import transformers
+from PIL import Image, ImageOps
+from transformers import ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import make_flat_list_of_images
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+class MoiieProcessor(ProcessorMixin):
+    """Every ``image_token`` in the text becomes the ids of one image; the result tells image
+    tokens from text in ``mm_token_type_ids``.
+
+    Rows are padded at the left, as generation needs it (``padding_side="right"`` in a call for
+    other uses).  Images are prepared as in training, with PIL whatever else is installed.
+
+    Args:
+        image_processor: SigLIP's or CLIP's; gives image size, mean and standard deviation.
+        tokenizer: Must know ``image_token``; gets its end-of-text token for padding where it has
+            no padding token.
+        num_image_tokens: Ids per image.
+        image_mode: ``square`` stretches an image to a square, ``pad`` first pastes it in the
+            middle of a square of the mean colour.
+        image_token: Stands for an image in the text.
+        chat_template: Default: the tokenizer's.
+
+    Raises:
+        ValueError: The tokenizer does not know ``image_token``, an unknown ``image_mode``, or an
+            image processor without one size for both sides.
+    """
+
+    return_mm_token_type_ids = True
+
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        num_image_tokens: int = 0,
+        image_mode: Literal["square", "pad"] = "square",
+        image_token: str = "<image>",
+        chat_template: str | None = None,
+    ) -> None:
+        if image_mode not in ("square", "pad"):
+            raise ValueError(f"image_mode is {image_mode}: use square or pad.")
+        self.num_image_tokens = num_image_tokens
+        self.image_mode = image_mode
+        self.image_token = image_token
+        self.image_token_id = _token_id(tokenizer, image_token)
+        # transformers forgets a padding side that was only assigned when it saves a tokenizer.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        image_processor = _with_pil(image_processor)
+        self.image_size = _side(image_processor)
+        template = chat_template or tokenizer.chat_template
+        super().__init__(image_processor, tokenizer, chat_template=template)
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
+        """What stands in the text for one image (called by transformers)."""
+        return self.image_token * self.num_image_tokens
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        prepared = [self._prepared(image) for image in make_flat_list_of_images(images)]
+        size = {"height": self.image_size, "width": self.image_size}
+        kwargs |= {
+            "do_resize": True,
+            "size": size,
+            "resample": Image.Resampling.BICUBIC,
+            "do_center_crop": False,
+        }
+        return super()._process_images(prepared, **kwargs)
+
+    def _prepared(self, image: Any) -> Image.Image:
+        """Upright, RGB, and square in ``pad`` mode."""
+        if not isinstance(image, Image.Image):
+            image = to_pil_image(image)
+        image = _as_rgb(ImageOps.exif_transpose(image))
+        if self.image_mode == "square":
+            return image
+        side = max(image.size)
+        colour = tuple(int(channel * 255) for channel in self.image_processor.image_mean)
+        square = Image.new("RGB", (side, side), colour)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, image_token: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(image_token)
+    if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != image_token:
+        raise ValueError(
+            f"The tokenizer does not know the image token {image_token}: add it as a special token."
+        )
+    return token_id
+
+
+def _with_pil(image_processor: BaseImageProcessor) -> BaseImageProcessor:
+    """The same processor on PIL: torchvision, where installed, resizes to other pixels."""
+    if image_processor.backend == "pil":
+        return image_processor
+    pil_class = getattr(transformers, type(image_processor).__name__ + "Pil")
+    return pil_class.from_dict(image_processor.to_dict())
+
+
+def _side(image_processor: BaseImageProcessor) -> int:
+    """Pixels per side.  CLIP's published processors crop to a square, the others resize to it."""
+    size = image_processor.size
+    if not size.height and getattr(image_processor, "crop_size", None):
+        size = image_processor.crop_size
+    if not size.height or size.height != size.width:
+        raise ValueError(f"The image processor's size is {size}: use one height and equal width.")
+    return size.height
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("An image has pixels of mode F, without a known range: save it as RGB.")
+    if image.mode.startswith("I"):  # 16 bits per pixel: PIL's own conversion clips at 255
+        pixels = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(pixels).convert("RGB")
+    return image.convert("RGB")

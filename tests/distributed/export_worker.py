@@ -1,0 +1,56 @@
+"""One rank of test_export.py: a checkpoint, loaded and saved again in several layouts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+
+from moiie_megatron.backend.parallel import Launch, start_world, stop_world
+from moiie_megatron.backend.saving import write_without_manager
+from moiie_megatron.checkpoint.folder import CONFIG_FILE, FORMAT_VERSION
+from moiie_megatron.checkpoint.store import sharding_metadata
+from moiie_megatron.checkpoint.upcycle import load_weights
+from moiie_megatron.config.load import load_config
+from moiie_megatron.multimodal.build import build_model
+
+LAYOUTS = {
+    "tp2ep2": ["parallel.tensor=2", "parallel.expert=2"],
+    "tp2etp2": ["parallel.tensor=2", "parallel.expert_tensor=2"],
+    "pp2": ["parallel.pipeline=2"],
+    "ep2": ["parallel.expert=2"],
+}
+
+
+def main() -> None:
+    """Arguments: the checkpoint, a folder for one checkpoint per layout."""
+    source, target = map(Path, sys.argv[1:])
+    torch.set_num_threads(1)
+    launch = Launch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    for name, overrides in LAYOUTS.items():
+        config = load_config(source / CONFIG_FILE, ["train.device=cpu", *overrides])
+        world = start_world(config.active_parallel, launch, device="cpu", seed=1)
+        model = build_model(config, world)
+        load_weights(source, world, model)
+        folder = target / name
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "model": model.sharded_state_dict(metadata=sharding_metadata(world)),
+            "format_version": FORMAT_VERSION,
+            "progress": {"step": 1},
+        }
+        write_without_manager()
+        dist_checkpointing.save(state, str(folder))
+        if launch.rank == 0:
+            for file in (CONFIG_FILE, "tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(source / file, folder / file)
+        parallel_state.destroy_model_parallel()
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Tiny Hugging Face directories: language models with a tokenizer, vision encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+_LANGUAGE: dict[str, Any] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
+}
+_VISION: dict[str, Any] = {
+    "siglip": (SiglipVisionConfig, SiglipVisionModel),
+    "clip": (CLIPVisionConfig, CLIPVisionModel),
+}
+
+
+def write_language(
+    folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> Path:
+    """Four layers with random weights, and a tokenizer of four words."""
+    values: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 40,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    kind, model = _LANGUAGE[family]
+    torch.manual_seed(3)
+    model(kind(**(values | changes))).to(dtype).save_pretrained(folder)
+    return write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A tokenizer of four words."""
+    words = {word: number for number, word in enumerate(["<s>", "</s>", "<unk>", "a"])}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_vision(folder: Path, family: str = "siglip", dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Two layers with random weights: 4 image tokens."""
+    kind, model = _VISION[family]
+    config = kind(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    torch.manual_seed(4)
+    model(config).to(dtype).save_pretrained(folder)
+    return folder

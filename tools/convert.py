@@ -1,0 +1,326 @@
+"""Convert models: Hugging Face to Megatron checkpoints, and back.
+
+``convert.py upcycle --llm DIR --vision DIR --out CKPT`` turns a dense language model and a vision
+encoder into a MoIIE checkpoint; ``convert.py export --ckpt CKPT --out DIR`` turns any checkpoint
+into a Hugging Face directory; ``convert.py inspect CKPT`` says what is inside.  ``convert.py
+import --hf DIR --out CKPT`` reads an export, or a checkpoint of the reference's code; ``convert.py
+extract --ckpt CKPT --expert vision.0 --out DIR`` makes a dense model with one of the experts.
+``convert.py verify A B`` compares two models in any format; ``convert.py reshard CKPT --tp N --out
+CKPT2`` cuts a checkpoint for a parallel layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from moiie_megatron.backend.process import Launch
+from moiie_megatron.training.launch import exit_code
+
+
+def add_upcycle(commands: Any) -> None:
+    parser = commands.add_parser("upcycle", help="dense language model + vision encoder -> MoIIE")
+    parser.add_argument("--llm", required=True, metavar="DIR", help="Hugging Face language model")
+    parser.add_argument("--vision", required=True, metavar="DIR", help="SigLIP or CLIP model")
+    parser.add_argument("--connector", metavar="FILE", help="safetensors; default: a fresh one")
+    parser.add_argument("--out", required=True, metavar="CKPT")
+    parser.add_argument(
+        "--variant", choices=("dense", "vanilla", "modality", "moiie"), default="moiie"
+    )
+    parser.add_argument("--experts", metavar="V,S,T", help="default: four experts of the paper")
+    parser.add_argument("--layers", default="interleaved", help="interleaved, all, or 1,3,5")
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--perturb", type=float, default=0.0, help="noise relative to the rms")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--force", action="store_true", help="replace an earlier checkpoint")
+    parser.set_defaults(task=upcycle)
+
+
+def upcycle(arguments: argparse.Namespace) -> None:
+    from moiie_megatron.checkpoint.offline_upcycle import UpcycleOptions, upcycle_checkpoint
+
+    options = UpcycleOptions(
+        variant=arguments.variant,
+        experts=_experts(arguments.experts),
+        layers=_layers(arguments.layers),
+        top_k=arguments.top_k,
+        perturb=arguments.perturb,
+        seed=arguments.seed,
+    )
+    with progress_bar("upcycling") as progress:
+        out = upcycle_checkpoint(
+            arguments.llm,
+            arguments.vision,
+            arguments.out,
+            options,
+            connector=arguments.connector,
+            force=arguments.force,
+            progress=progress,
+        )
+    print(f"{out}: see receipt.json there; train with checkpoint.init_from={out}")
+
+
+def add_export(commands: Any) -> None:
+    parser = commands.add_parser("export", help="any checkpoint -> Hugging Face directory")
+    parser.add_argument("--ckpt", required=True, help="checkpoint, or output folder of a run")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export")
+    parser.set_defaults(task=export)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from moiie_megatron.checkpoint.to_hf import export_checkpoint
+
+    with progress_bar("exporting") as progress:
+        out = export_checkpoint(
+            arguments.ckpt, arguments.out, force=arguments.force, progress=progress
+        )
+    print(f"{out}: AutoModelForImageTextToText.from_pretrained({str(out)!r}, ...) loads it")
+
+
+def add_import(commands: Any) -> None:
+    parser = commands.add_parser("import", help="trained Hugging Face model -> checkpoint")
+    parser.add_argument(
+        "--hf", required=True, metavar="DIR", help="an export, or trained with the reference's code"
+    )
+    parser.add_argument("--out", required=True, metavar="CKPT")
+    parser.add_argument(
+        "--vision", metavar="DIR", help="SigLIP or CLIP model, where --hf does not describe its own"
+    )
+    parser.add_argument(
+        "--experts", metavar="V,S,T", help="where a checkpoint of the reference does not tell"
+    )
+    parser.add_argument(
+        "--reference-mask",
+        action="store_true",
+        help="the last image token of every run counts as text, as in the reference's code",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an earlier checkpoint")
+    parser.set_defaults(task=import_)
+
+
+def import_(arguments: argparse.Namespace) -> None:
+    from moiie_megatron.checkpoint.import_hf import import_checkpoint
+
+    with progress_bar("importing") as progress:
+        result = import_checkpoint(
+            arguments.hf,
+            arguments.out,
+            vision=arguments.vision,
+            groups=_experts(arguments.experts),
+            reference_mask=arguments.reference_mask,
+            force=arguments.force,
+            progress=progress,
+        )
+    print(f"{result.folder}: see receipt.json there", *result.notes, sep="\n")
+
+
+def add_extract(commands: Any) -> None:
+    parser = commands.add_parser("extract", help="one expert per layer -> dense Hugging Face model")
+    parser.add_argument("--ckpt", required=True, help="checkpoint, or output folder of a run")
+    parser.add_argument(
+        "--expert",
+        required=True,
+        metavar="NAME",
+        help="vision.0, shared.1, text.0...; with commas one for each MoE layer",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export")
+    parser.set_defaults(task=extract)
+
+
+def extract(arguments: argparse.Namespace) -> None:
+    from moiie_megatron.checkpoint.extract import extract_expert
+
+    with progress_bar("extracting") as progress:
+        out = extract_expert(
+            arguments.ckpt,
+            arguments.expert.split(","),
+            arguments.out,
+            force=arguments.force,
+            progress=progress,
+        )
+    print(f"{out}: AutoModelForImageTextToText.from_pretrained({str(out)!r}, ...) loads it")
+
+
+def add_verify(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="are two models the same?  exit code 0 or 1",
+        description="Compare two models, each a Hugging Face directory, a checkpoint or the output "
+        "folder of a run: all tensors, bit by bit, then logits in fp32 on the CPU. A dense model "
+        "equals one with experts where every expert equals the FFN. An export runs with the code "
+        "in its directory.",
+    )
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    parser.add_argument("--no-logits", action="store_true", help="tensors alone: any size of model")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="of the largest difference of two logits"
+    )
+    parser.set_defaults(task=verify)
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    tolerance = arguments.tolerance
+    if not tolerance >= 0:
+        raise ValueError(f"--tolerance is {tolerance}: use 0 or more.")
+    from moiie_megatron.checkpoint.verify import compare_tensors
+    from moiie_megatron.checkpoint.weights import open_weights
+
+    a, b = open_weights(arguments.a), open_weights(arguments.b)
+    print(f"A  {a.describe()}\nB  {b.describe()}", flush=True)
+    with progress_bar("comparing") as progress:
+        tensors = compare_tensors(a, b, progress)
+    print(*tensors.lines(), sep="\n", flush=True)
+    same, parts = tensors.is_equal, ["tensors"]
+    if not arguments.no_logits:
+        from moiie_megatron.evaluation.compare_logits import compare_logits
+
+        differences, left_out = compare_logits(a, b)
+        print(*(d.line() for d in differences), *left_out, sep="\n")
+        within = all(d.maximum <= tolerance for d in differences)
+        parts.append(f"logits {'within' if within else 'beyond'} {tolerance:g}")
+        same &= within
+    parts[0] = "tensors equal" if tensors.is_equal else f"{len(tensors.mismatches)} tensors differ"
+    print(f"{'SAME' if same else 'DIFFERENT'}: {', '.join(parts)}", flush=True)
+    if not same:
+        raise SystemExit(1)
+
+
+def add_reshard(commands: Any) -> None:
+    note = (
+        "Never required: every layout loads every checkpoint. It only loads faster, because no "
+        "rank reads bytes that are not its own."
+    )
+    parser = commands.add_parser(
+        "reshard",
+        help="copy of a checkpoint, cut for a parallel layout (never required, loads faster)",
+        description=f"Write a copy of a checkpoint, cut as the ranks of a layout read it: weights, "
+        f"optimizer state and all else in it. {note}",
+    )
+    parser.add_argument("ckpt", help="checkpoint, or output folder of a run")
+    parser.add_argument("--tp", type=_degree, default=1, metavar="N", help="tensor parallelism")
+    parser.add_argument("--pp", type=_degree, default=1, metavar="N", help="pipeline stages")
+    parser.add_argument("--ep", type=_degree, default=1, metavar="N", help="expert parallelism")
+    parser.add_argument(
+        "--etp", type=_degree, default=1, metavar="N", help="tensor parallelism of the experts"
+    )
+    parser.add_argument("--out", required=True, metavar="CKPT2")
+    parser.add_argument("--force", action="store_true", help="replace an earlier checkpoint")
+    parser.set_defaults(task=reshard, note=note)
+
+
+def reshard(arguments: argparse.Namespace) -> None:
+    from moiie_megatron.checkpoint.reshard import reshard_checkpoint
+    from moiie_megatron.config.schema import ParallelConfig
+
+    parallel = ParallelConfig(
+        tensor=arguments.tp,
+        pipeline=arguments.pp,
+        expert=arguments.ep,
+        expert_tensor=arguments.etp,
+    )
+    with progress_bar("resharding") as progress:
+        out = reshard_checkpoint(
+            arguments.ckpt, arguments.out, parallel, force=arguments.force, progress=progress
+        )
+    print(
+        f"{out}: cut for TP {arguments.tp}, PP {arguments.pp}, EP {arguments.ep}, "
+        f"expert TP {arguments.etp}\n{arguments.note}"
+    )
+
+
+def add_inspect(commands: Any) -> None:
+    parser = commands.add_parser("inspect", help="what is in a checkpoint")
+    parser.add_argument("ckpt", help="checkpoint, or output folder of a run")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.set_defaults(task=inspect)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    from moiie_megatron.checkpoint.inspection import describe, format_description
+
+    description = describe(arguments.ckpt)
+    print(json.dumps(description) if arguments.json else format_description(description))
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on standard error, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _experts(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    try:
+        vision, shared, number_of_text = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--experts is {text!r}: give the numbers of vision, shared and text experts as 1,2,1."
+        ) from None
+    return vision, shared, number_of_text
+
+
+def _degree(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no degree of parallelism: use 1 or more")
+    return int(text)
+
+
+def _layers(text: str) -> str | list[int]:
+    if text in ("interleaved", "all"):
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--layers is {text!r}: use interleaved, all or layer numbers as 1,3,5."
+        ) from None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True, dest="command")
+    tasks = (
+        add_upcycle,
+        add_export,
+        add_import,
+        add_extract,
+        add_verify,
+        add_reshard,
+        add_inspect,
+    )
+    for add in tasks:
+        add(commands)
+    arguments = parser.parse_args()
+    return exit_code(lambda: arguments.task(arguments), Launch())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
