@@ -32,7 +32,9 @@ def answer(model_path: Path, question: str, images: list[Path], max_new_tokens: 
     import torch
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     where: dict[str, Any] = {
         "pretrained_model_name_or_path": str(model_path),
         "trust_remote_code": True,

@@ -23,7 +23,9 @@ def main() -> None:
         return
     import torch
     from transformers import SiglipVisionConfig, SiglipVisionModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(options.seed)
     config = SiglipVisionConfig(
         hidden_size=96,

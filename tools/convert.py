@@ -194,12 +194,12 @@ def verify(arguments: argparse.Namespace) -> None:
 
 def add_reshard(commands: Any) -> None:
     note = (
-        "Never required: every layout loads every checkpoint. It only loads faster, because no "
-        "rank reads bytes that are not its own."
+        "Never required: every layout loads every checkpoint. What it saves is reading: no rank "
+        "reads bytes that are not its own."
     )
     parser = commands.add_parser(
         "reshard",
-        help="copy of a checkpoint, cut for a parallel layout (never required, loads faster)",
+        help="copy of a checkpoint, cut for a parallel layout (never required, less to read)",
         description=f"Write a copy of a checkpoint, cut as the ranks of a layout read it: weights, "
         f"optimizer state and all else in it. {note}",
     )

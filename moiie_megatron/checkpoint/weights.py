@@ -127,10 +127,13 @@ def _hugging_face(folder: Path) -> Weights:
     layout = moe.layout
     layers = [] if layout.is_dense else moe_layers(moe.layers, language.num_layers)
     reader = language_reader(language, layout, layers, folder, ignored)
-    tower = find_vision(folder, None) if "vision_config" in content else None
+    # The reference's checkpoints name the encoder's directory at most.
+    named = content.get("mm_vision_tower")
+    is_described = "vision_config" in content or (bool(named) and Path(str(named)).is_dir())
+    tower = find_vision(folder, None) if is_described else None
     rows, readers = tables.language_rows(language, layout, layers), {tables.LANGUAGE: reader}
     if tower is not None:
-        readers[tables.VISION] = vision_reader(tower.config, folder)
+        readers[tables.VISION] = vision_reader(tower.config, tower.directory)
         rows += tables.vision_rows(tower.config)
     if tower is not None or reader.row(_CONNECTOR, None) is not None:
         readers[tables.CONNECTOR] = reader

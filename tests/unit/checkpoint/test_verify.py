@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moiie_megatron.checkpoint.folder import FORMAT_VERSION
+from moiie_megatron.checkpoint.import_hf import import_checkpoint
 from moiie_megatron.checkpoint.offline_upcycle import UpcycleOptions, upcycle_checkpoint
 from moiie_megatron.checkpoint.to_hf import export_checkpoint
 from moiie_megatron.checkpoint.verify import TensorReport, compare_tensors
 from moiie_megatron.checkpoint.weights import Weights, open_weights
-from tests.helpers.tiny_hf import write_language, write_vision
+from tests.helpers.reference import write_reference
+from tests.helpers.tiny_hf import write_language, write_tokenizer, write_vision
+from tests.parity import hf_models
 
 
 @pytest.fixture(scope="module", params=["llama", "phi3"])
@@ -170,6 +173,35 @@ def test_other_shapes(llama: Path, tmp_path: Path) -> None:
     layer = "language_model.decoder.layers.1.mlp.experts.experts.linear_fc2.weight [text.0]"
     assert (found[layer].shape_a, found[layer].shape_b) == ((32, 48), (32, 56))
     assert found[layer].difference is None
+
+
+@pytest.mark.parametrize("is_tower_there", [True, False])
+def test_a_checkpoint_of_the_reference_and_its_import(is_tower_there: bool, tmp_path: Path) -> None:
+    encoder = write_vision(tmp_path / "encoder")
+    theirs = write_reference(tmp_path / "theirs", encoder)
+    imported = import_checkpoint(theirs, tmp_path / "imported").folder
+    if not is_tower_there:
+        encoder.rename(tmp_path / "elsewhere")
+    weights = open_weights(theirs)
+    assert not weights.is_moiie and len(weights.experts) == 4
+    report = compare_tensors(weights, open_weights(imported))
+    assert report.is_equal and not report.other_dtype
+    # 43 of the language model, 4 of the connector; one layer of the encoder is not there
+    tower = 37 - 16
+    assert report.compared == 43 + 4 + (tower if is_tower_there else 0)
+    assert sum(report.skipped.values()) == (0 if is_tower_there else tower)
+
+
+def test_a_pretrained_moe(tmp_path: Path) -> None:
+    hf_models.language_model("mixtral", num_local_experts=6).save_pretrained(tmp_path / "mixtral")
+    write_tokenizer(tmp_path / "mixtral")
+    vision, options = write_vision(tmp_path / "vision"), UpcycleOptions(variant="vanilla")
+    upcycle_checkpoint(tmp_path / "mixtral", vision, tmp_path / "checkpoint", options)
+    report = _compare(tmp_path / "mixtral", tmp_path / "checkpoint")
+    assert report.is_equal and not report.dense_pairs
+    # embedding, head, final norm; per layer attention, norms, router and experts
+    assert report.compared == 3 + 4 * (3 + 1 + 1 + 6 * 2)
+    assert all("router" not in part for part in report.skipped)
 
 
 def test_one_pair_in_memory(llama: Path) -> None:
