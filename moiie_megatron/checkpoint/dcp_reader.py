@@ -138,7 +138,7 @@ class CheckpointReader:
         try:
             with file.open("rb") as stream:
                 stream.seek(place.offset)
-                data = stream.read(place.length)
+                data: bytes = stream.read(place.length)
         except OSError as error:
             raise ValueError(
                 f"{file} cannot be read ({error}): copy the checkpoint again."

@@ -50,7 +50,7 @@ def find_vision(directory: Path, vision: Path | None) -> Tower:
             raise ValueError(f"{directory} describes its vision tower itself: leave {vision} out.")
         described = directory
     named = str(given.get("mm_vision_tower", ""))
-    if described is None and Path(named).is_dir():
+    if described is None and named and Path(named).is_dir():
         described = Path(named)
     if described is None:
         hint = f" ({named})" if named else ""
