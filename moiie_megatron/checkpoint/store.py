@@ -39,12 +39,21 @@ from moiie_megatron.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, and what the order of its samples depends on."""
+    """How far a run is, and what the order of its samples depends on.
+
+    Attributes:
+        num_samples: Samples per epoch.
+        blend: Samples per epoch of every source (``Blend.describe``); older checkpoints have
+            none.
+        bad_samples: Samples left out so far, on all ranks.
+    """
 
     step: int
     consumed_samples: int
     num_samples: int
     seed: int
+    blend: str = ""
+    bad_samples: int = 0
 
 
 def sharding_metadata(world: World) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def load_config(
     """Read, complete and check the configuration of a run.
 
     A section may name a preset, ``language: {preset: phi3-mini, pretrained: weights/phi3}``; the
-    section's other keys are laid over the preset's, mapping by mapping.  ``${NAME}`` in a value
+    section's other keys are laid over the preset's, mapping by mapping.  ``data.sources`` may name
+    a YAML file that holds the list (``examples/configs/mixtures``).  ``${NAME}`` in a value
     is replaced by the variable's value, ``$${NAME}`` stands for the text itself.  Relative paths
     inside the configuration are left as they are: relative to the current directory, not to the
     file.
@@ -44,7 +45,8 @@ def load_config(
     data = _read(Path(path))
     for override in overrides:
         data = _override(data, override)
-    data = _expand(data, os.environ if environ is None else environ, ())
+    environ = os.environ if environ is None else environ
+    data = _read_sources(_expand(data, environ, ()), environ)
     data = {section: _apply_preset(section, value) for section, value in data.items()}
     try:
         config = RunConfig.model_validate(data)
@@ -65,20 +67,39 @@ def preset_names(section: str) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"The configuration {path} does not exist: name a YAML file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ValueError(f"The configuration {path} cannot be read: {reason}.") from None
-    data = yaml_text.parse(text, where=str(path))
+    data = yaml_text.parse(_text(path, "The configuration"), where=str(path))
     if not isinstance(data, dict):
         raise ValueError(
             f"{path} holds {show(data)}: use a mapping with the keys "
             f"{listed(RunConfig.model_fields, 'and')}."
         )
     return data
+
+
+def _text(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{what} {path} does not exist: name a YAML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"{what} {path} cannot be read: {reason}.") from None
+
+
+def _read_sources(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """``data`` with the list of sources from the file that ``data.sources`` may name."""
+    section = data.get("data")
+    if not isinstance(section, dict) or not isinstance(section.get("sources"), str):
+        return data
+    path = Path(section["sources"])
+    sources = yaml_text.parse(_text(path, "data.sources"), where=str(path))
+    if not isinstance(sources, list):
+        raise ValueError(
+            f"data.sources is {str(path)!r}, which holds {show(sources)}: name a YAML file that "
+            "holds a list with records and images each."
+        )
+    sources = _expand(sources, environ, ("data", "sources"))
+    return {**data, "data": {**section, "sources": sources}}
 
 
 def _override(data: dict[str, Any], override: str) -> dict[str, Any]:

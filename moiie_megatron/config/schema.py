@@ -193,12 +193,18 @@ class SourceConfig(Section):
 
     records: str
     images: str
+    weight: PositiveFloat = Field(
+        1.0, description="how often an epoch sees each sample; 0.5 is every other epoch"
+    )
+    name: str | None = Field(None, description="for messages; default: the name of the file")
 
 
 class DataConfig(Section):
     """Where samples come from and how they become tokens."""
 
-    sources: list[SourceConfig]
+    sources: list[SourceConfig] = Field(
+        description="a list, or the path of a YAML file that holds one"
+    )
     tokenizer: str = Field(description="folder with tokenizer.json, or a SentencePiece .model")
     sequence_length: PositiveInt
     image_token: str = "<image>"

@@ -39,6 +39,8 @@ def build_dataset(config: RunConfig) -> LlavaDataset:
                 statistics.mean,
                 statistics.std,
             ),
+            source.weight,
+            source.name or "",
         )
         for source in config.data.sources
     ]

@@ -12,6 +12,7 @@ import torch
 from moiie_megatron.data.batch import Example
 from moiie_megatron.data.encode import encode
 from moiie_megatron.data.images import ImageLoader
+from moiie_megatron.data.order import Blend
 from moiie_megatron.data.records import BadRecord, Record, RecordFile
 from moiie_megatron.data.templates import Template
 from moiie_megatron.data.tokenizers import Tokenizer
@@ -19,10 +20,21 @@ from moiie_megatron.data.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class Source:
-    """A record file and the folder of its images."""
+    """A record file and the folder of its images.
+
+    Attributes:
+        weight: How often an epoch sees every sample.
+        name: For messages; empty stands for the name of the record file.
+    """
 
     records: RecordFile
     images: ImageLoader
+    weight: float = 1.0
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.records.path.name
 
 
 class LlavaDataset:
@@ -59,6 +71,19 @@ class LlavaDataset:
         self.sequence_length = sequence_length
         self.image_size = sizes.pop()
         self._ends = list(accumulate(len(source.records) for source in sources))
+        self.blend = Blend.weighted(
+            [len(source.records) for source in sources], [source.weight for source in sources]
+        )
+
+    def describe_epoch(self) -> str:
+        """One line: how many samples of every source an epoch has."""
+        parts = [
+            f"{source.label} {count}" + ("" if count == size else f" (of {size})")
+            for source, count, size in zip(
+                self.sources, self.blend.counts, self.blend.sizes, strict=True
+            )
+        ]
+        return f"{self.blend.epoch_size} samples per epoch: {', '.join(parts)}"
 
     @property
     def pad_id(self) -> int:

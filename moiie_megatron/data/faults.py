@@ -7,7 +7,6 @@ they met inside the batch, and the main process counts.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
@@ -17,9 +16,8 @@ from numpy.random import Philox, SeedSequence
 from moiie_megatron.data.records import BadRecord
 
 if TYPE_CHECKING:
-    from moiie_megatron.data.batch import Batch, Example
+    from moiie_megatron.data.batch import Example
 
-LOGGER: Final = logging.getLogger(__name__)
 MAX_CHAIN: Final = 10  # bad samples in a row, one replacing the other, before the run stops
 
 
@@ -79,7 +77,7 @@ def read_sample(samples: Samples, index: int, seed: int) -> Example:
 
 
 class FaultMonitor:
-    """Logs every fault and stops the run when they are too many.
+    """Counts faults and stops the run when they are too many.
 
     Args:
         max_share: Largest share of bad samples (``data.max_bad_share``), 0..1.
@@ -92,19 +90,17 @@ class FaultMonitor:
         self.seen = 0
         self.bad = 0
 
-    def add(self, batch: Batch) -> None:
-        """Count the samples of a batch and the faults met while making it.
+    def add(self, good: int, faults: Sequence[Fault]) -> None:
+        """Count samples that could be used, and those that could not.
 
         Raises:
             ValueError: More than ``max_share`` of the samples tried so far were bad.
         """
-        for fault in batch.faults:
-            LOGGER.warning("left out %s[%d]: %s", fault.file, fault.index, fault.reason)
-        self.bad += len(batch.faults)
-        self.seen += len(batch.record_ids) + len(batch.faults)
-        if not batch.faults or self.seen < self.minimum or self.bad <= self.max_share * self.seen:
+        self.bad += len(faults)
+        self.seen += good + len(faults)
+        if not faults or self.seen < self.minimum or self.bad <= self.max_share * self.seen:
             return
-        last = batch.faults[-1]
+        last = faults[-1]
         raise ValueError(
             f"Stopping: {self.bad} of {self.seen} samples ({self.bad / self.seen:.1%}) could not "
             f"be read, more than data.max_bad_share {self.max_share:.1%}: repair the data or "

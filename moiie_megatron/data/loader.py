@@ -1,9 +1,9 @@
-"""The order of samples, and who reads which.
+"""Who reads which sample, and the loader that reads them.
 
-Sample n of the run is a pure function of (seed, n).  Where n is read follows from the layout:
-micro-batch j of data-parallel rank r is micro-batch ``j * dp_size + r`` of its step.  So the
-global batches of a run do not depend on the number of ranks or workers, and the whole state of
-the stream is one integer: the samples consumed.
+Sample n of the run is a pure function of (seed, blend, n): ``data/order.py``.  Where n is read
+follows from the layout: micro-batch j of data-parallel rank r is micro-batch ``j * dp_size + r``
+of its step.  So the global batches of a run do not depend on the number of ranks or workers, and
+the whole state of the stream is one integer: the samples consumed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.random import Philox, SeedSequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moiie_megatron.data.batch import Batch, Example, collate
 from moiie_megatron.data.faults import read_sample
+from moiie_megatron.data.order import Blend, SampleOrder
 
 
 class BatchSource(Protocol):
@@ -28,36 +27,11 @@ class BatchSource(Protocol):
     def pad_id(self) -> int: ...
 
     num_image_tokens: int
+    blend: Blend
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Example: ...
-
-
-class SampleOrder:
-    """The endless sequence of dataset indices: every epoch is another permutation.
-
-    Args:
-        size: Samples in the dataset.
-        seed: Seed of the run.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self._epoch = -1
-        self._permutation = np.empty(0, dtype=np.int64)
-
-    def sample_at(self, n: int) -> int:
-        """Dataset index of sample ``n`` (from 0) of the run: a function of (seed, size, n)."""
-        epoch, place = divmod(n, self.size)
-        if epoch != self._epoch:  # kept: neighbours are nearly always in the same epoch
-            # Philox's raw words, unlike numpy's Generator methods, are promised not to change
-            # between numpy versions.
-            words = Philox(SeedSequence([self.seed, epoch])).random_raw(self.size)
-            self._permutation = np.argsort(words, kind="stable")
-            self._epoch = epoch
-        return int(self._permutation[place])
 
 
 class MicroBatchSampler(Sampler[list[int]]):
@@ -181,7 +155,7 @@ def build_loader(
         ValueError: The batch sizes do not fit; while iterating, too many bad samples in a row.
     """
     sampler = MicroBatchSampler(
-        SampleOrder(len(dataset), seed),
+        SampleOrder(dataset.blend, seed),
         consumed_samples=consumed_samples,
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,

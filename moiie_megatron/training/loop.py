@@ -23,8 +23,8 @@ from moiie_megatron.checkpoint.upcycle import load_weights
 from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.build import build_dataset, build_train_loader
-from moiie_megatron.data.faults import FaultMonitor
 from moiie_megatron.multimodal.build import build_model
+from moiie_megatron.training.fault_log import FaultLog
 from moiie_megatron.training.metrics import RunLog
 from moiie_megatron.training.routing import routing_summary
 from moiie_megatron.training.setup import Trainee, prepare_training
@@ -32,7 +32,7 @@ from moiie_megatron.training.step import num_microbatches, train_step
 
 
 def total_steps(config: RunConfig, num_samples: int) -> int:
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run; an epoch has ``num_samples``."""
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None
@@ -50,7 +50,7 @@ def train(config: RunConfig, world: World) -> Path:
             samples are bad.
     """
     dataset = build_dataset(config)
-    steps = total_steps(config, len(dataset))
+    steps = total_steps(config, dataset.blend.epoch_size)
     resume_from = latest_checkpoint(config.output)
     if resume_from is not None and load_common(resume_from)["progress"]["step"] >= steps:
         if world.rank == 0:
@@ -60,12 +60,20 @@ def train(config: RunConfig, world: World) -> Path:
     if resume_from is None:
         _load_initial_weights(config, world, model)
     trainee = prepare_training(config, world, model, steps)
-    progress = Progress(0, 0, num_samples=len(dataset), seed=config.train.seed)
+    progress = Progress(
+        0,
+        0,
+        num_samples=dataset.blend.epoch_size,
+        seed=config.train.seed,
+        blend=dataset.blend.describe(),
+    )
     if resume_from is not None:
         saved = load_checkpoint(resume_from, world, trainee.state_parts())
         _check_same_order(saved, progress, resume_from)
         progress = saved
     _announce(config, world, resume_from, progress, steps)
+    if world.rank == 0:
+        print(dataset.describe_epoch(), flush=True)
 
     loader = build_train_loader(
         config,
@@ -76,22 +84,22 @@ def train(config: RunConfig, world: World) -> Path:
         pin_memory=world.device.is_cuda,
     )
     log = RunLog(config, world, start_step=progress.step, total_steps=steps)
-    monitor = FaultMonitor(config.data.max_bad_share)
+    faults = FaultLog(config, world, progress)
     trainee.ddp.train()
     checkpoint = resume_from
     while progress.step < steps:
         batches = [next(loader) for _ in range(num_microbatches(config, world))]
-        for batch in batches:
-            monitor.add(batch)
+        faults.add(batches, progress.step + 1)
         learning_rates = current_learning_rates(config, trainee)
         result = train_step(config, world, trainee, batches)
         progress = replace(
             progress,
             step=progress.step + 1,
             consumed_samples=progress.consumed_samples + config.train.global_batch_size,
+            bad_samples=faults.bad,
         )
         routing = routing_summary(config, world, trainee.model, len(batches) * world.dp_size)
-        log.step(progress.step, result, learning_rates, routing, monitor.bad)
+        log.step(progress.step, result, learning_rates, routing, faults.bad)
         if progress.step % config.checkpoint.interval == 0 or progress.step == steps:
             checkpoint = save_checkpoint(config, world, trainee.state_parts(), progress)
             log.saved(checkpoint)
@@ -121,16 +129,21 @@ def _load_initial_weights(config: RunConfig, world: World, model: torch.nn.Modul
 
 
 def _check_same_order(saved: Progress, now: Progress, folder: Path) -> None:
-    """The order of samples is a function of the seed and of the number of samples.
+    """The order of samples is a function of the seed and of the sources' sizes and weights.
 
     Raises:
         ValueError: One of them has changed, so samples would be repeated and others left out.
     """
-    for key, name in (("num_samples", "the number of samples"), ("seed", "train.seed")):
-        if getattr(saved, key) != getattr(now, key):
+    for key, name in (
+        ("num_samples", "the number of samples per epoch"),
+        ("blend", "the samples that an epoch takes of each source (its size and weight)"),
+        ("seed", "train.seed"),
+    ):
+        before, after = getattr(saved, key), getattr(now, key)
+        if before != after and (key != "blend" or before):  # older checkpoints name no blend
             raise ValueError(
-                f"{folder} was saved when {name} was {getattr(saved, key)}, now it is "
-                f"{getattr(now, key)}: restore it, or start a new run in another output folder."
+                f"{folder} was saved when {name} was {before}, now it is {after}: restore it, or "
+                "start a new run in another output folder."
             )
 
 

@@ -33,7 +33,7 @@ class RunLog:
         output = Path(config.output)
         output.mkdir(parents=True, exist_ok=True)
         self.path = output / "metrics.jsonl"
-        kept = [line for line in _complete_lines(self.path) if line["step"] <= start_step]
+        kept = [line for line in complete_lines(self.path) if line["step"] <= start_step]
         beside = self.path.with_name("metrics.jsonl.writing")
         beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(beside, self.path)
@@ -116,7 +116,7 @@ class RunLog:
             self.board.close()
 
 
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
+def complete_lines(path: Path) -> list[dict[str, Any]]:
     """The records of an earlier run; a line cut off by a kill is dropped."""
     lines = []
     if path.exists():
