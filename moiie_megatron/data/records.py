@@ -1,25 +1,26 @@
 """LLaVA records: conversations about images, read one at a time from a ``.json`` or ``.jsonl``.
 
 Format: https://github.com/haotian-liu/LLaVA (docs/Finetune_Custom_Data.md).  Only the byte
-range of each record is held in memory, so a file of 665k records costs about 10 MB per process
-where ``json.load`` would keep more than 1 GB.
+range of each record is held in memory (``data/record_index.py``): 16 bytes, which the processes of
+a node share for large files, where ``json.load`` of 665k records would keep more than 1 GB in each.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
-from array import array
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
+
+import numpy as np
+
+from moiie_megatron.data.record_index import open_ranges, record_ranges
 
 PLACEHOLDER: Final = "<image>"  # where an image stands in the text of a record
 
 Role = Literal["system", "user", "assistant"]
 _ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_JSON_SPACE = " \t\r\n"
 
 
 class BadRecord(ValueError):
@@ -76,16 +77,15 @@ class RecordFile:
         if self.path.suffix not in (".json", ".jsonl"):
             raise ValueError(f"{self.path} is not a record file: use a .json array or a .jsonl.")
         try:
-            index = _index_array if self.path.suffix == ".json" else _index_lines
-            self._starts, self._ends = index(self.path)
+            self._ranges = record_ranges(self.path)
         except OSError as error:
             raise ValueError(f"Cannot read {self.path}: {error.strerror or error}.") from error
-        if not len(self._starts):
+        if not len(self._ranges):
             raise ValueError(f"{self.path} holds no records: remove it from data.sources.")
         self._bytes: mmap.mmap | None = None
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._ranges)
 
     def __getitem__(self, i: int) -> Record:
         """The record number ``i`` (from 0).
@@ -100,15 +100,22 @@ class RecordFile:
             with self.path.open("rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
-            value = json.loads(self._bytes[self._starts[i] : self._ends[i]])
-            return parse_record(value, default_id=str(i))
+            start, end = self._ranges[i].tolist()
+            return parse_record(json.loads(self._bytes[start:end]), default_id=str(i))
         except BadRecord as error:
             raise BadRecord(error.reason, str(self.path), i) from error
         except (ValueError, RecursionError) as error:
             raise BadRecord(f"not valid JSON ({error})", str(self.path), i) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bytes": None}
+        mapped = isinstance(self._ranges, np.memmap)
+        return {**self.__dict__, "_bytes": None, "_ranges": None if mapped else self._ranges}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._ranges is None:
+            kept = open_ranges(self.path)
+            self._ranges = record_ranges(self.path) if kept is None else kept
 
 
 def parse_record(value: Any, default_id: str = "") -> Record:
@@ -161,62 +168,3 @@ def _parse_images(value: Any) -> tuple[str, ...]:
     if not isinstance(paths, list) or not all(isinstance(p, str) and p for p in paths):
         raise BadRecord(f"image must be a path or a list of paths, not {str(value)[:80]}")
     return tuple(paths)
-
-
-def _index_lines(path: Path) -> tuple[array[int], array[int]]:
-    """Byte ranges of the lines that are not blank."""
-    starts, ends = array("Q"), array("Q")
-    position = 0
-    with path.open("rb") as file:
-        for line in file:
-            skipped = len(_BYTE_ORDER_MARK) if line.startswith(_BYTE_ORDER_MARK) else 0
-            if line[skipped:].strip():
-                starts.append(position + skipped)
-                ends.append(position + len(line))
-            position += len(line)
-    return starts, ends
-
-
-def _index_array(path: Path) -> tuple[array[int], array[int]]:
-    """Byte ranges of the elements of a JSON array; the parsed elements are thrown away."""
-    raw = path.read_bytes()
-    position = len(_BYTE_ORDER_MARK) if raw.startswith(_BYTE_ORDER_MARK) else 0
-    try:
-        text = raw[position:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
-    del raw
-    starts, ends = array("Q"), array("Q")
-    cursor = _skip_space(text, 0)
-    if text[cursor : cursor + 1] != "[":
-        raise ValueError(f"{path} is not a JSON array: one object per line belongs in a .jsonl.")
-    decoder = json.JSONDecoder()
-    cursor = _skip_space(text, cursor + 1)
-    counted = 0  # characters whose bytes are already in position
-    try:
-        while text[cursor : cursor + 1] != "]" or starts:
-            end = decoder.raw_decode(text, cursor)[1]
-            position += len(text[counted:cursor].encode())
-            starts.append(position)
-            position += len(text[cursor:end].encode())
-            ends.append(position)
-            counted = end
-            cursor = _skip_space(text, end)
-            if text[cursor : cursor + 1] == "]":
-                break
-            if text[cursor : cursor + 1] != ",":
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, cursor)
-            cursor = _skip_space(text, cursor + 1)
-        if text[cursor + 1 :].strip(_JSON_SPACE):
-            raise json.JSONDecodeError("Extra data after the array", text, cursor + 1)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON after {len(starts)} records: {error}."
-        ) from error
-    return starts, ends
-
-
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in _JSON_SPACE:
-        position += 1
-    return position
