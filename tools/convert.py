@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from moiie_megatron.backend.process import Launch
 from moiie_megatron.training.launch import exit_code
+from moiie_megatron.training.progress import progress_bar
 
 
 def add_upcycle(commands: Any) -> None:
@@ -247,32 +246,6 @@ def inspect(arguments: argparse.Namespace) -> None:
 
     description = describe(arguments.ckpt)
     print(json.dumps(description) if arguments.json else format_description(description))
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes on standard error, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _experts(text: str | None) -> tuple[int, int, int] | None:

@@ -11,25 +11,19 @@ from moiie_megatron.data.dataset import LlavaDataset, Source
 from moiie_megatron.data.images import ImageLoader, pixel_statistics
 from moiie_megatron.data.loader import build_loader
 from moiie_megatron.data.records import RecordFile
+from moiie_megatron.data.survey import Encoding
 from moiie_megatron.data.templates import load_template
 from moiie_megatron.data.tokenizers import load_tokenizer
 
 
-def build_dataset(config: RunConfig) -> LlavaDataset:
-    """All samples of the run's sources, encoded with the stage's template.
+def build_sources(config: RunConfig) -> list[Source]:
+    """The run's sources, opened.
 
     Raises:
-        ValueError: A file is missing or unreadable, the template does not fit the tokenizer, or
-            the tokenizer has more ids than the model has embeddings.
+        ValueError: A file or folder is missing or unreadable.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.image_token)
-    if tokenizer.vocab_size > config.language.vocab_size:
-        raise ValueError(
-            f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} ids but "
-            f"language.vocab_size is {config.language.vocab_size}: use the backbone's tokenizer."
-        )
     statistics = pixel_statistics(config.vision.family)
-    sources = [
+    return [
         Source(
             RecordFile(source.records),
             ImageLoader(
@@ -44,12 +38,42 @@ def build_dataset(config: RunConfig) -> LlavaDataset:
         )
         for source in config.data.sources
     ]
-    return LlavaDataset(
-        sources,
+
+
+def build_encoding(config: RunConfig) -> Encoding:
+    """How the run turns records into tokens.
+
+    Raises:
+        ValueError: The template does not fit the tokenizer, or the tokenizer has more ids than
+            the model has embeddings.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.image_token)
+    if tokenizer.vocab_size > config.language.vocab_size:
+        raise ValueError(
+            f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} ids but "
+            f"language.vocab_size is {config.language.vocab_size}: use the backbone's tokenizer."
+        )
+    return Encoding(
         tokenizer,
         load_template(config.stage.template, tokenizer),
         config.vision.num_image_tokens,
         config.data.sequence_length,
+    )
+
+
+def build_dataset(config: RunConfig) -> LlavaDataset:
+    """All samples of the run's sources, encoded with the stage's template.
+
+    Raises:
+        ValueError: See ``build_sources`` and ``build_encoding``.
+    """
+    encoding = build_encoding(config)
+    return LlavaDataset(
+        build_sources(config),
+        encoding.tokenizer,
+        encoding.template,
+        encoding.num_image_tokens,
+        encoding.sequence_length,
     )
 
 

@@ -102,7 +102,7 @@ class ImageLoader:
         Raises:
             BadRecord: Outside the root, missing, not an image, damaged or too large.
         """
-        file = self._inside_root(path)
+        file = self.locate(path)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # damaged metadata is no reason to stop
@@ -120,7 +120,12 @@ class ImageLoader:
             raise BadRecord(f"image {path} cannot be read ({error})") from error
         return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
-    def _inside_root(self, path: str) -> Path:
+    def locate(self, path: str) -> Path:
+        """The file of the image at ``path`` (relative to the root).
+
+        Raises:
+            BadRecord: Outside the root, or not there.
+        """
         relative = Path(path)
         if relative.is_absolute() or ".." in relative.parts or "\0" in path:
             raise BadRecord(f"image {path!r} is not a plain path below {self.root}")

@@ -73,7 +73,9 @@ def _find(path: Path) -> np.ndarray:
     for start, end in _array_ranges(path) if path.suffix == ".json" else _line_ranges(path):
         flat.append(start)
         flat.append(end)
-    return np.frombuffer(flat, dtype=np.int64).reshape(-1, 2) if flat else np.empty((0, 2), np.int64)
+    return (
+        np.frombuffer(flat, dtype=np.int64).reshape(-1, 2) if flat else np.empty((0, 2), np.int64)
+    )
 
 
 def _keep(path: Path, stamp: tuple[int, int], ranges: np.ndarray) -> bool:

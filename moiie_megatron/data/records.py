@@ -94,16 +94,27 @@ class RecordFile:
             BadRecord: This record is malformed; names the file and ``i``.
             IndexError: There is no record ``i``.
         """
+        value = self.value(i)
+        try:
+            return parse_record(value, default_id=str(i))
+        except BadRecord as error:
+            raise BadRecord(error.reason, str(self.path), i) from error
+
+    def value(self, i: int) -> Any:
+        """What stands in the file as record ``i``, whether it is a proper record or not.
+
+        Raises:
+            BadRecord: No JSON; names the file and ``i``.
+            IndexError: There is no record ``i``.
+        """
         if not 0 <= i < len(self):
             raise IndexError(f"{self.path} has {len(self)} records, no record {i}")
         if self._bytes is None:
             with self.path.open("rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start, end = self._ranges[i].tolist()
         try:
-            start, end = self._ranges[i].tolist()
-            return parse_record(json.loads(self._bytes[start:end]), default_id=str(i))
-        except BadRecord as error:
-            raise BadRecord(error.reason, str(self.path), i) from error
+            return json.loads(self._bytes[start:end])
         except (ValueError, RecursionError) as error:
             raise BadRecord(f"not valid JSON ({error})", str(self.path), i) from error
 

@@ -14,7 +14,11 @@ from moiie_megatron.data import record_index
 from moiie_megatron.data.record_index import open_ranges, ranges_file, record_ranges
 from moiie_megatron.data.records import RecordFile
 
-VALUES = [{"a": "x" * n, "b": ["\u732b", n, {"c": '"]},{'}]} for n in range(30)] + [7, 12345, "\u00e9"]
+VALUES = [{"a": "x" * n, "b": ["\u732b", n, {"c": '"]},{'}]} for n in range(30)] + [
+    7,
+    12345,
+    "\u00e9",
+]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 50, 10_000])
@@ -60,9 +64,7 @@ def test_kept_beside_large_files_only(lines: Path) -> None:
     assert sorted(lines.parent.iterdir()) == [lines, ranges_file(lines)]
 
 
-def test_kept_ranges_are_read_not_found_again(
-    lines: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kept_ranges_are_read_not_found_again(lines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = record_ranges(lines, kept_from=1).tolist()
     monkeypatch.setattr(record_index, "_find", lambda path: pytest.fail("searched again"))
     assert record_ranges(lines, kept_from=1).tolist() == expected

@@ -1,0 +1,95 @@
+"""Records and images into tar shards (webdataset), for megatron-energon and object storage.
+
+A sample is ``KEY.json`` (the LLaVA record as it stands in the file) and its images as they are,
+``KEY.jpg``, or ``KEY.0.jpg``, ``KEY.1.png``... where it has several.  KEY is the record number.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+from moiie_megatron.data.dataset import Source
+from moiie_megatron.data.faults import Fault
+from moiie_megatron.data.records import BadRecord
+
+
+def write_shards(
+    source: Source,
+    folder: Path,
+    *,
+    samples_per_shard: int = 10_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[str], tuple[Fault, ...]]:
+    """Write the samples of a source, in order, as ``shard_00000.tar``...
+
+    Images are copied, not decoded.  The shards depend on nothing but the data: times and owners
+    are zero.
+
+    Args:
+        folder: Exists; should be empty.
+
+    Returns:
+        Names of the shards, and the records left out: malformed, or with a missing image.
+
+    Raises:
+        ValueError: Not one record can be used.
+    """
+    total = len(source.records)
+    faults: list[Fault] = []
+    names: list[str] = []
+    written = 0
+    tar: tarfile.TarFile | None = None
+    try:
+        for i in range(total):
+            try:
+                members = _members(source, i)
+            except BadRecord as error:
+                faults.append(Fault(str(source.records.path), i, error.reason))
+            else:
+                if written % samples_per_shard == 0:
+                    if tar is not None:
+                        tar.close()
+                    names.append(f"shard_{len(names):05d}.tar")
+                    tar = tarfile.open(folder / names[-1], "w", format=tarfile.USTAR_FORMAT)
+                assert tar is not None
+                for name, content in members:
+                    header = tarfile.TarInfo(name)
+                    header.size = len(content)
+                    tar.addfile(header, io.BytesIO(content))
+                written += 1
+            if progress is not None and (i % 100 == 99 or i + 1 == total):
+                progress(i + 1, total)
+    finally:
+        if tar is not None:
+            tar.close()
+    if not written:
+        raise ValueError(
+            f"None of the {total} records of {source.records.path} can be used; the first: "
+            f"{faults[0].reason}."
+        )
+    return names, tuple(faults)
+
+
+def _members(source: Source, i: int) -> list[tuple[str, bytes]]:
+    """Names and contents of the files of a sample.
+
+    Raises:
+        BadRecord: It is malformed, or an image cannot be read.
+    """
+    images = source.records[i].images
+    key = f"{i:09d}"
+    record = json.dumps(source.records.value(i), separators=(",", ":")).encode()
+    members = [(f"{key}.json", record)]
+    for number, path in enumerate(images):
+        middle = f".{number}" if len(images) > 1 else ""
+        suffix = Path(path).suffix.lower() or ".img"
+        try:
+            content = source.images.locate(path).read_bytes()
+        except OSError as error:
+            raise BadRecord(f"image {path} cannot be read ({error})") from error
+        members.append((f"{key}{middle}{suffix}", content))
+    return members

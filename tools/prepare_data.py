@@ -1,0 +1,297 @@
+"""Look at data before training, and bring it into other forms.
+
+``prepare_data.py validate CONFIG`` reads every record and image of a run's sources as training
+would, counts, measures and names what is broken.  ``prepare_data.py lengths CONFIG`` keeps the
+lengths of all samples beside the records and says what packing would gain.  ``prepare_data.py
+jsonl FILE.json`` turns a JSON array into JSON lines.  ``prepare_data.py webdataset --records FILE
+--images DIR --out DIR`` writes tar shards.  The first two also take ``--records`` and
+``--images`` instead of a run's configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moiie_megatron.backend.process import Launch
+from moiie_megatron.training.launch import exit_code
+from moiie_megatron.training.progress import progress_bar
+
+if TYPE_CHECKING:
+    from moiie_megatron.data.dataset import Source
+    from moiie_megatron.data.faults import Fault
+    from moiie_megatron.data.survey import Encoding
+
+SHOWN_FAULTS = 20
+
+
+def add_validate(commands: Any) -> None:
+    parser = commands.add_parser("validate", help="count, measure, find what is broken")
+    _add_source_options(parser)
+    parser.add_argument("--skip-images", action="store_true", help="do not open image files")
+    parser.add_argument("--json", metavar="FILE", help="everything, each broken record included")
+    _add_limit(parser)
+    parser.set_defaults(task=validate)
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    from moiie_megatron.data.survey import survey
+    from moiie_megatron.data.survey_report import summarize
+
+    sources, encoding, max_bad_share = _sources(arguments, needs_encoding=False)
+    summaries: list[dict[str, Any]] = []
+    faults: list[Fault] = []
+    for source in sources:
+        with progress_bar(f"reading {source.label}", unit="records") as progress:
+            found = survey(
+                source,
+                encoding,
+                decode_images=not arguments.skip_images,
+                workers=arguments.workers,
+                progress=progress,
+            )
+        summaries.append(summarize(found, encoding))
+        faults += found.faults
+    samples = sum(len(source.records) for source in sources)
+    if arguments.json:
+        report = {"samples": samples, "bad": len(faults), "sources": summaries}
+        _write_json(Path(arguments.json), report)
+    _print_table(summaries)
+    _judge(faults, samples, max_bad_share)
+
+
+def add_lengths(commands: Any) -> None:
+    parser = commands.add_parser("lengths", help="keep the lengths of all samples")
+    _add_source_options(parser)
+    parser.add_argument("--out", metavar="DIR", help="default: beside the records")
+    parser.set_defaults(task=lengths)
+
+
+def lengths(arguments: argparse.Namespace) -> None:
+    from moiie_megatron.data.length_index import LengthKey, write_lengths
+    from moiie_megatron.data.survey import survey
+    from moiie_megatron.data.survey_report import summarize
+
+    sources, encoding, _ = _sources(arguments, needs_encoding=True)
+    assert encoding is not None
+    summaries = []
+    for source in sources:
+        key = LengthKey.of(
+            source.records.path,
+            tokenizer=Path(arguments.tokenizer),
+            image_token=arguments.image_token,
+            template=arguments.template,
+            num_image_tokens=encoding.num_image_tokens,
+        )
+        with progress_bar(f"measuring {source.label}", unit="records") as progress:
+            found = survey(
+                source,
+                encoding,
+                decode_images=False,
+                workers=arguments.workers,
+                progress=progress,
+            )
+        folder = Path(arguments.out) if arguments.out else None
+        print(write_lengths(source.records.path, key, found.lengths, folder))
+        summaries.append(summarize(found, encoding))
+    _print_table(summaries)
+    for values in summaries:
+        rows = values["rows"]
+        if rows:
+            print(
+                f"{values['name']}: {rows['one_sample_each']:,} samples fill {rows['packed']:,} "
+                f"rows of {encoding.sequence_length:,} tokens, "
+                f"{rows['one_sample_each'] / rows['packed']:.1f} in a row"
+            )
+
+
+def add_jsonl(commands: Any) -> None:
+    parser = commands.add_parser("jsonl", help="JSON array -> JSON lines")
+    parser.add_argument("records", metavar="FILE.json")
+    parser.add_argument("--out", metavar="FILE.jsonl", help="default: beside it")
+    parser.set_defaults(task=jsonl)
+
+
+def jsonl(arguments: argparse.Namespace) -> None:
+    from moiie_megatron.data.convert_records import array_to_lines
+
+    records = Path(arguments.records)
+    out = Path(arguments.out) if arguments.out else records.with_suffix(".jsonl")
+    with progress_bar(f"writing {out.name}", unit="records") as progress:
+        count = array_to_lines(records, out, progress)
+    print(f"{out}: {count:,} records")
+
+
+def add_webdataset(commands: Any) -> None:
+    parser = commands.add_parser("webdataset", help="records and images -> tar shards")
+    parser.add_argument("--records", required=True, metavar="FILE")
+    parser.add_argument("--images", required=True, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--samples-per-shard", type=_positive, default=10_000, metavar="N")
+    parser.add_argument("--force", action="store_true", help="replace earlier shards")
+    _add_limit(parser)
+    parser.set_defaults(task=webdataset)
+
+
+def webdataset(arguments: argparse.Namespace) -> None:
+    from moiie_megatron.checkpoint.folder import new_folder
+    from moiie_megatron.data.energon_index import DATASET_FILE, index_shards
+    from moiie_megatron.data.webdataset import write_shards
+
+    source = _plain_source(arguments.records, arguments.images, "square")
+    final = Path(arguments.out)
+    limit = 0.01 if arguments.max_bad_share is None else arguments.max_bad_share
+    size = source.records.path.stat().st_size
+    with new_folder(final, num_bytes=size, force=arguments.force, ours=DATASET_FILE) as folder:
+        with progress_bar(f"writing {final.name}", unit="records") as progress:
+            names, faults = write_shards(
+                source,
+                folder,
+                samples_per_shard=arguments.samples_per_shard,
+                progress=progress,
+            )
+        _judge(faults, len(source.records), limit)
+        indexed = index_shards(folder, names)
+    samples = len(source.records) - len(faults)
+    print(f"{final}: {samples:,} samples in {len(names)} shard(s)")
+    if not indexed:
+        print(
+            "megatron-energon is not installed, so its index is missing: install it, then\n"
+            "energon prepare --non-interactive --force-overwrite --split-ratio 1,0,0 "
+            f"--sample-type CrudeWebdataset {final}"
+        )
+
+
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", help="YAML file of a run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    direct = parser.add_argument_group("instead of a run")
+    direct.add_argument("--records", metavar="FILE", help=".json or .jsonl of LLaVA records")
+    direct.add_argument("--images", metavar="DIR")
+    direct.add_argument("--tokenizer", metavar="PATH", help="needed for lengths")
+    direct.add_argument("--template", default="plain", help="plain, llama3, phi3 or tokenizer")
+    direct.add_argument("--image-token", default="<image>")
+    direct.add_argument("--image-tokens", type=_positive, default=729, metavar="N", help="each")
+    direct.add_argument("--image-mode", choices=("square", "pad"), default="square")
+    direct.add_argument("--sequence-length", type=_positive, default=4096, metavar="N")
+    parser.add_argument(
+        "--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes"
+    )
+
+
+def _add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-bad-share",
+        type=float,
+        metavar="X",
+        help="fail above this share of broken records; default: the run's, else 0.01",
+    )
+
+
+def _sources(
+    arguments: argparse.Namespace, *, needs_encoding: bool
+) -> tuple[list[Source], Encoding | None, float]:
+    """Sources, how they become tokens, and the largest share of bad ones.
+
+    Fills in the arguments of the tokenizer from a run's configuration.
+    """
+    limit = getattr(arguments, "max_bad_share", None)
+    if arguments.config is not None:
+        if arguments.records or arguments.images or arguments.tokenizer:
+            raise ValueError("Give the configuration of a run, or --records and --images.")
+        from moiie_megatron.config.load import load_config
+        from moiie_megatron.data.build import build_encoding, build_sources
+
+        config = load_config(arguments.config, arguments.overrides)
+        if not config.data.sources:
+            raise ValueError(f"data.sources is empty in {arguments.config}: nothing to read.")
+        arguments.tokenizer = config.data.tokenizer
+        arguments.image_token = config.data.image_token
+        arguments.template = config.stage.template
+        limit = config.data.max_bad_share if limit is None else limit
+        return build_sources(config), build_encoding(config), limit
+    if not arguments.records or not arguments.images:
+        raise ValueError("Give the configuration of a run, or both --records and --images.")
+    source = _plain_source(arguments.records, arguments.images, arguments.image_mode)
+    limit = 0.01 if limit is None else limit
+    if arguments.tokenizer is None:
+        if needs_encoding:
+            raise ValueError("Lengths depend on the tokenizer: give it with --tokenizer.")
+        return [source], None, limit
+    from moiie_megatron.data.survey import Encoding
+    from moiie_megatron.data.templates import load_template
+    from moiie_megatron.data.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.image_token)
+    template = load_template(arguments.template, tokenizer)
+    encoding = Encoding(tokenizer, template, arguments.image_tokens, arguments.sequence_length)
+    return [source], encoding, limit
+
+
+def _plain_source(records: str, images: str, mode: Any) -> Source:
+    from moiie_megatron.data.dataset import Source
+    from moiie_megatron.data.images import SIGLIP_STATISTICS, ImageLoader
+    from moiie_megatron.data.records import RecordFile
+
+    # Images are decoded to see whether they can be: the size of the result does not matter.
+    loader = ImageLoader(images, 32, mode, SIGLIP_STATISTICS.mean, SIGLIP_STATISTICS.std)
+    return Source(RecordFile(records), loader)
+
+
+def _print_table(summaries: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    from moiie_megatron.data.survey_report import table
+
+    # A file or a pipe gets the whole table, a terminal what fits.
+    Console(width=None if sys.stdout.isatty() else 160).print(table(summaries))
+
+
+def _judge(faults: Sequence[Fault], samples: int, max_bad_share: float) -> None:
+    """Print what is broken.
+
+    Raises:
+        ValueError: It is too much.
+    """
+    for fault in faults[:SHOWN_FAULTS]:
+        print(f"{fault.file}[{fault.index}]: {fault.reason}")
+    if len(faults) > SHOWN_FAULTS:
+        print(f"... and {len(faults) - SHOWN_FAULTS:,} more")
+    if len(faults) > max_bad_share * samples:
+        raise ValueError(
+            f"{len(faults):,} of {samples:,} records ({len(faults) / samples:.2%}) cannot be used, "
+            f"more than {max_bad_share:.2%}: repair them or raise --max-bad-share."
+        )
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    beside = path.with_name(path.name + ".writing")
+    try:
+        beside.write_text(json.dumps(values, indent=1) + "\n")
+        os.replace(beside, path)
+    except OSError as error:
+        raise ValueError(f"Cannot write --json {path}: {error.strerror or error}.") from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True, dest="command")
+    for add in (add_validate, add_lengths, add_jsonl, add_webdataset):
+        add(commands)
+    arguments = parser.parse_args()
+    return exit_code(lambda: arguments.task(arguments), Launch())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
