@@ -15,7 +15,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -42,15 +42,13 @@ def record_ranges(path: Path, kept_from: int = KEPT_FROM) -> np.ndarray:
     if path.stat().st_size < kept_from:
         return _find(path)
     with _alone(path):
-        # Taken before the search: a file that changes meanwhile will not match.
-        stamp = _stamp(path)
+        stamp = _stamp(path)  # before the search: a file that changes meanwhile will not match
         kept = open_ranges(path)
-        if kept is not None:
-            return kept
-        found = _find(path)
-        if _keep(path, stamp, found):
-            return open_ranges(path) if _stamp(path) == stamp else found
-        return found
+        if kept is None:
+            found = _find(path)
+            _keep(path, stamp, found)
+            kept = open_ranges(path)
+        return found if kept is None else kept
 
 
 def ranges_file(path: Path) -> Path:
@@ -59,7 +57,7 @@ def ranges_file(path: Path) -> Path:
 
 
 def open_ranges(path: Path) -> np.ndarray | None:
-    """The ranges that are kept for a record file; None if there are none for its present content."""
+    """The ranges that are kept for a record file; None if there are none for what it holds now."""
     try:
         table = np.load(ranges_file(path), mmap_mode="r")
     except (OSError, ValueError, EOFError):  # none, or torn by something else than this program
@@ -78,8 +76,8 @@ def _find(path: Path) -> np.ndarray:
     )
 
 
-def _keep(path: Path, stamp: tuple[int, int], ranges: np.ndarray) -> bool:
-    """Write the ranges, size and time of the record file in front; False if that is impossible."""
+def _keep(path: Path, stamp: tuple[int, int], ranges: np.ndarray) -> None:
+    """Write size and time of the record file and the ranges, if the folder allows it."""
     final = ranges_file(path)
     beside = final.with_name(f"{final.name}.writing{os.getpid()}")
     try:
@@ -88,8 +86,6 @@ def _keep(path: Path, stamp: tuple[int, int], ranges: np.ndarray) -> bool:
         os.replace(beside, final)
     except OSError:
         beside.unlink(missing_ok=True)
-        return False
-    return True
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -101,10 +97,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _alone(path: Path) -> Iterator[None]:
     """One process of a node at a time, where the file system has locks."""
     with path.open("rb") as file:
-        try:
+        # NFS locks files that are open for writing only; then all of them search.
+        with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # NFS locks files that are open for writing only; then all of them work
-            pass
         yield
 
 

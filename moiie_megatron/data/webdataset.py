@@ -10,6 +10,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from moiie_megatron.data.dataset import Source
@@ -42,8 +43,7 @@ def write_shards(
     faults: list[Fault] = []
     names: list[str] = []
     written = 0
-    tar: tarfile.TarFile | None = None
-    try:
+    with ExitStack() as shard:
         for i in range(total):
             try:
                 members = _members(source, i)
@@ -51,11 +51,10 @@ def write_shards(
                 faults.append(Fault(str(source.records.path), i, error.reason))
             else:
                 if written % samples_per_shard == 0:
-                    if tar is not None:
-                        tar.close()
+                    shard.close()  # the one before
                     names.append(f"shard_{len(names):05d}.tar")
-                    tar = tarfile.open(folder / names[-1], "w", format=tarfile.USTAR_FORMAT)
-                assert tar is not None
+                    path = folder / names[-1]
+                    tar = shard.enter_context(tarfile.open(path, "w", format=tarfile.USTAR_FORMAT))
                 for name, content in members:
                     header = tarfile.TarInfo(name)
                     header.size = len(content)
@@ -63,9 +62,6 @@ def write_shards(
                 written += 1
             if progress is not None and (i % 100 == 99 or i + 1 == total):
                 progress(i + 1, total)
-    finally:
-        if tar is not None:
-            tar.close()
     if not written:
         raise ValueError(
             f"None of the {total} records of {source.records.path} can be used; the first: "

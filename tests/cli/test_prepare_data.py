@@ -17,7 +17,6 @@ from tests.helpers.damaged_data import DAMAGES, DamagedData, write_damaged
 from tests.helpers.launch import ROOT, Finished, command, run
 from tests.helpers.tiny_run import tiny_values, write_config
 
-
 TOOL = "tools/prepare_data.py"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_the_table_has_a_row_per_source(dataset: LlavaDataset, encoding: Encodin
     from rich.console import Console
 
     source = Source(dataset.sources[0].records, dataset.sources[0].images, name="numbers")
-    console = Console(width=160, record=True, file=open(os.devnull, "w"))
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(table([summarize(survey(source, encoding), encoding)]))
     text = console.export_text()
     assert "numbers" in text and " 23 " in text and " 16 " in text
