@@ -202,7 +202,14 @@ class DataConfig(Section):
     tokenizer: str = Field(description="folder with tokenizer.json, or a SentencePiece .model")
     sequence_length: PositiveInt
     image_token: str = "<image>"
-    padding: Literal["longest", "sequence_length"] = "longest"
+    padding: Literal["longest", "sequence_length"] = Field(
+        "longest", description="to the longest sample (packed: the samples) of a micro-batch"
+    )
+    packing: bool = Field(
+        False,
+        description="samples share rows of train.micro_batch_size * data.sequence_length tokens; "
+        "a micro-batch is one row, and a step has the samples that it has without packing",
+    )
     num_workers: Annotated[int, Field(ge=0)] = 2
     max_bad_share: Fraction = 0.01
 
@@ -263,6 +270,12 @@ class RunConfig(Section):
         if not self.stage.moe or self.moe.variant == "dense":
             return []
         return moe_layers(self.moe.layers, self.language.num_layers)
+
+    @property
+    def micro_batch_shape(self) -> tuple[int, int]:
+        """Rows of a micro-batch, and the most tokens of one."""
+        samples, length = self.train.micro_batch_size, self.data.sequence_length
+        return (1, samples * length) if self.data.packing else (samples, length)
 
     @property
     def placement(self) -> Placement:
