@@ -231,7 +231,9 @@ class TrainConfig(Section):
     """How much to train, in which portions and precision."""
 
     global_batch_size: PositiveInt
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: PositiveInt = Field(
+        1, description="samples; with data.packing the length of a row in data.sequence_length"
+    )
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
     precision: Literal["bf16", "fp32"] = "bf16"

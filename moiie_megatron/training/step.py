@@ -137,7 +137,8 @@ def train_step(
     The loss is divided by the label tokens of the *global* batch, so that layout and
     accumulation do not change it.  Megatron divides by the number of micro-batches and averages
     over data parallelism; the factor below undoes both for the token losses and leaves the
-    balance losses as means over micro-batches.
+    balance losses as means over micro-batches, of which every rank has equally many and none is
+    without samples (packed rows: ``data/packing.py``).
     """
     labels, tokens, image_tokens, positions = count_tokens(batches, world)
     trainee.ddp.zero_grad_buffer()
