@@ -210,6 +210,11 @@ def _sources(
         config = load_config(arguments.config, arguments.overrides)
         if not config.data.sources:
             raise ValueError(f"data.sources is empty in {arguments.config}: nothing to read.")
+        if config.data.backend != "plain":
+            raise ValueError(
+                f"data.backend is {config.data.backend} in {arguments.config}: look at the records "
+                "that the shards were made from, with --records and --images."
+            )
         arguments.tokenizer = config.data.tokenizer
         arguments.image_token = config.data.image_token
         arguments.template = config.stage.template

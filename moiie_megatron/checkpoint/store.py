@@ -77,7 +77,8 @@ def save_checkpoint(
     done: a killed save leaves nothing that looks like a checkpoint.
 
     Args:
-        parts: ``model``, ``optimizer`` and ``scheduler``.
+        parts: ``model``, ``optimizer`` and ``scheduler``; ``stream`` where the data have a state
+            of their own.
     """
     final = step_folder(config.output, progress.step)
     beside = final.with_name(final.name + ".writing")
@@ -132,6 +133,8 @@ def _load_state(
     parts["model"].load_state_dict(loaded["model"])
     parts["optimizer"].load_state_dict(loaded["optimizer"])
     parts["scheduler"].load_state_dict(loaded["scheduler"])
+    if "stream" in parts:
+        parts["stream"].restore(loaded["stream"])
     if "rng" in loaded:
         _set_rng(loaded["rng"], world)
     return Progress(**common["progress"])
@@ -189,12 +192,19 @@ def _sharded_state(
     if not is_loading and optimizer_state.get("param_state") == {}:
         # A stage without trained parameters: Megatron would report that rank 0 has some.
         del optimizer_state["param_state"]
-    return {
+    state = {
         "model": model_state,
         "optimizer": optimizer_state,
         "scheduler": parts["scheduler"].state_dict(),
         "rng": ShardedObject("rng", _rng(world), (world.size,), (world.rank,)),
     }
+    if "stream" in parts:
+        # The same on all tensor- and pipeline-parallel peers of a data-parallel rank.
+        peer = (world.groups.tp.rank(), world.groups.pp.rank())
+        state["stream"] = ShardedObject(
+            "stream", parts["stream"].tensor(), (world.dp_size,), (world.dp_rank,), peer
+        )
+    return state
 
 
 def _rng(world: World) -> dict[str, Any]:

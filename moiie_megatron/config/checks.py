@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from moiie_megatron.config.check_backend import check_backend, check_exists, check_source_paths
 from moiie_megatron.config.check_packing import check_packing
 from moiie_megatron.config.messages import listed, unknown_key
 from moiie_megatron.config.schema import RunConfig
@@ -39,6 +39,7 @@ def check_config(config: RunConfig, *, world_size: int | None = None) -> None:
     _check_parallel(config)
     _check_data(config)
     check_packing(config)
+    check_backend(config)
     _check_train(config)
     if world_size is not None:
         _check_world(config, world_size)
@@ -54,17 +55,15 @@ def check_paths(config: RunConfig) -> None:
     """
     if not config.data.sources:
         raise ValueError("data.sources is empty: give at least one source of records and images.")
-    _exists("data.tokenizer", config.data.tokenizer, "a tokenizer folder or .model file")
-    for number, source in enumerate(config.data.sources):
-        _exists(f"data.sources.{number}.records", source.records, "a file", want="file")
-        _exists(f"data.sources.{number}.images", source.images, "a folder", want="folder")
+    check_exists("data.tokenizer", config.data.tokenizer, "a tokenizer folder or .model file")
+    check_source_paths(config)
     for key, path in (
         ("language.pretrained", config.language.pretrained),
         ("vision.pretrained", config.vision.pretrained),
         ("checkpoint.init_from", config.checkpoint.init_from),
     ):
         if path is not None:
-            _exists(key, path, "a folder", want="folder")
+            check_exists(key, path, "a folder", want="folder")
 
 
 def check_megatron_section(
@@ -348,11 +347,3 @@ def _divisors(number: int) -> str:
 
 def _null(value: object) -> object:
     return "null" if value is None else value
-
-
-def _exists(key: str, path: str, what: str, want: str = "any") -> None:
-    found = Path(path)
-    fits = {"file": found.is_file, "folder": found.is_dir, "any": found.exists}[want]()
-    if not fits:
-        state = f"is not {what}" if found.exists() else "does not exist"
-        raise ValueError(f"{key} is {path!r}, which {state}: name {what} that exists.")

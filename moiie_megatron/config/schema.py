@@ -189,10 +189,11 @@ class StageConfig(Section):
 
 
 class SourceConfig(Section):
-    """LLaVA records (.json or .jsonl) and the folder that their image paths are relative to."""
+    """LLaVA records (.json or .jsonl) and the folder that their image paths are relative to; or,
+    with ``backend: energon``, a folder of tar shards that hold both."""
 
     records: str
-    images: str
+    images: str | None = Field(None, description="not needed for shards, which hold the images")
     weight: PositiveFloat = Field(
         1.0, description="how often an epoch sees each sample; 0.5 is every other epoch"
     )
@@ -215,6 +216,11 @@ class DataConfig(Section):
         False,
         description="samples share rows of train.micro_batch_size * data.sequence_length tokens; "
         "a micro-batch is one row, and a step has the samples that it has without packing",
+    )
+    backend: Literal["plain", "energon"] = Field(
+        "plain",
+        description="energon reads tar shards (tools/prepare_data.py webdataset) from disk or "
+        "object storage; resumes on the same number of ranks and workers only",
     )
     num_workers: Annotated[int, Field(ge=0)] = 2
     max_bad_share: Fraction = 0.01

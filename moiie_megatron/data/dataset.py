@@ -77,13 +77,11 @@ class LlavaDataset:
 
     def describe_epoch(self) -> str:
         """One line: how many samples of every source an epoch has."""
-        parts = [
-            f"{source.label} {count}" + ("" if count == size else f" (of {size})")
-            for source, count, size in zip(
-                self.sources, self.blend.counts, self.blend.sizes, strict=True
-            )
-        ]
-        return f"{self.blend.epoch_size} samples per epoch: {', '.join(parts)}"
+        return self.blend.describe_epoch([source.label for source in self.sources])
+
+    def describe_order(self, dp_size: int) -> str:
+        """What the order depends on beside the seed: the same on any number of ranks."""
+        return self.blend.describe()
 
     @property
     def pad_id(self) -> int:

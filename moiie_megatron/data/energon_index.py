@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Final
+
+from moiie_megatron.config.check_backend import has_energon
 
 _META: Final = ".nv-meta"
 DATASET_FILE: Final = f"{_META}/dataset.yaml"
 _DATASET = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
-
-
-def has_energon() -> bool:
-    """Whether megatron-energon is installed."""
-    return importlib.util.find_spec("megatron.energon") is not None
 
 
 def index_shards(folder: Path, shards: Sequence[str]) -> bool:
@@ -30,11 +28,12 @@ def index_shards(folder: Path, shards: Sequence[str]) -> bool:
     from megatron.energon.epathlib import EPath  # type: ignore[import-not-found]
     from megatron.energon.flavors import BaseWebdatasetFactory  # type: ignore[import-not-found]
 
-    BaseWebdatasetFactory.prepare_dataset(
-        EPath(str(folder.absolute())),
-        list(shards),
-        split_parts_ratio=[("train", 1), ("val", 0), ("test", 0)],
-        shuffle_seed=None,
-        workers=1,
-    )
+    with redirect_stdout(io.StringIO()):  # it reports every step
+        BaseWebdatasetFactory.prepare_dataset(
+            EPath(str(folder.absolute())),
+            list(shards),
+            split_parts_ratio=[("train", 1), ("val", 0), ("test", 0)],
+            shuffle_seed=None,
+            workers=1,
+        )
     return True

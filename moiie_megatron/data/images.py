@@ -7,11 +7,11 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import BinaryIO, Final, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from moiie_megatron.data.records import BadRecord
@@ -59,11 +59,10 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return (images.float() / 255.0 - mean_t) / std_t
 
 
-class ImageLoader:
-    """Reads images below one folder as squares of one size.
+class ImageDecoder:
+    """Makes squares of one size from image files.
 
     Args:
-        root: The folder; a path that leads out of it, by ``..`` or a symbolic link, is refused.
         image_size: Side S of the result in pixels.
         mode: ``square`` stretches to S x S; ``pad`` first pastes the image in the middle of a
             square of the mean colour (LLaVA's ``image_aspect_ratio: pad``).
@@ -71,6 +70,73 @@ class ImageLoader:
         std: Standard deviation per channel, kept for ``normalize``.
         max_pixels: Larger images are refused before they are decoded; in ``pad`` mode the square
             counts.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        mode: Literal["square", "pad"],
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        max_pixels: int = 2**26,
+    ) -> None:
+        if mode not in ("square", "pad"):
+            raise ValueError(f"stage.image_mode is {mode}: use square or pad.")
+        self.image_size = image_size
+        self.mode = mode
+        self.mean = mean
+        self.std = std
+        self.max_pixels = max_pixels
+
+    def decode(self, file: Path | BinaryIO, name: str) -> Tensor:
+        """The image in ``file``, called ``name`` in messages: uint8 [3, S, S], RGB, upright.
+
+        Raises:
+            BadRecord: Not an image, damaged or too large.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # damaged metadata is no reason to stop
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(file, formats=_FORMATS) as opened:
+                    self._check_size(name, opened.size)
+                    image = _as_rgb(ImageOps.exif_transpose(opened))
+                if self.mode == "pad":
+                    image = self._padded(image)
+                size = (self.image_size, self.image_size)
+                image = image.resize(size, Image.Resampling.BICUBIC)
+        except BadRecord:
+            raise
+        except UnidentifiedImageError as error:  # its own text names the file object
+            raise BadRecord(f"image {name} cannot be read (no known picture format)") from error
+        except _DECODING_ERRORS as error:
+            raise BadRecord(f"image {name} cannot be read ({error})") from error
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+    def _check_size(self, path: str, size: tuple[int, int]) -> None:
+        width, height = size
+        pixels = max(size) ** 2 if self.mode == "pad" else width * height
+        if pixels > self.max_pixels:
+            raise BadRecord(
+                f"image {path} of {width} x {height} needs {pixels} pixels, more than "
+                f"{self.max_pixels}"
+            )
+
+    def _padded(self, image: Image.Image) -> Image.Image:
+        side = max(image.size)
+        red, green, blue = (int(channel * 255) for channel in self.mean)
+        square = Image.new("RGB", (side, side), (red, green, blue))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+
+class ImageLoader(ImageDecoder):
+    """Reads images below one folder.
+
+    Args:
+        root: The folder; a path that leads out of it, by ``..`` or a symbolic link, is refused.
+
+    The others are those of ``ImageDecoder``.
 
     Raises:
         ValueError: ``root`` is not a folder.
@@ -88,13 +154,7 @@ class ImageLoader:
         self.root = Path(root).resolve()
         if not self.root.is_dir():
             raise ValueError(f"The image folder {root} does not exist or is not a folder.")
-        if mode not in ("square", "pad"):
-            raise ValueError(f"stage.image_mode is {mode}: use square or pad.")
-        self.image_size = image_size
-        self.mode = mode
-        self.mean = mean
-        self.std = std
-        self.max_pixels = max_pixels
+        super().__init__(image_size, mode, mean, std, max_pixels)
 
     def load(self, path: str) -> Tensor:
         """The image at ``path`` (relative to the root): uint8 [3, S, S], RGB, upright.
@@ -102,23 +162,7 @@ class ImageLoader:
         Raises:
             BadRecord: Outside the root, missing, not an image, damaged or too large.
         """
-        file = self.locate(path)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # damaged metadata is no reason to stop
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(file, formats=_FORMATS) as opened:
-                    self._check_size(path, opened.size)
-                    image = _as_rgb(ImageOps.exif_transpose(opened))
-                if self.mode == "pad":
-                    image = self._padded(image)
-                size = (self.image_size, self.image_size)
-                image = image.resize(size, Image.Resampling.BICUBIC)
-        except BadRecord:
-            raise
-        except _DECODING_ERRORS as error:
-            raise BadRecord(f"image {path} cannot be read ({error})") from error
-        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+        return self.decode(self.locate(path), path)
 
     def locate(self, path: str) -> Path:
         """The file of the image at ``path`` (relative to the root).
@@ -138,22 +182,6 @@ class ImageLoader:
         except (OSError, RuntimeError) as error:  # name too long, a loop of links
             raise BadRecord(f"image {path[:200]} cannot be read ({error})") from error
         return file
-
-    def _check_size(self, path: str, size: tuple[int, int]) -> None:
-        width, height = size
-        pixels = max(size) ** 2 if self.mode == "pad" else width * height
-        if pixels > self.max_pixels:
-            raise BadRecord(
-                f"image {path} of {width} x {height} needs {pixels} pixels, more than "
-                f"{self.max_pixels}"
-            )
-
-    def _padded(self, image: Image.Image) -> Image.Image:
-        side = max(image.size)
-        red, green, blue = (int(channel * 255) for channel in self.mean)
-        square = Image.new("RGB", (side, side), (red, green, blue))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return square
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

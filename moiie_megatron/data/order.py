@@ -41,6 +41,14 @@ class Blend:
         """Everything that the order depends on beside the seed, as ``40 of 40, 20 of 41``."""
         return ", ".join(f"{n} of {size}" for n, size in zip(self.counts, self.sizes, strict=True))
 
+    def describe_epoch(self, names: Sequence[str]) -> str:
+        """One line for the log, with the names of the sources."""
+        parts = [
+            f"{name} {count}" + ("" if count == size else f" (of {size})")
+            for name, count, size in zip(names, self.counts, self.sizes, strict=True)
+        ]
+        return f"{self.epoch_size} samples per epoch: {', '.join(parts)}"
+
 
 class SampleOrder:
     """The endless sequence of dataset indices.

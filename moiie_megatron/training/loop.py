@@ -23,6 +23,7 @@ from moiie_megatron.checkpoint.upcycle import load_weights
 from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.build import build_dataset, build_train_loader
+from moiie_megatron.data.stream_state import StreamState
 from moiie_megatron.multimodal.build import build_model
 from moiie_megatron.training.fault_log import FaultLog
 from moiie_megatron.training.metrics import RunLog
@@ -56,21 +57,26 @@ def train(config: RunConfig, world: World) -> Path:
         if world.rank == 0:
             print(f"{resume_from} already is the end of this run: nothing to do.", flush=True)
         return resume_from
-    model = build_model(config, world)
-    if resume_from is None:
-        _load_initial_weights(config, world, model)
-    trainee = prepare_training(config, world, model, steps)
     progress = Progress(
         0,
         0,
         num_samples=dataset.blend.epoch_size,
         seed=config.train.seed,
-        blend=dataset.blend.describe(),
+        blend=dataset.describe_order(world.dp_size),
     )
     if resume_from is not None:
-        saved = load_checkpoint(resume_from, world, trainee.state_parts())
+        saved = Progress(**load_common(resume_from)["progress"])
         _check_same_order(saved, progress, resume_from)
-        progress = saved
+    model = build_model(config, world)
+    if resume_from is None:
+        _load_initial_weights(config, world, model)
+    trainee = prepare_training(config, world, model, steps)
+    stream = StreamState()
+    parts = trainee.state_parts()
+    if config.data.backend == "energon":
+        parts["stream"] = stream
+    if resume_from is not None:
+        progress = load_checkpoint(resume_from, world, parts)
     _announce(config, world, resume_from, progress, steps)
     if world.rank == 0:
         print(dataset.describe_epoch(), flush=True)
@@ -83,6 +89,7 @@ def train(config: RunConfig, world: World) -> Path:
         dp_size=world.dp_size,
         most=world.most,
         pin_memory=world.device.is_cuda,
+        state=stream,
     )
     log = RunLog(config, world, start_step=progress.step, total_steps=steps)
     faults = FaultLog(config, world, progress)
@@ -102,7 +109,7 @@ def train(config: RunConfig, world: World) -> Path:
         routing = routing_summary(config, world, trainee.model, len(batches) * world.dp_size)
         log.step(progress.step, result, learning_rates, routing, faults.bad)
         if progress.step % config.checkpoint.interval == 0 or progress.step == steps:
-            checkpoint = save_checkpoint(config, world, trainee.state_parts(), progress)
+            checkpoint = save_checkpoint(config, world, parts, progress)
             log.saved(checkpoint)
     log.close()
     assert checkpoint is not None
@@ -137,7 +144,7 @@ def _check_same_order(saved: Progress, now: Progress, folder: Path) -> None:
     """
     for key, name in (
         ("num_samples", "the number of samples per epoch"),
-        ("blend", "the samples that an epoch takes of each source (its size and weight)"),
+        ("blend", "the choice of samples per epoch, source by source,"),
         ("seed", "train.seed"),
     ):
         before, after = getattr(saved, key), getattr(now, key)

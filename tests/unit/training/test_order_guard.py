@@ -35,7 +35,7 @@ def test_the_same_order_goes_on() -> None:
         (progress((40, 20), 1.0, 1.0), "the number of samples per epoch was 50, now it is 60"),
         (
             progress((40, 20), 0.75, 1.0),
-            r"of each source \(its size and weight\) was 40 of 40, 10 of 20, now it is 30 of 40, "
+            "of samples per epoch, source by source, was 40 of 40, 10 of 20, now it is 30 of 40, "
             "20 of 20: restore it, or start a new run in another output folder",
         ),
         (progress((20, 40), 0.5, 1.0), "was 40 of 40, 10 of 20, now it is 10 of 20, 40 of 40"),

@@ -1,0 +1,64 @@
+"""What the two back ends of the data need: files, folders, packages."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Literal
+
+from moiie_megatron.config.schema import RunConfig
+
+
+def check_backend(config: RunConfig) -> None:
+    """Refuse sources without what the back end needs.
+
+    Raises:
+        ValueError: The first such source.
+    """
+    for number, source in enumerate(config.data.sources):
+        if source.images is None and config.data.backend == "plain":
+            raise ValueError(f"data.sources.{number}.images is missing: give a folder.")
+
+
+def check_source_paths(config: RunConfig) -> None:
+    """Refuse sources that do not exist, and a back end that is not installed.
+
+    Raises:
+        ValueError: The first missing package, file or folder, with its key.
+    """
+    if config.data.backend == "energon" and not has_energon():
+        raise ValueError(
+            "data.backend is energon, but megatron-energon is not installed: pip install "
+            "'moiie-megatron[energon]', or set data.backend to plain."
+        )
+    for number, source in enumerate(config.data.sources):
+        key = f"data.sources.{number}"
+        if config.data.backend == "plain":
+            check_exists(f"{key}.records", source.records, "a file", want="file")
+        elif "://" not in source.records:  # else in object storage, which energon looks into
+            check_exists(f"{key}.records", source.records, "a folder of shards", want="folder")
+        if source.images is not None:
+            check_exists(f"{key}.images", source.images, "a folder", want="folder")
+
+
+def check_exists(
+    key: str, path: str, what: str, want: Literal["file", "folder", "any"] = "any"
+) -> None:
+    """Refuse a path that is not there, or is something else.
+
+    Raises:
+        ValueError: With the key, the path and what it should be.
+    """
+    found = Path(path)
+    fits = {"file": found.is_file, "folder": found.is_dir, "any": found.exists}[want]()
+    if not fits:
+        state = f"is not {what}" if found.exists() else "does not exist"
+        raise ValueError(f"{key} is {path!r}, which {state}: name {what} that exists.")
+
+
+def has_energon() -> bool:
+    """Whether megatron-energon is installed; nothing of it is imported."""
+    try:
+        return importlib.util.find_spec("megatron.energon") is not None
+    except ModuleNotFoundError:  # not even Megatron
+        return False

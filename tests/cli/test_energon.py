@@ -1,0 +1,204 @@
+"""The energon back end: the same samples as the plain loader, exact resume, clear refusals."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moiie_megatron.config.load import load_config
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.data.batch import Batch
+from moiie_megatron.data.build import build_dataset, build_train_loader
+from moiie_megatron.data.stream_state import StreamState
+from tests.helpers.damaged_data import DAMAGES, DamagedData, write_damaged
+from tests.helpers.launch import TRAIN, command, run
+from tests.helpers.tiny_run import read_metrics, tiny_values, write_config
+
+pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
+pytestmark = [pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> DamagedData:
+    return write_damaged(tmp_path_factory.mktemp("damaged") / "d", samples=160, bad=16)
+
+
+@pytest.fixture(scope="module")
+def shards(
+    tmp_path_factory: pytest.TempPathFactory, digits: Path, damaged: DamagedData
+) -> dict[str, Path]:
+    """Two folders: good data, and data with broken pictures in it."""
+    folder = tmp_path_factory.mktemp("shards")
+    data = digits / "data"
+    sets = {
+        "good": (data / "train.jsonl", data / "images"),
+        "broken": (damaged.records, damaged.images),
+    }
+    before = sys.argv
+    for name, (records, images) in sets.items():
+        words = ["--records", records, "--images", images, "--out", folder / name]
+        words += ["--samples-per-shard", 30, "--max-bad-share", 1]
+        sys.argv = ["prepare_data.py", "webdataset", *map(str, words)]
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path("tools/prepare_data.py", run_name="__main__")
+        assert not ended.value.code
+    sys.argv = before
+    return {name: folder / name for name in sets}
+
+
+def values_of(
+    shards: dict[str, Path], digits: Path, output: Path, *names: str, workers: int = 0
+) -> dict[str, Any]:
+    values = tiny_values(digits, output)
+    values["data"] |= {
+        "backend": "energon",
+        "num_workers": workers,
+        "max_bad_share": 0.3,
+        "sources": [{"records": str(shards[name]), "name": name} for name in names],
+    }
+    return values
+
+
+def load(tmp_path: Path, values: dict[str, Any]) -> RunConfig:
+    return load_config(write_config(tmp_path / "run.yaml", values))
+
+
+def steps(
+    config: RunConfig, state: StreamState, dp_rank: int = 0, dp_size: int = 1
+) -> Iterator[list[Batch]]:
+    return build_train_loader(
+        config,
+        build_dataset(config),
+        consumed_samples=0,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        most=lambda number: number,
+        state=state,
+    )
+
+
+def take(stream: Iterator[list[Batch]], count: int) -> list[list[Batch]]:
+    return [next(stream) for _ in range(count)]
+
+
+def assert_same(got: list[list[Batch]], expected: list[list[Batch]]) -> None:
+    for a, b in zip(sum(got, []), sum(expected, []), strict=True):
+        assert (a.record_ids, a.faults) == (b.record_ids, b.faults)
+        for name in ("tokens", "labels", "position_ids", "token_types", "images"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_samples_are_those_of_the_plain_loader(
+    shards: dict[str, Path], digits: Path, tmp_path: Path
+) -> None:
+    config = load(tmp_path, values_of(shards, digits, tmp_path / "run", "good"))
+    plain = build_dataset(load(tmp_path, tiny_values(digits, tmp_path / "run")))
+    examples = {plain[i].record_id: plain[i] for i in range(len(plain))}
+    dataset = build_dataset(config)
+    assert dataset.blend.counts == (71,)
+    assert dataset.describe_epoch().startswith("71 samples per epoch: good 71")
+    seen = set()
+    for batch in sum(take(steps(config, StreamState()), 30), []):
+        assert batch.tokens.shape[0] == 2 and not batch.faults
+        images = 0
+        for row, name in enumerate(batch.record_ids):
+            example = examples[name]
+            n = len(example.encoded.tokens)
+            assert torch.equal(batch.tokens[row, :n], example.encoded.tokens)
+            assert torch.equal(batch.labels[row, :n], example.encoded.labels)
+            assert torch.equal(batch.images[images : images + len(example.images)], example.images)
+            images += len(example.images)
+            seen.add(name)
+    assert seen == set(examples)
+
+
+@pytest.mark.parametrize(
+    ("workers", "packing"), [(0, False), (2, False), (2, True)], ids=["0", "2", "2-packed"]
+)
+def test_goes_on_exactly(
+    shards: dict[str, Path], digits: Path, tmp_path: Path, workers: int, packing: bool
+) -> None:
+    values = values_of(shards, digits, tmp_path / "run", "good", "broken", workers=workers)
+    values["data"]["packing"] = packing
+    config = load(tmp_path, values)
+    state = StreamState()
+    stream = steps(config, state)
+    take(stream, 4)
+    saved = state.tensor()
+    rest = take(stream, 4)
+    again = StreamState()
+    again.restore(saved)
+    assert_same(take(steps(config, again), 4), rest)
+
+
+def test_ranks_have_different_samples(
+    shards: dict[str, Path], digits: Path, tmp_path: Path
+) -> None:
+    config = load(tmp_path, values_of(shards, digits, tmp_path / "run", "good"))
+    # Fewer than an epoch: what one rank has, the other has not.
+    both = [take(steps(config, StreamState(), rank, 2), 7) for rank in range(2)]
+    ids = [{name for batch in sum(part, []) for name in batch.record_ids} for part in both]
+    assert all(len(part) == 28 for part in ids) and not ids[0] & ids[1]
+
+
+def test_broken_samples_are_named(
+    shards: dict[str, Path], digits: Path, damaged: DamagedData, tmp_path: Path
+) -> None:
+    values = values_of(shards, digits, tmp_path / "run", "broken", workers=1)
+    batches = sum(take(steps(load(tmp_path, values), StreamState()), 40), [])
+    faults = {fault.index: fault for batch in batches for fault in batch.faults}
+    # Missing pictures and malformed records were left out when the shards were made.
+    kinds = {"truncated", "empty", "bomb"}
+    assert set(faults) == {i for i, kind in damaged.damage.items() if kind in kinds}
+    for index, fault in faults.items():
+        assert DAMAGES[damaged.damage[index]] in fault.reason
+        assert fault.file.startswith(f"{shards['broken']}/shard_0")
+    names = {name for batch in batches for name in batch.record_ids}
+    assert names == damaged.good_ids
+
+
+def test_nothing_usable_ends_in_a_sentence(
+    shards: dict[str, Path], digits: Path, tmp_path: Path
+) -> None:
+    values = values_of(shards, digits, tmp_path / "run", "broken", workers=1)
+    values["data"]["sequence_length"] = 18  # the image fits, no answer does
+    values["stage"]["template"] = "phi3"
+    with pytest.raises(
+        ValueError, match="Stopping: too many samples in a row .*no answer to learn"
+    ):
+        take(steps(load(tmp_path, values), StreamState()), 1)
+    values["data"]["sources"] = [{"records": str(digits / "data")}]
+    with pytest.raises(ValueError, match="holds no shards with energon's index"):
+        build_dataset(load(tmp_path, values))
+
+
+@pytest.mark.distributed
+def test_training_resumes_from_the_checkpoint(
+    shards: dict[str, Path], digits: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    values = values_of(shards, digits, output, "good", "broken", workers=1)
+    values["train"] |= {"steps": 6}
+    values["checkpoint"] = {"interval": 3, "keep": 5}
+    words = [write_config(tmp_path / "run.yaml", values)]
+    run(command(TRAIN, words, processes=2), timeout=200).check()
+    whole = read_metrics(output)
+    (output / "checkpoints" / "latest").write_text("step_0000003\n")
+    run(command(TRAIN, words, processes=2), timeout=200).check()
+    again = read_metrics(output)
+    for key in ("step", "lm_loss", "grad_norm", "tokens", "bad_samples"):
+        assert [line[key] for line in again] == [line[key] for line in whole], key
+    assert again[-1]["seconds"] != whole[-1]["seconds"]
+    (output / "checkpoints" / "latest").write_text("step_0000003\n")
+    refused = run(command(TRAIN, [*words, "data.num_workers=2"]), timeout=100)
+    assert refused.code == 1
+    assert (
+        "was 71 of 71, 154 of 154 by energon on 2 data-parallel ranks x 1 workers, now it is 71 of "
+        "71, 154 of 154 by energon on 1 data-parallel ranks x 2 workers: restore it"
+    ) in refused.stderr.replace("\n", " ")
