@@ -278,10 +278,12 @@ class _Encoder(DefaultTaskEncoder):  # type: ignore[misc]
 
 
 def _cause(error: BaseException) -> str:
-    """What was wrong, without energon's layers around it."""
+    """What was wrong, without the layers of energon and of torch's workers around it."""
     while not isinstance(error, BadRecord) and error.__cause__ is not None:
         error = error.__cause__
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    # A worker's error arrives as the text of its traceback.
+    found = re.findall(r"BadRecord: (.*)", str(error))
+    return found[-1] if found else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _num_samples(path: str) -> int:
