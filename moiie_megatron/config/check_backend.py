@@ -35,8 +35,13 @@ def check_source_paths(config: RunConfig) -> None:
         key = f"data.sources.{number}"
         if config.data.backend == "plain":
             check_exists(f"{key}.records", source.records, "a file", want="file")
-        elif "://" not in source.records:  # else in object storage, which energon looks into
+        elif "://" not in source.records:
             check_exists(f"{key}.records", source.records, "a folder of shards", want="folder")
+        elif not source.records.startswith("msc://"):
+            raise ValueError(
+                f"{key}.records is {source.records!r}: energon reaches object storage by the "
+                "profiles of its Multi-Storage Client, so use msc://PROFILE/PATH."
+            )
         if source.images is not None:
             check_exists(f"{key}.images", source.images, "a folder", want="folder")
 

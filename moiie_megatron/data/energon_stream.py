@@ -57,7 +57,7 @@ class EnergonDataset:
     """The prepared shards of all sources.
 
     Args:
-        sources: Folder or URL of the shards, weight and name of each.
+        sources: Folder (or ``msc://`` address) of the shards, weight and name of each.
         encoding: From records to tokens.
         images: From files to pixels.
         num_workers: Processes per rank that read ahead.

@@ -43,7 +43,9 @@ def test_shards_are_a_folder_or_an_address(tmp_path: Path, monkeypatch: pytest.M
         check_paths(load_minimal(tmp_path, SHARDS))
     (tmp_path / "shards").mkdir()
     check_paths(load_minimal(tmp_path, SHARDS))
-    check_paths(load_minimal(tmp_path, [*SHARDS, "data.sources=[{records: 's3://bucket/shards'}]"]))
+    check_paths(load_minimal(tmp_path, [*SHARDS, "data.sources=[{records: 'msc://me/shards'}]"]))
+    with pytest.raises(ValueError, match="'s3://me/shards': .*so use msc://PROFILE/PATH"):
+        check_paths(load_minimal(tmp_path, [*SHARDS, "data.sources=[{records: 's3://me/shards'}]"]))
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is 'file', which is not a folder of shards"):
         check_paths(load_minimal(tmp_path, [*SHARDS, "data.sources=[{records: file}]"]))
