@@ -2,7 +2,7 @@
 
 ``compare_runs.py layouts CONFIG [key=value ...]`` takes one optimizer step in many layouts, with
 every way to recompute, dispatcher and model variant, and prints PASS or FAIL for each against a
-single process: losses, balance losses, every gradient and the next weights.
+single process, without packing: losses, balance losses, every gradient and the next weights.
 ``compare_runs.py losses A B --assert-equal`` compares two runs' metrics.
 """
 
@@ -70,6 +70,8 @@ class Layout:
             f"parallel.expert={self.expert}",
             f"parallel.expert_tensor={self.expert_tensor}",
             f"moe.dispatcher={self.dispatcher}",
+            # Which samples share a row, and so a balance loss, depends on data parallelism.
+            "data.packing=false",
             *RECOMPUTE[self.recompute],
             *self._variant_overrides(),
         ]
@@ -166,7 +168,6 @@ def probe(job_file: str) -> int:
     from moiie_megatron.backend.parallel import start_world, stop_world
     from moiie_megatron.data.build import build_dataset, build_train_loader
     from moiie_megatron.training.probe import differences, record_step
-    from moiie_megatron.training.step import num_microbatches
 
     job = json.loads(Path(job_file).read_text())
     launch = launch_from(os.environ)
@@ -182,8 +183,9 @@ def probe(job_file: str) -> int:
             consumed_samples=0,
             dp_rank=world.dp_rank,
             dp_size=world.dp_size,
+            most=world.most,
         )
-        batches = [next(loader) for _ in range(num_microbatches(config, world))]
+        batches = next(loader)
         reference_file = Path(job["references"]) / f"{layout.variant}.pt"
         reference = torch.load(reference_file) if reference_file.exists() else None
 

@@ -17,9 +17,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moiie_megatron.backend.packed import Segments
+
 
 class SDPACoreAttention(MegatronModule):
-    """Causal self-attention, optionally within a sliding window.
+    """Causal self-attention, optionally within a sliding window and in packed rows.
 
     The constructor has the arguments that Megatron's ``SelfAttention`` passes (file
     ``transformer/attention.py``).
@@ -47,25 +49,30 @@ class SDPACoreAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: Segments | None = None,
     ) -> Tensor:
         """Attention of every query to the keys at and before its position.
 
-        Padding is on the right, so causality alone keeps real tokens from seeing it.
+        Padding is on the right, so causality alone keeps real tokens from seeing it.  In a packed
+        row (then without the axis b) every segment sees itself alone: the cost is that of the
+        segments, not of the row.
 
         Args:
-            query: ``(s, b, n, d)``.
-            key: ``(s, b, g, d)``.
-            value: ``(s, b, g, d)``.
+            query: ``(s, b, n, d)``, packed ``(s, n, d)``.
+            key: ``(s, b, g, d)``, packed ``(s, g, d)``.
+            value: ``(s, b, g, d)``, packed ``(s, g, d)``.
+            packed_seq_params: The segments of a packed row; their lengths add up to s.
 
         Returns:
-            ``(s, b, n * d)``.
-
-        Raises:
-            ValueError: Packed sequences, which only Transformer Engine's attention knows.
+            ``(s, b, n * d)``, packed ``(s, n * d)``.
         """
-        if packed_seq_params is not None:
-            raise ValueError("Packed sequences need Transformer Engine: use one sample per row.")
+        if packed_seq_params is None:
+            return self._causal(query, key, value)
+        lengths = list(packed_seq_params.lengths)
+        parts = (tensor.unsqueeze(1).split(lengths) for tensor in (query, key, value))
+        return torch.cat([self._causal(*part) for part in zip(*parts, strict=True)]).squeeze(1)
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         s, b, n, d = query.shape
         mask = None
         if self.window is not None and s > self.window:

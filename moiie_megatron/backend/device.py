@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,11 @@ class Device:
     @property
     def is_cuda(self) -> bool:
         return self.type == "cuda"
+
+
+def has_transformer_engine(device: Device) -> bool:
+    """Whether Transformer Engine's modules are used: it is installed and there is a GPU."""
+    return device.is_cuda and importlib.util.find_spec("transformer_engine") is not None
 
 
 def choose_device(wanted: str, local_rank: int) -> Device:

@@ -20,7 +20,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
-from moiie_megatron.backend.device import Device
+from moiie_megatron.backend.device import Device, has_transformer_engine
 from moiie_megatron.config.checks import check_megatron_section
 from moiie_megatron.config.schema import RunConfig
 
@@ -113,7 +113,9 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         "persist_layer_norm": False,
         # Fused kernels come with Transformer Engine; the same arithmetic runs without them.
         "bias_activation_fusion": device.is_cuda,
-        "apply_rope_fusion": False,
+        # Megatron's own rotary embedding of packed rows would wait for their lengths in every
+        # layer, when they are on the GPU.
+        "apply_rope_fusion": config.data.packing and has_transformer_engine(device),
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": device.is_cuda and _has_fused_accumulation(),
         "batch_p2p_comm": device.is_cuda,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -19,13 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from moiie_megatron.backend.attention import SDPACoreAttention
-from moiie_megatron.backend.device import Device
+from moiie_megatron.backend.device import Device, has_transformer_engine
 from moiie_megatron.backend.norm import RMSNorm
-
-
-def has_transformer_engine(device: Device) -> bool:
-    """Whether Transformer Engine's modules are used: it is installed and there is a GPU."""
-    return device.is_cuda and importlib.util.find_spec("transformer_engine") is not None
 
 
 def decoder_spec(

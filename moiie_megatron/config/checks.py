@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moiie_megatron.config.check_packing import check_packing
 from moiie_megatron.config.messages import listed, unknown_key
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.experts.layout import moe_layers
@@ -37,6 +38,7 @@ def check_config(config: RunConfig, *, world_size: int | None = None) -> None:
     _check_stage(config)
     _check_parallel(config)
     _check_data(config)
+    check_packing(config)
     _check_train(config)
     if world_size is not None:
         _check_world(config, world_size)

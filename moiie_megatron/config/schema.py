@@ -203,7 +203,14 @@ class DataConfig(Section):
     tokenizer: str = Field(description="folder with tokenizer.json, or a SentencePiece .model")
     sequence_length: PositiveInt
     image_token: str = "<image>"
-    padding: Literal["longest", "sequence_length"] = "longest"
+    padding: Literal["longest", "sequence_length"] = Field(
+        "longest", description="to the longest sample (packed: the samples) of a micro-batch"
+    )
+    packing: bool = Field(
+        False,
+        description="samples share rows of train.micro_batch_size * data.sequence_length tokens; "
+        "a micro-batch is one row, and a step has the samples that it has without packing",
+    )
     num_workers: Annotated[int, Field(ge=0)] = 2
     max_bad_share: Fraction = 0.01
 
@@ -225,7 +232,9 @@ class TrainConfig(Section):
     """How much to train, in which portions and precision."""
 
     global_batch_size: PositiveInt
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: PositiveInt = Field(
+        1, description="samples; with data.packing the length of a row in data.sequence_length"
+    )
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -264,6 +273,12 @@ class RunConfig(Section):
         if not self.stage.moe or self.moe.variant == "dense":
             return []
         return moe_layers(self.moe.layers, self.language.num_layers)
+
+    @property
+    def micro_batch_shape(self) -> tuple[int, int]:
+        """Rows of a micro-batch, and the most tokens of one."""
+        samples, length = self.train.micro_batch_size, self.data.sequence_length
+        return (1, samples * length) if self.data.packing else (samples, length)
 
     @property
     def placement(self) -> Placement:

@@ -1,6 +1,7 @@
 """What the model is fed: one padded micro-batch.
 
-Shapes: b samples, s tokens, n images in the whole micro-batch, S pixels per image side.
+Shapes: b rows, s tokens, n images in the whole micro-batch, S pixels per image side, k segments
+of a packed row.
 """
 
 from __future__ import annotations
@@ -42,12 +43,15 @@ class Batch:
     Attributes:
         tokens: int64 [b, s]; ``image_id`` at image positions.
         labels: int64 [b, s], already shifted; -100 where there is nothing to learn.
-        position_ids: int64 [b, s], 0..s-1 in every row.
+        position_ids: int64 [b, s], 0..s-1 in every row; from 0 again in every segment.
         token_types: int8 [b, s] of ``experts/token_types.py``.
         images: uint8 [n, 3, S, S] in the order of their runs, row by row.
         num_image_tokens: Positions per image.
-        record_ids: One per row.
+        record_ids: One per sample.
         faults: Samples left out while making the batch.
+        cu_seqlens: int32 [k + 1] on the CPU, where the segments of a packed row (b = 1) begin
+            and end: its samples, then its padding (``data/packing.py``).  None: every row is one
+            sample.
 
     Raises:
         ValueError: The number of image positions is not n * ``num_image_tokens``.
@@ -61,6 +65,7 @@ class Batch:
     num_image_tokens: int
     record_ids: tuple[str, ...]
     faults: tuple[Fault, ...] = ()
+    cu_seqlens: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.device.type != "cpu":
@@ -92,6 +97,7 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        # cu_seqlens stays: lengths are read on the host.
         return replace(
             self,
             tokens=change(self.tokens),

@@ -8,7 +8,7 @@ the stream is one integer: the samples consumed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -107,6 +107,11 @@ class MicroBatchSampler(Sampler[list[int]]):
         self.dp_size = dp_size
         self.num_steps = num_steps
 
+    @property
+    def per_step(self) -> int:
+        """Micro-batches of this rank in a step."""
+        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
+
     def __iter__(self) -> Iterator[list[int]]:
         step = 0
         while self.num_steps is None or step < self.num_steps:
@@ -119,25 +124,28 @@ class MicroBatchSampler(Sampler[list[int]]):
             step += 1
 
 
-class _MicroBatches(Dataset["Batch | str"]):
-    """Indices to a collated batch, in the worker; a message instead where the run must stop."""
+class ReadSamples(Dataset[Any]):
+    """Indices to what is made of their samples, in the worker; a message instead where the run
+    must stop.
 
-    def __init__(self, source: BatchSource, seed: int, pad_to: int | None, multiple_of: int):
+    Args:
+        source: The samples.
+        seed: Choice of replacements.
+        make: From the samples to the work item; picklable.
+    """
+
+    def __init__(
+        self, source: BatchSource, seed: int, make: Callable[[Sequence[Example]], Any]
+    ) -> None:
         self._source = source
         self._seed = seed
-        self._collate = partial(
-            collate,
-            pad_id=source.pad_id,
-            num_image_tokens=source.num_image_tokens,
-            pad_to=pad_to,
-            multiple_of=multiple_of,
-        )
+        self._make = make
 
-    def __getitem__(self, indices: list[int]) -> Batch | str:
+    def __getitem__(self, indices: list[int]) -> Any:
         # torch would raise a worker's error again with the worker's traceback as its message;
         # a user error is one sentence, so it travels as a value.
         try:
-            return self._collate([read_sample(self._source, i, self._seed) for i in indices])
+            return self._make([read_sample(self._source, i, self._seed) for i in indices])
         except ValueError as error:
             return str(error)
 
@@ -189,8 +197,37 @@ def build_loader(
         dp_size=dp_size,
         num_steps=num_steps,
     )
-    loader: DataLoader[Batch | str] = DataLoader(
-        _MicroBatches(dataset, seed, pad_to, multiple_of),
+    make = partial(
+        collate,
+        pad_id=dataset.pad_id,
+        num_image_tokens=dataset.num_image_tokens,
+        pad_to=pad_to,
+        multiple_of=multiple_of,
+    )
+    return read_ahead(
+        ReadSamples(dataset, seed, make),
+        sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        start_method=start_method,
+    )
+
+
+def read_ahead(
+    items: ReadSamples,
+    sampler: Sampler[list[int]],
+    *,
+    num_workers: int,
+    pin_memory: bool,
+    start_method: str | None,
+) -> Iterator[Any]:
+    """The items of the sampler's indices in order, read by ``num_workers`` processes.
+
+    Raises:
+        ValueError: While iterating: the message that stands in place of an item.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        items,
         sampler=sampler,
         batch_size=None,
         num_workers=num_workers,
@@ -203,12 +240,12 @@ def build_loader(
     return _raise_messages(loader)
 
 
-def _unchanged(batch: Any) -> Any:
-    return batch
+def _unchanged(item: Any) -> Any:
+    return item
 
 
-def _raise_messages(loader: DataLoader[Batch | str]) -> Iterator[Batch]:
-    for batch in loader:
-        if isinstance(batch, str):
-            raise ValueError(batch)
-        yield batch
+def _raise_messages(loader: DataLoader[Any]) -> Iterator[Any]:
+    for item in loader:
+        if isinstance(item, str):
+            raise ValueError(item)
+        yield item

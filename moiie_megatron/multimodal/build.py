@@ -6,10 +6,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from moiie_megatron.backend.device import has_transformer_engine
 from moiie_megatron.backend.megatron import torch_dtype, transformer_config
 from moiie_megatron.backend.parallel import World
 from moiie_megatron.backend.rope import scaled_rotary_embedding
-from moiie_megatron.backend.specs import decoder_spec, has_transformer_engine
+from moiie_megatron.backend.specs import decoder_spec
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
 from moiie_megatron.moe.layer import moiie_module

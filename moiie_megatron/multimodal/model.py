@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -76,6 +77,7 @@ class MoIIEModel(MegatronModule):
         images: Tensor | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Run this stage.
 
@@ -87,6 +89,8 @@ class MoIIEModel(MegatronModule):
                 stage only.
             labels: int64 ``(b, s)``, already shifted, -100 where there is none; last stage only.
             inputs_embeds: ``(b, s, h)`` instead of tokens and images (parity tests).
+            packed_seq_params: The segments of a packed row (b = 1), needed on every stage;
+                attention and positions begin anew in each.
 
         Returns:
             Hidden states on earlier stages; on the last one the loss per token ``(b, s)`` (0
@@ -117,6 +121,7 @@ class MoIIEModel(MegatronModule):
             # does not cut it for sequence parallelism when it gets decoder_input.
             padding_mask=self._cut_like_hidden_states(routed_types),
             runtime_gather_output=labels is None,
+            packed_seq_params=packed_seq_params,
         )
         return output * mask if mask is not None and self.post_process else output
 

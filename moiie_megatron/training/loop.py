@@ -28,7 +28,7 @@ from moiie_megatron.multimodal.build import build_model
 from moiie_megatron.training.metrics import RunLog
 from moiie_megatron.training.routing import routing_summary
 from moiie_megatron.training.setup import Trainee, prepare_training
-from moiie_megatron.training.step import num_microbatches, train_step
+from moiie_megatron.training.step import train_step
 
 
 def total_steps(config: RunConfig, num_samples: int) -> int:
@@ -73,6 +73,7 @@ def train(config: RunConfig, world: World) -> Path:
         consumed_samples=progress.consumed_samples,
         dp_rank=world.dp_rank,
         dp_size=world.dp_size,
+        most=world.most,
         pin_memory=world.device.is_cuda,
     )
     log = RunLog(config, world, start_step=progress.step, total_steps=steps)
@@ -80,7 +81,7 @@ def train(config: RunConfig, world: World) -> Path:
     trainee.ddp.train()
     checkpoint = resume_from
     while progress.step < steps:
-        batches = [next(loader) for _ in range(num_microbatches(config, world))]
+        batches = next(loader)
         for batch in batches:
             monitor.add(batch)
         learning_rates = current_learning_rates(config, trainee)

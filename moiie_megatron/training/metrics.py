@@ -63,6 +63,8 @@ class RunLog:
             "tokens": result.tokens,
             "label_tokens": result.label_tokens,
             "image_share": result.image_tokens / max(result.tokens, 1),
+            "padding_share": 1 - result.tokens / result.positions,
+            # Padding does not count.
             "tokens_per_second": result.tokens / max(seconds, 1e-9),
             "seconds": seconds,
             "bad_samples": faults,

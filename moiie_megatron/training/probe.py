@@ -59,7 +59,7 @@ def record_step(
     record = _gather("start", _pieces(model, world, lambda parameter: parameter.data), world)
     eval_loss = evaluate_loss(config, world, model, batches)
     trainee = prepare_training(config, world, model, steps=10)
-    labels, _, _ = count_tokens(batches, world)
+    labels, *_ = count_tokens(batches, world)
     scale = len(batches) * world.dp_size / max(labels, 1)
     loss = run_schedule(config, world, trainee.ddp, batches, loss_scale=scale) / max(labels, 1)
     for group in (world.groups.dp, world.groups.pp):

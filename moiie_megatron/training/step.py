@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from moiie_megatron.backend.packed import segments_of
 from moiie_megatron.backend.parallel import World
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.batch import Batch
@@ -31,6 +32,7 @@ class StepResult:
         label_tokens: Tokens with a label in the global batch.
         tokens: Tokens without padding.
         image_tokens: How many of them are image tokens.
+        positions: Tokens with padding.
         updated: False if the optimizer skipped the step.
     """
 
@@ -39,19 +41,15 @@ class StepResult:
     label_tokens: int
     tokens: int
     image_tokens: int
+    positions: int
     updated: bool
 
 
-def num_microbatches(config: RunConfig, world: World) -> int:
-    """Micro-batches per rank and step."""
-    train = config.train
-    return train.global_batch_size // (train.micro_batch_size * world.dp_size)
-
-
-def forward_inputs(config: RunConfig, batch: Batch, world: World) -> dict[str, Tensor | None]:
+def forward_inputs(config: RunConfig, batch: Batch, world: World) -> dict[str, Any]:
     """Move what this pipeline stage needs of a micro-batch to the device.
 
-    Every stage needs the token types; images and labels go where they are used.
+    Every stage needs the token types and the segments of a packed row; images and labels go
+    where they are used.
     """
     device = world.device.torch_device
 
@@ -68,6 +66,9 @@ def forward_inputs(config: RunConfig, batch: Batch, world: World) -> dict[str, T
         "token_types": move(batch.token_types),
         "images": images,
         "labels": move(batch.labels) if world.is_last_stage else None,
+        "packed_seq_params": (
+            None if batch.cu_seqlens is None else segments_of(batch.cu_seqlens, world.device)
+        ),
     }
 
 
@@ -98,31 +99,34 @@ def run_schedule(
         inputs = forward_inputs(config, next(data), world)
         return module(**inputs), partial(loss_function)
 
+    rows, length = config.micro_batch_shape
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(batches),
         model=model,
         num_microbatches=len(batches),
         # Only read when the micro-batches have one fixed length.
-        seq_length=config.data.sequence_length,
-        micro_batch_size=config.train.micro_batch_size,
+        seq_length=length,
+        micro_batch_size=rows,
         forward_only=forward_only,
     )
     zero = torch.zeros((), device=world.device.torch_device)
     return sum((report["loss_sum"] for report in reports), start=zero)
 
 
-def count_tokens(batches: list[Batch], world: World) -> tuple[int, int, int]:
-    """Label tokens, tokens and image tokens of the global batch (one small reduction)."""
-    counts = torch.zeros(3, dtype=torch.int64)
+def count_tokens(batches: list[Batch], world: World) -> tuple[int, int, int, int]:
+    """Label tokens, tokens, image tokens, and tokens with padding of the global batch (one small
+    reduction)."""
+    counts = torch.zeros(4, dtype=torch.int64)
     for batch in batches:
         counts[0] += batch.num_label_tokens
         counts[1] += (batch.token_types != PADDING).sum()
         counts[2] += (batch.token_types == IMAGE).sum()
+        counts[3] += batch.token_types.numel()
     counts = counts.to(world.device.torch_device)
     dist.all_reduce(counts, group=world.groups.dp)
-    labels, tokens, images = counts.tolist()
-    return labels, tokens, images
+    labels, tokens, images, positions = counts.tolist()
+    return labels, tokens, images, positions
 
 
 def train_step(
@@ -133,9 +137,10 @@ def train_step(
     The loss is divided by the label tokens of the *global* batch, so that layout and
     accumulation do not change it.  Megatron divides by the number of micro-batches and averages
     over data parallelism; the factor below undoes both for the token losses and leaves the
-    balance losses as means over micro-batches.
+    balance losses as means over micro-batches, of which every rank has equally many and none is
+    without samples (packed rows: ``data/packing.py``).
     """
-    labels, tokens, image_tokens = count_tokens(batches, world)
+    labels, tokens, image_tokens, positions = count_tokens(batches, world)
     trainee.ddp.zero_grad_buffer()
     trainee.optimizer.zero_grad()
     loss_sum = run_schedule(
@@ -155,6 +160,7 @@ def train_step(
         label_tokens=labels,
         tokens=tokens,
         image_tokens=image_tokens,
+        positions=positions,
         updated=bool(updated),
     )
 
@@ -164,7 +170,7 @@ def evaluate_loss(
     config: RunConfig, world: World, model: MoIIEModel, batches: list[Batch]
 ) -> float:
     """The mean loss per label token over every rank's batches, without training."""
-    labels, _, _ = count_tokens(batches, world)
+    labels, *_ = count_tokens(batches, world)
     was_training = model.training
     model.eval()
     total = run_schedule(config, world, model, batches, loss_scale=1.0, forward_only=True)

@@ -166,6 +166,7 @@ def test_the_paper_s_values_fit_on_gpus(backbone: str, world_size: int) -> None:
         "moe": 2e-5,
     }
     assert stage2.train.global_batch_size == 128
+    assert stage2.data.packing and not stage1.data.packing
     assert (stage2.stage.template, stage2.stage.image_mode) == (backbone, "pad")
     assert stage2.moe_layers == list(range(1, 32, 2))
     assert stage2.moe.layout.num_experts == 4

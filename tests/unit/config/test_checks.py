@@ -41,6 +41,24 @@ from tests.unit.config.minimal import load_minimal
             "language.rope_scaling and language.longrope are both given",
         ),
         (
+            ["data.packing=true", "moe.reference_mask=true"],
+            "data.packing is true but moe.reference_mask is true",
+        ),
+        (
+            [
+                "data.packing=true",
+                "language.longrope={short_factor: [1.0,1.0,1.0,1.0,1.0,1.0,1.0,1.0], "
+                "long_factor: [2.0,2.0,2.0,2.0,2.0,2.0,2.0,2.0], factor: 2.0, "
+                "original_max_position_embeddings: 32}",
+            ],
+            "data.packing is true but data.sequence_length is 64 and language.longrope changes its "
+            "factors beyond 32 positions",
+        ),
+        (
+            ["data.packing=true", "moe.dispatcher=allgather"],
+            "moe.dispatcher is allgather but data.padding is longest",
+        ),
+        (
             ["language.family=mixtral"],
             "language.family is mixtral, which has experts for all tokens in all of its 4 layers, "
             "but stage.moe is true, moe.variant is moiie and moe.layers is interleaved",

@@ -55,10 +55,10 @@ def test_batches_of_the_digits(digits: Path) -> None:
     dataset = build_dataset(run)
     assert len(dataset) == 40 + 5 + 2 + 40  # conversations, text-only, pairs, captions
     assert dataset.sources[0].images.mean[0] == pytest.approx(0.48145466)
-    batches = build_train_loader(run, dataset, consumed_samples=0, dp_rank=1, dp_size=2)
+    steps = build_train_loader(run, dataset, consumed_samples=0, dp_rank=1, dp_size=2, most=int)
     seen = set()
     for _ in range(30):
-        batch = next(batches)
+        (batch,) = next(steps)
         assert batch.tokens.shape[0] == 2 and batch.tokens.shape[1] % 2 == 0
         assert int((batch.token_types == 1).sum()) == 16 * len(batch.images)
         assert batch.num_label_tokens > 0 and not batch.faults
@@ -69,8 +69,10 @@ def test_batches_of_the_digits(digits: Path) -> None:
 def test_padding_to_the_sequence_length(digits: Path) -> None:
     run = config(digits, data__padding="sequence_length")
     dataset = build_dataset(run)
-    batch = next(build_train_loader(run, dataset, consumed_samples=0, dp_rank=0, dp_size=1))
-    assert batch.tokens.shape == (2, 128)
+    step = next(
+        build_train_loader(run, dataset, consumed_samples=0, dp_rank=0, dp_size=1, most=int)
+    )
+    assert [batch.tokens.shape for batch in step] == [(2, 128)] * 2
 
 
 def test_the_captions_of_stage_one(digits: Path) -> None:

@@ -1,0 +1,148 @@
+"""Packed runs: the losses of the unpacked run, in every layout, and after a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.conftest import go_back, joint_values, train_in_turn
+from tests.distributed.test_layouts import TOLERANCE, assert_same_course
+from tests.helpers.launch import TRAIN, command, run
+from tests.helpers.shared import made_once, session_folder
+from tests.helpers.tiny_run import read_metrics, tiny_values
+
+# The time limit counts the runs, which the first test of a session waits for.
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS = 3
+# Balance losses are means over micro-batches; without them, packing changes no gradient.
+UNBALANCED = {"vision_aux_loss_coeff": 0.0, "text_aux_loss_coeff": 0.0}
+FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+
+
+def packed(digits: Path, output: Path, seed: Path, **sections: Any) -> Any:
+    """Rows of two or three samples; in the third step, one of two ranks alone would need 3 of
+    them and the other 4."""
+    values = joint_values(digits, output, seed, **sections)
+    values["train"] |= {"steps": STEPS, "micro_batch_size": 1}
+    values["data"] = {"packing": True, **values["data"], "sequence_length": 128}
+    return values
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """One process: a dense ``seed``, and from it runs with and without packing."""
+
+    def make(folder: Path) -> None:
+        seed = folder / "seed"
+        dense = tiny_values(digits, seed, "dense")
+        dense["train"]["steps"] = 1
+        two_workers = {**dense["data"], "num_workers": 2}
+        runs = {
+            "seed": dense,
+            "plain": packed(
+                digits, folder / "plain", seed, moe=UNBALANCED,
+                data={**two_workers, "packing": False},
+            ),
+            "packed": packed(digits, folder / "packed", seed, moe=UNBALANCED, data=two_workers),
+            "balanced": packed(
+                digits, folder / "balanced", seed, data=two_workers,
+                checkpoint={"interval": 1, "keep": STEPS},
+            ),
+        }  # fmt: skip
+        train_in_turn(folder, runs, processes=1, timeout=300)
+
+    return made_once(session_folder(tmp_path_factory) / "packed_alone", make)
+
+
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory: pytest.TempPathFactory, digits: Path, alone: Path) -> Path:
+    """Two processes in several layouts; one of them goes on from another layout's checkpoint."""
+
+    def make(folder: Path) -> None:
+        seed = alone / "seed"
+        whole_rows = {**tiny_values(digits, folder)["data"], "padding": "sequence_length"}
+        go_back(alone / "balanced", folder / "resumed", 1)
+        layouts: dict[str, dict[str, Any]] = {
+            "pp2": {"parallel": {"pipeline": 2}},
+            "tp2": {"parallel": {"tensor": 2}},
+            "resumed": {"parallel": {"tensor": 2}},
+            "pp2rows": {"parallel": {"pipeline": 2}, "data": whole_rows},
+            "ep2": {"parallel": {"expert": 2}, "moe": UNBALANCED, "megatron": FULL},
+            "allgather": {
+                "parallel": {"expert": 2},
+                "moe": {**UNBALANCED, "dispatcher": "allgather"},
+                "data": whole_rows,
+            },
+        }
+        runs = {
+            name: packed(digits, folder / name, seed, **sections)
+            for name, sections in layouts.items()
+        }
+        train_in_turn(folder, runs, processes=2, timeout=400)
+
+    return made_once(session_folder(tmp_path_factory) / "packed_layouts", make)
+
+
+def whole_rows(steps: list[dict[str, Any]]) -> list[int]:
+    """Rows of every step on all ranks, where each is padded to its capacity of 128 tokens."""
+    rows = [line["tokens"] / (1 - line["padding_share"]) / 128 for line in steps]
+    assert rows == pytest.approx([round(number) for number in rows])
+    return [round(number) for number in rows]
+
+
+def test_packing_changes_no_loss(alone: Path) -> None:
+    plain, packed = read_metrics(alone / "plain"), read_metrics(alone / "packed")
+    assert len(plain) == len(packed) == STEPS
+    for line, wanted in zip(packed, plain, strict=True):
+        for key in ("tokens", "label_tokens", "image_share"):
+            assert line[key] == wanted[key], key
+        tolerance = 1e-5 if line["step"] == 1 else TOLERANCE
+        for key in ("lm_loss", "grad_norm"):
+            assert line[key] == pytest.approx(wanted[key], rel=tolerance), key
+        for router, shares in wanted["expert_share"]["1"].items():
+            assert line["expert_share"]["1"][router] == pytest.approx(shares, abs=1e-6)
+    assert all(line["padding_share"] == 0 for line in packed)
+    # The comparison would hold for runs in which nothing happens.
+    assert packed[0]["lm_loss"] - packed[-1]["lm_loss"] > 0.02
+
+
+@pytest.mark.parametrize("layout", ["pp2", "tp2", "pp2rows"])
+def test_two_processes_train_like_one(layout: str, alone: Path, layouts: Path) -> None:
+    steps = read_metrics(layouts / layout)
+    assert_same_course(steps, read_metrics(alone / "balanced"))
+    if layout == "pp2rows":
+        assert all(line["padding_share"] > 0.02 for line in steps)
+        assert whole_rows(steps) == [3, 3, 6]
+
+
+@pytest.mark.parametrize("layout", ["ep2", "allgather"])
+def test_ranks_with_rows_of_their_own(layout: str, alone: Path, layouts: Path) -> None:
+    """Each rank packs its own share: other rows, the same losses and gradients."""
+    steps, reference = read_metrics(layouts / layout), read_metrics(alone / "packed")
+    assert len(steps) == len(reference) == STEPS
+    for line, wanted in zip(steps, reference, strict=True):
+        assert line["tokens"] == wanted["tokens"]
+        for key in ("lm_loss", "grad_norm"):
+            assert line[key] == pytest.approx(wanted[key], rel=TOLERANCE), key
+    if layout == "allgather":
+        # In the last step one rank has 4 rows, and the other spreads its 3 over as many.
+        assert whole_rows(steps) == [4, 4, 8]
+
+
+def test_resume_in_the_middle(tmp_path: Path, alone: Path, layouts: Path) -> None:
+    """In the same layout bit by bit, in another one within rounding."""
+    whole = read_metrics(alone / "balanced")
+    assert_same_course(read_metrics(layouts / "resumed"), whole)
+    again = go_back(alone / "balanced", tmp_path / "again", 1)
+    run(command(TRAIN, [alone / "balanced.yaml", f"output={again}"]), timeout=120).check()
+    steps = read_metrics(again)
+    assert steps[-1]["seconds"] != whole[-1]["seconds"]
+    for key in ("step", "lm_loss", "grad_norm", "aux_vision", "aux_text", "expert_share"):
+        assert [line[key] for line in steps] == [line[key] for line in whole], key
