@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from layer import Case
-from timing import Timings, interleave
+from timing import interleave, slower_rank
 from torch import Tensor
 
 from moiie_megatron.backend.parallel import World, start_world, stop_world
@@ -57,13 +57,6 @@ def step(case: Case, layer: MoIIELayer) -> Callable[[], None]:
         run()
 
     return together
-
-
-def slower_rank(timings: Timings) -> Timings:
-    """Every run as long as its slowest rank."""
-    times = torch.tensor([timings.seconds[name] for name in timings.seconds])
-    dist.all_reduce(times, op=dist.ReduceOp.MAX)
-    return Timings(dict(zip(timings.seconds, times.tolist(), strict=True)))
 
 
 def count_rows(case: Case, layer: MoIIELayer, world: World) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
+from reference_model import LoopOverExperts
 from timing import interleave
 from torch import Tensor
 
@@ -117,41 +118,13 @@ def megatron(
     return lambda hidden: layer(hidden)[0]
 
 
-class LoopOverExperts(torch.nn.Module):
-    """A plain MoE block: boolean selection by modality, a Python loop over experts."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        h, f = case.config.hidden_size, case.config.ffn_hidden_size
-        dtype = case.config.params_dtype
-
-        def linear(rows: int, columns: int) -> torch.nn.Linear:
-            return torch.nn.Linear(rows, columns, bias=False, dtype=dtype)
-
-        self.up = torch.nn.ModuleList(linear(h, 2 * f) for _ in range(LAYOUT.num_experts))
-        self.down = torch.nn.ModuleList(linear(f, h) for _ in range(LAYOUT.num_experts))
-        self.gates = torch.nn.ModuleDict(
-            {name: linear(h, len(LAYOUT.allowed(name))) for name in LAYOUT.routers}
-        )
-        self.is_image_T = case.token_types.reshape(-1) == IMAGE
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden_Th = hidden.reshape(-1, hidden.shape[-1])
-        output_Th = torch.zeros_like(hidden_Th)
-        for name, mask_T in (("vision", self.is_image_T), ("text", ~self.is_image_T)):
-            rows = mask_T.nonzero().squeeze(1)
-            own = hidden_Th[rows]
-            probs = torch.softmax(self.gates[name](own).float(), dim=-1)
-            top, ids = probs.topk(LAYOUT.top_k, dim=-1)
-            weights = (top / top.sum(dim=-1, keepdim=True)).to(hidden.dtype)
-            part = torch.zeros_like(own)
-            for column, expert in enumerate(LAYOUT.allowed(name)):
-                token, slot = torch.where(ids == column)
-                gate, up = self.up[expert](own[token]).chunk(2, dim=-1)
-                out = self.down[expert](F.silu(gate) * up) * weights[token, slot, None]
-                part.index_add_(0, token, out)
-            output_Th.index_add_(0, rows, part)
-        return output_Th.view_as(hidden)
+def loop_over_experts(case: Case) -> Callable[[Tensor], Tensor]:
+    """The plain MoE block of ``reference_model.py``."""
+    config = case.config
+    block = LoopOverExperts(config.hidden_size, config.ffn_hidden_size, LAYOUT, config.params_dtype)
+    is_image_T = case.token_types.reshape(-1) == IMAGE
+    block.masks = {"vision": is_image_T, "text": ~is_image_T}
+    return block
 
 
 class GemmLimit(torch.nn.Module):
@@ -181,7 +154,7 @@ def compare(
     peers = {
         "megatron alltoall": case.step(megatron(case, groups, "alltoall")),
         "megatron allgather": case.step(megatron(case, groups, "allgather")),
-        "loop over experts": case.step(LoopOverExperts(case)),
+        "loop over experts": case.step(loop_over_experts(case)),
     }
     runs = {"limit": GemmLimit(case).step, "moiie": case.step(moiie(case, groups)), **peers}
     timings = interleave(runs, rounds=options.rounds)

@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -26,6 +29,13 @@ class Timings:
     def fastest(self, names: list[str]) -> str:
         """The name with the smallest median."""
         return min(names, key=self.median)
+
+
+def slower_rank(timings: Timings) -> Timings:
+    """Every run as long as its slowest rank."""
+    times = torch.tensor([timings.seconds[name] for name in timings.seconds])
+    dist.all_reduce(times, op=dist.ReduceOp.MAX)
+    return Timings(dict(zip(timings.seconds, times.tolist(), strict=True)))
 
 
 def interleave(

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # A real pretrained language model becomes a MoIIE model, on two CPU cores in a few minutes:
-# SmolLM2-135M-Instruct is upcycled to 1 vision + 2 shared + 1 text expert in every second layer,
-# trained on the built-in pictures of digits (stage 2, experts spread over two processes), exported
-# to Hugging Face format and asked a question.  Stage 1 is left out: the vision encoder has random
-# weights, there is nothing yet that a connector could connect.
+# SmolLM2-135M-Instruct is upcycled to 1 vision + 2 shared + 1 text expert in every second layer
+# and compared with the dense model (tensors, perplexity, an answer); then it is trained on the
+# built-in pictures of digits (stage 2, experts spread over two processes), exported to Hugging Face
+# format and asked the same question.  Stage 1 is left out: the vision encoder has random weights,
+# there is nothing yet that a connector could connect.
 #
 #   bash examples/train_smollm2.sh
 #
@@ -42,6 +43,15 @@ if [[ -z ${VISION:-} ]]; then
 fi
 [[ -f $OUTPUT/start/metadata.json ]] ||
     "$PYTHON" "$root/tools/convert.py" upcycle --llm "$LLM" --vision "$VISION" --out "$OUTPUT/start"
+
+# Upcycled is unchanged: the same tensors, the same perplexity, the same answer.
+question=${QUESTION:-What is the capital of France?}
+"$PYTHON" "$root/tools/convert.py" verify "$LLM" "$OUTPUT/start"
+"$PYTHON" "$root/tools/convert.py" export --ckpt "$OUTPUT/start" --out "$OUTPUT/untrained" --force
+"$PYTHON" "$root/examples/perplexity.py" "$LLM" "$OUTPUT/untrained"
+echo "$question"
+"$PYTHON" "$root/examples/ask.py" "$OUTPUT/untrained" "$question" --max-new-tokens 32
+
 "$PYTHON" -c 'import sys
 from moiie_megatron.data.digits import write_digits
 write_digits(sys.argv[1], train=1000, test=20)' "$OUTPUT/data"
@@ -71,6 +81,5 @@ first, last = records[0]["lm_loss"], records[-1]["lm_loss"]
 print(f"loss {first:.3f} in the first step, {last:.3f} in the last: {sys.argv[1]}/losses.png")
 ' "$OUTPUT"
 "$PYTHON" "$root/tools/convert.py" export --ckpt "$OUTPUT/stage2" --out "$OUTPUT/export" --force
-question=${QUESTION:-What is the capital of France?}
 echo "$question"
 "$PYTHON" "$root/examples/ask.py" "$OUTPUT/export" "$question" --max-new-tokens 32

@@ -61,6 +61,7 @@ def apply_cpu_patches() -> None:
     _literal_devices()
     _gloo_needs_split_sizes_as_numbers()
     _gloo_needs_equal_parts()
+    _groups_of_one_exchange_nothing()
     _router_without_te()
     _rng_tracker_uses_the_cpu_generator()
 
@@ -223,6 +224,22 @@ def _gloo_needs_equal_parts() -> None:
 
     mappings._gather_along_first_dim = gather_uneven  # type: ignore[attr-defined]
     mappings._reduce_scatter_along_first_dim = scatter_uneven  # type: ignore[attr-defined]
+
+
+def _groups_of_one_exchange_nothing() -> None:
+    """The distributed optimizer scatters and gathers in place; in a group of one process the
+    result is there already, but Gloo copies the whole buffer out and back."""
+    module: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+
+    def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(output: torch.Tensor, source: torch.Tensor, **kwargs: Any) -> Any:
+            alone = kwargs["group"].size() == 1 and output.data_ptr() == source.data_ptr()
+            return None if alone else collective(output, source, **kwargs)
+
+        return call
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(module, name, unless_alone(getattr(module, name)))
 
 
 def _router_without_te() -> None:

@@ -6,6 +6,7 @@ Differences between Megatron-Core versions belong here: a renamed field is one l
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from typing import Any
 
@@ -116,7 +117,7 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         # layer, when they are on the GPU.
         "apply_rope_fusion": config.data.packing and has_transformer_engine(device),
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": device.is_cuda and _has_fused_accumulation(),
         "batch_p2p_comm": device.is_cuda,
         "use_cpu_initialization": not device.is_cuda,
     }
@@ -145,6 +146,15 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
             "expert_tensor_parallel_size": parallel.expert_tensor,
         }
     return TransformerConfig(**(fields | config.megatron))
+
+
+def _has_fused_accumulation() -> bool:
+    """Whether weight gradients can be added to fp32 buffers inside the matrix product.
+
+    Megatron's own linear layers do it with Apex's extension, Transformer Engine's by themselves.
+    """
+    names = ("fused_weight_gradient_mlp_cuda", "transformer_engine")
+    return any(importlib.util.find_spec(name) is not None for name in names)
 
 
 def ddp_config(config: RunConfig, device: Device) -> DistributedDataParallelConfig:
@@ -190,6 +200,21 @@ def part_overrides(config: RunConfig, marks: dict[str, str]) -> dict[ParamKey, A
             "min_lr": lr * config.optimizer.min_lr_ratio,
         }
     return overrides
+
+
+def fuse_updates(optimizer: Any) -> None:
+    """Let torch's AdamW update a parameter in one pass over memory instead of five.
+
+    Megatron falls back to it where Transformer Engine and Apex are missing, and leaves torch's
+    default, which is the slow one on the CPU.  Their own optimizers are fused already.
+
+    Args:
+        optimizer: Megatron's optimizer, chained or not.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
 
 
 def lr_scheduler(config: RunConfig, optimizer: Any, steps: int) -> OptimizerParamScheduler:

@@ -97,6 +97,7 @@ class VisionConfig(Section):
     activation: Literal["gelu_pytorch_tanh", "quick_gelu", "gelu"]
     norm_epsilon: PositiveFloat = 1e-6
     feature_layer: Annotated[int, Field(le=-1)] = -2
+    recompute: bool = Field(False, description="keep the layers' inputs alone for backward")
     pretrained: str | None = Field(None, description="Hugging Face directory with the weights")
 
     @property

@@ -105,9 +105,9 @@ def moe_module(config: RunConfig, world: World) -> ModuleSpec:
 
 def _te_experts() -> ModuleSpec:
     """Transformer Engine's grouped experts, as Megatron's own MoE specification has them."""
-    from megatron.core.models.gpt.moe_module_specs import getmoe_module_spec
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 
-    return getmoe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True).submodules.experts
+    return get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True).submodules.experts
 
 
 def _same_on_all_tensor_ranks(modules: tuple[torch.nn.Module, ...], world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from moiie_megatron.config.schema import VisionConfig
@@ -22,10 +23,14 @@ class VisionEncoder(torch.nn.Module):
         for module in self._unused():
             module.requires_grad_(False)
 
+    @property
+    def _num_layers(self) -> int:
+        """Layers in front of the features; the others are never run."""
+        return self.config.num_layers + 1 + self.config.feature_layer
+
     def _unused(self) -> list[torch.nn.Module]:
-        """Layers behind the features: kept for export, never trained (they get no gradient)."""
-        last = self.config.num_layers + 1 + self.config.feature_layer
-        return [*self.model.encoder.layers[last:], self.model.post_layernorm]
+        """Layers behind the features: kept for export, never trained."""
+        return [*self.model.encoder.layers[self._num_layers :], self.model.post_layernorm]
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the features depend on."""
@@ -42,10 +47,16 @@ class VisionEncoder(torch.nn.Module):
             ``(n, num_image_tokens, hidden_size)``.
         """
         dtype = next(self.model.parameters()).dtype
-        output = self.model(images.to(dtype), output_hidden_states=True)
-        features = output.hidden_states[self.config.feature_layer]
+        hidden = self.model.embeddings(images.to(dtype))
+        if self.config.family == "clip":
+            hidden = self.model.pre_layrnorm(hidden)
+        for layer in self.model.encoder.layers[: self._num_layers]:
+            if self.config.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, None, use_reentrant=False)
+            else:
+                hidden = layer(hidden, None)
         # CLIP puts its class token in front; SigLIP has none.
-        return features[:, 1:] if self.config.family == "clip" else features
+        return hidden[:, 1:] if self.config.family == "clip" else hidden
 
 
 def build_vision_model(config: VisionConfig) -> torch.nn.Module:

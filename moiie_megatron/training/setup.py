@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from moiie_megatron.backend.megatron import (
     connect_schedules,
     ddp_config,
+    fuse_updates,
     lr_scheduler,
     optimizer_config,
     part_overrides,
@@ -57,5 +58,6 @@ def prepare_training(config: RunConfig, world: World, model: MoIIEModel, steps: 
         use_gloo_process_groups=False,
         pg_collection=world.groups,
     )
+    fuse_updates(optimizer)
     connect_schedules(model, ddp, optimizer)
     return Trainee(model, ddp, optimizer, lr_scheduler(config, optimizer, steps))

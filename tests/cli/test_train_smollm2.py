@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,4 +70,7 @@ def test_train_smollm2(llm: Path, tmp_path: Path) -> None:
     config = json.loads((output / "export/config.json").read_text())
     assert config["experts"] == {"vision": 1, "shared": 2, "text": 1}
     assert config["moe_layers"] == [1, 3] and config["image_token_id"] == 258
-    assert "\nWhat is the capital of France?\n" in result.stdout
+    assert result.stdout.count("\nWhat is the capital of France?\n") == 2
+    assert "SAME: tensors equal" in result.stdout
+    dense, upcycled = re.findall(r"^([0-9.]+) on \d+ tokens: ", result.stdout, re.MULTILINE)
+    assert abs(float(dense) - float(upcycled)) <= 1e-3

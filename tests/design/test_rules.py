@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,22 @@ def test_imports_point_down() -> None:
 )
 def test_the_import_rule_itself(path: str, source: str, wrong: list[str]) -> None:
     assert _wrong_imports(Path(path), source) == wrong
+
+
+def test_megatron_has_what_is_imported() -> None:
+    """Also inside functions: some are called only where there is a GPU."""
+    missing = []
+    for path in _python_files(PACKAGE, *OUTSIDE):
+        for name in _imports(path, (ROOT / path).read_text(encoding="utf-8")):
+            module, _, attribute = name.rpartition(".")
+            if not name.startswith("megatron.core."):
+                continue
+            if importlib.util.find_spec(name if module == "megatron" else module) is None or not (
+                hasattr(importlib.import_module(module), attribute)
+                or importlib.util.find_spec(name)
+            ):
+                missing.append(f"{path}: {name}")
+    assert missing == []
 
 
 @pytest.mark.parametrize("folder", WITHOUT_TORCH)

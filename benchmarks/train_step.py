@@ -1,0 +1,290 @@
+"""A training step against a plain PyTorch and transformers implementation of the same model.
+
+    python benchmarks/train_step.py [--json FILE]                 # one process
+    torchrun --nproc-per-node 2 benchmarks/train_step.py          # EP=2 against torch's DDP
+    python benchmarks/train_step.py --scaling                     # experts, sequence length
+
+Forward, backward, clipping and update of both systems on the same samples, fp32, interleaved in
+one process (the slower rank counts).  *Equal work*: samples of one length, no padding.  *Natural*:
+text lengths drawn from a log-normal distribution, most samples with an image; the reference pads
+every micro-batch of 8 samples to its longest, ours packs.  Figures are ratios of real tokens per
+second, ours over theirs.  Peak memory is that of a process with one of the two systems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from reference_model import ReferenceModel
+from timing import Timings, interleave, slower_rank
+
+from moiie_megatron.backend.parallel import World, start_world, stop_world
+from moiie_megatron.backend.quiet import quiet_megatron
+from moiie_megatron.config.schema import (
+    DataConfig,
+    LanguageConfig,
+    MoEConfig,
+    ParallelConfig,
+    RunConfig,
+    StageConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from moiie_megatron.data.batch import Example, collate
+from moiie_megatron.data.encode import IGNORE, Encoded
+from moiie_megatron.data.packing import RowShape, pack, spread
+from moiie_megatron.experts.token_types import IMAGE, TEXT
+from moiie_megatron.multimodal.build import build_model
+from moiie_megatron.training.launch import launch_from
+from moiie_megatron.training.setup import prepare_training
+from moiie_megatron.training.step import train_step
+
+MICRO_BATCH = 8  # samples
+LONGEST = 512  # tokens of a sample
+
+
+def run_config(
+    processes: int, *, packing: bool = False, experts: tuple[int, int, int] = (1, 2, 1)
+) -> RunConfig:
+    """A small MoIIE: 8 layers, 4 of them with experts."""
+    vision, shared, text = experts
+    return RunConfig(
+        output="unused",
+        language=LanguageConfig(
+            family="llama",
+            num_layers=8,
+            hidden_size=256,
+            ffn_hidden_size=704,
+            num_attention_heads=8,
+            num_query_groups=4,
+            vocab_size=8192,
+            max_position_embeddings=4096,
+        ),
+        vision=VisionConfig(
+            family="siglip",
+            hidden_size=128,
+            ffn_hidden_size=512,
+            num_layers=4,
+            num_attention_heads=4,
+            image_size=56,
+            patch_size=7,
+            activation="gelu_pytorch_tanh",
+        ),
+        moe=MoEConfig(num_vision_experts=vision, num_shared_experts=shared, num_text_experts=text),
+        parallel=ParallelConfig(expert=processes),
+        stage=StageConfig(
+            name="joint",
+            moe=True,
+            learning_rates={"vision": 1e-4, "connector": 1e-4, "language": 1e-4, "moe": 1e-4},
+            template="plain",
+            image_mode="square",
+        ),
+        data=DataConfig(sources=[], tokenizer="unused", sequence_length=LONGEST, packing=packing),
+        train=TrainConfig(
+            global_batch_size=MICRO_BATCH * processes,
+            micro_batch_size=MICRO_BATCH,
+            steps=1000,
+            precision="fp32",
+            device="cpu",
+        ),
+    )
+
+
+def example(generator: torch.Generator, text: int, images: int, config: RunConfig) -> Example:
+    """Random ids behind random pictures; all text is learnt."""
+    vision, front = config.vision, images * config.vision.num_image_tokens
+    tokens = torch.randint(config.language.vocab_size, (front + text,), generator=generator)
+    types = torch.full(tokens.shape, TEXT, dtype=torch.int8)
+    types[:front] = IMAGE
+    labels = torch.cat([tokens[1:], torch.tensor([IGNORE])])
+    labels[:front] = IGNORE
+    shape = (images, 3, vision.image_size, vision.image_size)
+    pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    return Example(Encoded(tokens, labels, types, ()), pixels, "random")
+
+
+def equal_samples(config: RunConfig, seed: int, count: int, length: int = 256) -> list[Example]:
+    """Samples of one length with one image each."""
+    generator = torch.Generator().manual_seed(seed)
+    text = length - config.vision.num_image_tokens
+    return [example(generator, text, 1, config) for _ in range(count)]
+
+
+def natural_samples(config: RunConfig, seed: int, count: int) -> list[Example]:
+    """Text of 90 tokens in the median, a few times as long in the tail; 80 % with an image."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(count):
+        images = int(torch.rand((), generator=generator) < 0.8)
+        length = float(torch.empty(()).log_normal_(4.5, 0.8, generator=generator))
+        room = LONGEST - images * config.vision.num_image_tokens
+        samples.append(example(generator, min(max(round(length), 8), room), images, config))
+    return samples
+
+
+Step = Callable[[], object]
+
+
+def ours(config: RunConfig, world: World, samples: list[Example]) -> Step:
+    """This project's step, with packing where the configuration says so."""
+    trainee = prepare_training(config, world, build_model(config, world), steps=1000)
+    trainee.ddp.train()
+    image_tokens = config.vision.num_image_tokens
+    shape = RowShape(config.micro_batch_shape[1], LONGEST, image_tokens, pad_id=0)
+
+    def step() -> None:
+        if config.data.packing:
+            rows = pack(samples, shape)
+            batches = spread(rows, world.most(len(rows)), shape)
+        else:
+            batches = padded(samples, image_tokens)
+        train_step(config, world, trainee, batches)
+
+    return step
+
+
+def reference(config: RunConfig, world: World, samples: list[Example]) -> Step:
+    """The plain implementation's step; padding to the longest sample of a micro-batch."""
+    model: torch.nn.Module = ReferenceModel(config)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if world.size > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        batches = padded(samples, config.vision.num_image_tokens)
+        for number, batch in enumerate(batches, start=1):
+            if world.size > 1:  # gradients are reduced with the last micro-batch
+                model.require_backward_grad_sync = number == len(batches)
+            (model(batch) / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+
+    return step
+
+
+def padded(samples: list[Example], num_image_tokens: int) -> list:
+    """Micro-batches in the order of the samples."""
+    return [
+        collate(samples[i : i + MICRO_BATCH], pad_id=0, num_image_tokens=num_image_tokens)
+        for i in range(0, len(samples), MICRO_BATCH)
+    ]
+
+
+def together(step: Step) -> Step:
+    """All ranks start at once."""
+
+    def run() -> None:
+        dist.barrier()
+        step()
+
+    return run
+
+
+def compare(case: str, world: World, options: argparse.Namespace) -> Timings:
+    """Both systems on the same samples; rank r has its own."""
+    config = run_config(world.size, packing=case == "natural")
+    draw = natural_samples if case == "natural" else equal_samples
+    samples = draw(config, world.rank, options.samples)
+    runs = {"ours": ours(config, world, samples), "reference": reference(config, world, samples)}
+    steps = {name: together(step) for name, step in runs.items()}
+    timings = slower_rank(interleave(steps, rounds=options.rounds))
+    if world.rank == 0:
+        real = sum(len(s.encoded.tokens) for s in samples)
+        batches = padded(samples, config.vision.num_image_tokens)
+        share = real / sum(batch.tokens.numel() for batch in batches)
+        print(
+            f"{case:8}  real tokens without packing {share:4.0%}  "
+            f"reference {timings.median('reference') * 1e3:7.1f} ms a step  "
+            f"tokens/s, ours over reference {timings.ratio('reference', 'ours'):.3f}",
+            flush=True,
+        )
+    return timings
+
+
+def scaling(world: World, options: argparse.Namespace) -> None:
+    """How the time of our step grows; relative to the first of each row, tokens per step equal."""
+    tokens = options.samples * 256
+    steps: dict[str, Step] = {}
+    for experts in ((1, 2, 1), (2, 4, 2)):
+        config = run_config(world.size, experts=experts)
+        samples = equal_samples(config, world.rank, options.samples)
+        steps[f"{sum(experts)} experts"] = together(ours(config, world, samples))
+    for length in (128, 256, 512):
+        config = run_config(world.size)
+        samples = equal_samples(config, world.rank, tokens // length, length)
+        steps[f"sequence {length}"] = together(ours(config, world, samples))
+    timings = slower_rank(interleave(steps, rounds=options.rounds))
+    if world.rank == 0:
+        for first, *others in (list(steps)[:2], list(steps)[2:]):
+            ratios = "  ".join(f"{name} {timings.ratio(name, first):.2f}" for name in others)
+            print(f"{world.size} process(es), time over {first}: {ratios}", flush=True)
+
+
+def peak_memory(system: str, options: argparse.Namespace) -> float:
+    """GB of a process of its own that takes three steps with one system."""
+    words = [sys.executable, __file__, "--only", system, "--samples", str(options.samples)]
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def only(system: str, world: World, options: argparse.Namespace) -> None:
+    config = run_config(1)
+    build = ours if system == "ours" else reference
+    step = build(config, world, equal_samples(config, 0, options.samples))
+    for _ in range(3):
+        step()
+    # Not ru_maxrss, which begins with what the parent had.
+    status = Path("/proc/self/status").read_text()
+    print(int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--samples", type=int, default=16, help="per process and step")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, help="per process; default: 2 / processes")
+    parser.add_argument("--scaling", action="store_true", help="our step alone, other shapes")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--only", choices=("ours", "reference"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    quiet_megatron()
+    launch = launch_from(os.environ)
+    torch.set_num_threads(options.threads or max(1, 2 // launch.world_size))
+    world = start_world(ParallelConfig(expert=launch.world_size), launch, device="cpu")
+    if options.only:
+        only(options.only, world, options)
+    elif options.scaling:
+        scaling(world, options)
+    else:
+        ratios = {
+            name: compare(case, world, options).ratio("reference", "ours")
+            for name, case in (
+                ("equal_work_over_reference", "equal"),
+                ("packed_over_reference", "natural"),
+            )
+        }
+        if world.rank == 0:
+            result: dict[str, object] = {"processes": world.size, **ratios}
+            if world.size == 1:
+                peaks = {name: peak_memory(name, options) for name in ("ours", "reference")}
+                print("peak memory  " + "  ".join(f"{n} {gb:.2f} GB" for n, gb in peaks.items()))
+                result["peak_rss_gb"] = peaks
+            if options.json:
+                options.json.write_text(json.dumps(result, indent=2) + "\n")
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()
