@@ -82,13 +82,15 @@ class FaultMonitor:
     Args:
         max_share: Largest share of bad samples (``data.max_bad_share``), 0..1.
         minimum: Samples to see before the share counts; a first bad sample is no trend.
+        good: Samples that an interrupted run could use.
+        bad: Samples that it could not.
     """
 
-    def __init__(self, max_share: float, minimum: int = 100) -> None:
+    def __init__(self, max_share: float, minimum: int = 100, good: int = 0, bad: int = 0) -> None:
         self.max_share = max_share
         self.minimum = minimum
-        self.seen = 0
-        self.bad = 0
+        self.seen = good + bad
+        self.bad = bad
 
     def add(self, good: int, faults: Sequence[Fault]) -> None:
         """Count samples that could be used, and those that could not.

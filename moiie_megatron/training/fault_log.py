@@ -37,9 +37,9 @@ class FaultLog:
 
     def __init__(self, config: RunConfig, world: World, progress: Progress) -> None:
         self.world = world
-        self.monitor = FaultMonitor(config.data.max_bad_share)
-        self.monitor.bad = progress.bad_samples
-        self.monitor.seen = progress.consumed_samples + progress.bad_samples
+        self.monitor = FaultMonitor(
+            config.data.max_bad_share, good=progress.consumed_samples, bad=progress.bad_samples
+        )
         self.path = Path(config.output) / FAULTS_FILE
         self.listed: set[tuple[str, int]] = set()
         if world.rank == 0 and self.path.exists():

@@ -51,3 +51,10 @@ def test_monitor_allows_the_share_itself() -> None:
     strict.add(500, faults(0))
     with pytest.raises(ValueError, match="1 of 502 samples"):
         strict.add(1, faults(1))
+
+
+def test_monitor_goes_on_counting() -> None:
+    monitor = FaultMonitor(max_share=0.05, good=195, bad=5)
+    monitor.add(9, [])
+    with pytest.raises(ValueError, match="11 of 215 samples"):
+        monitor.add(0, faults(6))
