@@ -9,10 +9,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from moiie_megatron.config.load import load_config
 from moiie_megatron.planning.parameters import count_parameters, format_parameters
 from moiie_megatron.training.launch import check_runs, exit_code, launch_from, run_in_turn
+from moiie_megatron.training.signals import StopRequest
 
 
 def main() -> int:
@@ -42,10 +44,12 @@ def main() -> int:
                 print(format_parameters(count_parameters(config)))
             return
         check_runs(configs, launch)
+        stop = StopRequest()
+        stop.listen()
         # Megatron takes seconds to import: only after the checks.
         from moiie_megatron.training.loop import train
 
-        run_in_turn(configs, launch, train)
+        run_in_turn(configs, launch, partial(train, stop=stop), lambda: stop.reason is None)
 
     return exit_code(task, launch)
 

@@ -87,8 +87,12 @@ def run_in_world(
     Args:
         store: Where the processes find each other (``start_world``).
     """
+    from moiie_megatron.backend.children import children_end_with_this_process
+    from moiie_megatron.backend.determinism import set_determinism
     from moiie_megatron.backend.parallel import start_world, stop_world
 
+    children_end_with_this_process()
+    set_determinism(config.train.deterministic)
     world = start_world(
         config.active_parallel,
         launch,
@@ -101,12 +105,18 @@ def run_in_world(
 
 
 def run_in_turn(
-    configs: Sequence[RunConfig], launch: Launch, body: Callable[[RunConfig, World], Any]
+    configs: Sequence[RunConfig],
+    launch: Launch,
+    body: Callable[[RunConfig, World], Any],
+    go_on: Callable[[], bool] = lambda: True,
 ) -> None:
     """Each run in a world of its own, with its own degrees of parallelism.
 
     The launcher offers one store for the whole job; every world has its own keys in it, or its
     processes would find the addresses of the world before.
+
+    Args:
+        go_on: Asked after each run whether the next one shall begin, alike on all ranks.
     """
     import torch
     import torch.distributed as dist
@@ -118,6 +128,8 @@ def run_in_turn(
         gc.collect()  # model and optimizer refer to each other; the next run needs their memory
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+        if not go_on():
+            return
 
 
 def exit_code(task: Callable[[], None], launch: Launch) -> int:
