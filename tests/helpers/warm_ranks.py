@@ -8,6 +8,7 @@ themselves.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -59,12 +60,18 @@ class WarmRanks:
         self._folder = folder
         self._count = 0
 
-    def start(self, arguments: Sequence[str | Path], processes: int) -> Job:
-        """Start ``tools/train.py`` on so many ranks."""
+    def start(
+        self, arguments: Sequence[str | Path], processes: int, hook: str | None = None
+    ) -> Job:
+        """Start ``tools/train.py`` on so many ranks.
+
+        Args:
+            hook: ``module:function`` that every rank calls with its number before.
+        """
         self._count += 1
         output = self._folder / f"job{self._count}.log"
-        pids = self._ask({"start": [str(a) for a in arguments], "n": processes, "log": str(output)})
-        return Job(pids, output)
+        question = {"start": [str(a) for a in arguments], "n": processes, "log": str(output)}
+        return Job(self._ask(question | {"hook": hook}), output)
 
     def wait(self, job: Job, timeout: float = 60) -> list[int]:
         """Exit codes of the ranks (negative: the signal that ended them); none of them lives on.
@@ -105,6 +112,12 @@ def wait_until(
         time.sleep(pause)
 
 
+def in_writing(output: Path) -> list[Path]:
+    """Checkpoints of a run that do not have their name yet and hold something."""
+    found = (output / "checkpoints").glob("*.writing")
+    return [folder for folder in found if any(folder.iterdir())]
+
+
 def _session(entry: Path) -> int | None:
     """The session that a process belongs to, by its folder in /proc; None for a dead one."""
     try:
@@ -115,7 +128,7 @@ def _session(entry: Path) -> int | None:
     return None if state == "Z" else int(session)
 
 
-def _start(arguments: list[str], n: int, log: str) -> list[int]:
+def _start(arguments: list[str], n: int, log: str, hook: str | None) -> list[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -123,12 +136,14 @@ def _start(arguments: list[str], n: int, log: str) -> list[int]:
     for rank in range(n):
         pid = os.fork()
         if not pid:
-            _be_rank(arguments, rank, n, port, log)
+            _be_rank(arguments, rank, n, port, log, hook)
         pids.append(pid)
     return pids
 
 
-def _be_rank(arguments: list[str], rank: int, n: int, port: int, log: str) -> None:
+def _be_rank(
+    arguments: list[str], rank: int, n: int, port: int, log: str, hook: str | None
+) -> None:
     """Never returns."""
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -140,6 +155,9 @@ def _be_rank(arguments: list[str], rank: int, n: int, port: int, log: str) -> No
     sys.argv = ["tools/train.py", *arguments]
     code = 0
     try:
+        if hook is not None:
+            module, _, function = hook.partition(":")
+            getattr(importlib.import_module(module), function)(rank)
         runpy.run_path(str(ROOT / "tools/train.py"), run_name="__main__")
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -177,7 +195,7 @@ def main() -> None:
     for line in sys.stdin:
         question = json.loads(line)
         if "start" in question:
-            answer = _start(question["start"], question["n"], question["log"])
+            answer = _start(question["start"], question["n"], question["log"], question["hook"])
         else:
             answer = _wait(question["wait"], question["timeout"])
         print(json.dumps(answer), file=answers, flush=True)
