@@ -33,6 +33,9 @@ def main() -> int:
     )
     arguments = parser.parse_intermixed_args()
     launch = launch_from(os.environ)
+    stop = StopRequest()
+    if not arguments.dry_run:
+        stop.listen()
 
     def task() -> None:
         configs = [
@@ -44,8 +47,6 @@ def main() -> int:
                 print(format_parameters(count_parameters(config)))
             return
         check_runs(configs, launch)
-        stop = StopRequest()
-        stop.listen()
         # Megatron takes seconds to import: only after the checks.
         from moiie_megatron.training.loop import train
 

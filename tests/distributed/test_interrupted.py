@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from tests.distributed.conftest import go_back
 from tests.distributed.test_resume import plain_tensors
-from tests.helpers.launch import TRAIN, command, started, torchrun
+from tests.helpers.launch import TRAIN, started, torchrun
 from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import read_metrics, tiny_values, write_config
 from tests.helpers.warm_ranks import Job, WarmRanks, in_writing, wait_until
@@ -60,6 +61,19 @@ def assert_same_end(output: Path, whole: Path) -> None:
     assert [name for name, value in a.items() if not torch.equal(value, b[name])] == []
 
 
+def _new_save(output: Path, known: set[Path]) -> bool:
+    """``known`` folders are an earlier, killed save's; one that is written anew is empty first."""
+    return bool(set(in_writing(output)) - known)
+
+
+def _has_done(job: Job, step: int) -> bool:
+    return f"step {step}/" in job.text()
+
+
+def _has_nothing_left(job: Job) -> bool:
+    return not job.left_behind()
+
+
 def steps_done(output: Path) -> int:
     return len(read_metrics(output))
 
@@ -69,24 +83,20 @@ def test_five_kills(tmp_path: Path, whole: Path, ranks: WarmRanks) -> None:
     output = tmp_path / "run"
     chance = random.Random(1)
     for in_save, background in ((0, 0), (1, 0), (0, 1), (1, 1), (0, 0)):
-        arguments = words(whole, output, f"checkpoint.asynchronous={str(bool(background)).lower()}")
         pointer = output / "checkpoints" / "latest"
-        first = int(pointer.read_text()[5:]) if pointer.exists() else 0
-        before = set(in_writing(output))
-        target = first + chance.randint(1, 2)
-        job = ranks.start(arguments, processes=2)
-
-        def at_the_point() -> bool:
-            if in_save:
-                return bool(set(in_writing(output)) - before)
-            return f"step {target}/" in job.text()
-
-        wait_until(at_the_point, job)
-        time.sleep(0 if in_save else chance.uniform(0, 0.1))
+        begin = int(pointer.read_text()[5:]) if pointer.exists() else 0
+        swept = set(in_writing(output))
+        background_flag = f"checkpoint.asynchronous={'true' if background else 'false'}"
+        job = ranks.start(words(whole, output, background_flag), processes=2)
+        if in_save:
+            wait_until(partial(_new_save, output, swept), job)
+        else:
+            wait_until(partial(_has_done, job, begin + chance.randint(1, 2)), job)
+            time.sleep(chance.uniform(0, 0.1))
         job.kill()
         assert ranks.wait(job) == [-signal.SIGKILL] * 2, job.text()
-        assert bool(in_writing(output)) or not in_save
-        wait_until(lambda: not job.left_behind(), job, timeout=5)
+        assert in_writing(output) or not in_save
+        wait_until(partial(_has_nothing_left, job), job, timeout=5)
 
     last = ranks.run(words(whole, output), processes=2)
 

@@ -13,7 +13,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -128,10 +127,7 @@ def _session(entry: Path) -> int | None:
     return None if state == "Z" else int(session)
 
 
-def _start(arguments: list[str], n: int, log: str, hook: str | None) -> list[int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _start(arguments: list[str], n: int, log: str, hook: str | None, port: int) -> list[int]:
     pids = []
     for rank in range(n):
         pid = os.fork()
@@ -152,6 +148,7 @@ def _be_rank(
     os.close(0)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     sys.argv = ["tools/train.py", *arguments]
     code = 0
     try:
@@ -188,6 +185,8 @@ def _wait(pids: list[int], timeout: float) -> list[int]:
 
 
 def main() -> None:
+    from torch.distributed import TCPStore
+
     import moiie_megatron.training.loop  # noqa: F401  what is worth sharing
 
     answers = os.fdopen(os.dup(1), "w")
@@ -195,7 +194,11 @@ def main() -> None:
     for line in sys.stdin:
         question = json.loads(line)
         if "start" in question:
-            answer = _start(question["start"], question["n"], question["log"], question["hook"])
+            # As torchrun's agent, this process keeps the store in which the ranks meet.
+            store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+            answer = _start(
+                *(question[key] for key in ("start", "n", "log", "hook")), port=store.port
+            )
         else:
             answer = _wait(question["wait"], question["timeout"])
         print(json.dumps(answer), file=answers, flush=True)
