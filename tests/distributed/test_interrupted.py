@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from moiie_megatron.data.loader import SampleOrder
 from tests.distributed.conftest import go_back
 from tests.distributed.test_resume import plain_tensors
 from tests.helpers.launch import TRAIN, started, torchrun
@@ -24,7 +26,7 @@ from tests.helpers.warm_ranks import Job, WarmRanks, in_writing, wait_until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS = 20
+STEPS = 22  # the losses of 20 are needed to tell a spike
 SAVE_EVERY = 2
 DATA = {"num_workers": 2}  # laid over the data section of every run here
 LAST = f"step_{STEPS:07d}"
@@ -197,13 +199,21 @@ def test_only_damaged_checkpoints(tmp_path: Path, whole: Path, ranks: WarmRanks)
     ids=["pp2", "tp2", "single"],
 )
 def test_another_layout_goes_on(
-    degrees: Sequence[str], processes: int, tmp_path: Path, whole: Path, ranks: WarmRanks
+    degrees: Sequence[str],
+    processes: int,
+    tmp_path: Path,
+    digits: Path,
+    whole: Path,
+    ranks: WarmRanks,
 ) -> None:
-    """The last quarter on another layout than EP=2: same samples, same losses."""
+    """The last quarter on another layout than EP=2: same samples, same losses.
+
+    Any loss counts as a spike here, so that the samples of a step are written down.
+    """
     back = STEPS * 3 // 4 // SAVE_EVERY * SAVE_EVERY
     output = go_back(whole, tmp_path / "run", back)
     extra = ["train.deterministic=true", f"profile.steps=[{back + 1},{back + 2}]"]
-    extra.append(f"profile.ranks=[{processes - 1}]")
+    extra += [f"profile.ranks=[{processes - 1}]", "train.spike_factor=0.01"]
 
     job = ranks.run(
         words(whole, output, "parallel.expert=1", *degrees, *extra), processes, timeout=120
@@ -217,6 +227,16 @@ def test_another_layout_goes_on(
     for key in ("lm_loss", "grad_norm"):
         values, expected = ([line[key] for line in lines] for lines in (ours, theirs))
         assert values == pytest.approx(expected, rel=0, abs=1e-4), key
+    spikes = [json.loads(s) for s in (output / "loss_spikes.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in spikes] == [21, 22]
+    assert ["spike" in line for line in ours] == [False] * 20 + [True] * 2
+    records = [json.loads(s) for s in (digits / "data" / "train.jsonl").read_text().splitlines()]
+    order = SampleOrder(len(records), seed=1234)
+    for line in spikes:
+        indices = [order.sample_at(n) for n in range(8 * line["step"] - 8, 8 * line["step"])]
+        assert line["dataset_indices"] == indices
+        names = [name for batch in line["micro_batches"] for name in batch["record_ids"]]
+        assert names == [records[i]["id"] for i in indices]
     traces = [path.name for path in (output / "profile").iterdir()]
     assert traces == [f"steps_{back + 1}-{back + 2}_rank_{processes - 1}.json"]
 
@@ -229,14 +249,15 @@ def test_torchrun_restarts_by_itself(tmp_path: Path, whole: Path) -> None:
         running = Job([], log)
         wait_until(lambda: "step 3/" in running.text(), running, timeout=200)
         os.kill(_worker(job.pid), signal.SIGKILL)
-        wait_until(lambda: "going on from" in running.text(), running, timeout=200)
-        wait_until(lambda: running.text().count("step 4/") == 2, running, timeout=60)
+        wait_until(
+            lambda: "step 5/" in running.text().partition("going on from")[2], running, timeout=200
+        )
         job.terminate()
         job.wait(60)
 
     assert "because of signal SIGTERM" in log.read_text()
     done = read_metrics(output)
-    assert 4 <= len(done) < STEPS
+    assert 5 <= len(done) < STEPS
     assert (output / "checkpoints" / "latest").read_text() == f"step_{len(done):07d}\n"
     losses = [[line["lm_loss"] for line in run] for run in (done, read_metrics(whole))]
     assert losses[0] == losses[1][: len(done)]
