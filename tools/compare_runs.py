@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -230,11 +231,13 @@ def compare_losses(arguments: argparse.Namespace) -> int:
     print(f"{len(common)} common steps of {len(first)} and {len(second)}")
     worst = 0.0
     for step in common:
-        difference = abs(first[step]["lm_loss"] - second[step]["lm_loss"])
+        a, b = (run[step]["lm_loss"] for run in runs)
+        if a == b or math.isnan(a) and math.isnan(b):
+            continue
+        difference = abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf
         worst = max(worst, difference)
         if difference > arguments.tolerance:
-            values = f"{first[step]['lm_loss']:.6f} and {second[step]['lm_loss']:.6f}"
-            print(f"step {step}: {values}")
+            print(f"step {step}: {a:.6f} and {b:.6f}")
     print(f"largest difference {worst:.3e}")
     same = first.keys() == second.keys() and worst <= arguments.tolerance
     return 1 if arguments.assert_equal and not same else 0

@@ -9,10 +9,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from moiie_megatron.config.load import load_config
 from moiie_megatron.planning.parameters import count_parameters, format_parameters
 from moiie_megatron.training.launch import check_runs, exit_code, launch_from, run_in_turn
+from moiie_megatron.training.signals import StopRequest
 
 
 def main() -> int:
@@ -31,6 +33,9 @@ def main() -> int:
     )
     arguments = parser.parse_intermixed_args()
     launch = launch_from(os.environ)
+    stop = StopRequest()
+    if not arguments.dry_run:
+        stop.listen()
 
     def task() -> None:
         configs = [
@@ -45,7 +50,7 @@ def main() -> int:
         # Megatron takes seconds to import: only after the checks.
         from moiie_megatron.training.loop import train
 
-        run_in_turn(configs, launch, train)
+        run_in_turn(configs, launch, partial(train, stop=stop), lambda: stop.reason is None)
 
     return exit_code(task, launch)
 

@@ -57,6 +57,7 @@ OWNED_FIELDS = {
     "pipeline_dtype": "train.precision",
     "bf16": "train.precision",
     "fp16": "train.precision",
+    "deterministic_mode": "train.deterministic",
     "autocast_dtype": "train.precision",
     "calculate_per_token_loss": "the training step (the loss is a mean over the global batch)",
     "transformer_impl": "the machine (Transformer Engine where it is installed)",
@@ -110,6 +111,7 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
+        "deterministic_mode": config.train.deterministic,
         "persist_layer_norm": False,
         # Fused kernels come with Transformer Engine; the same arithmetic runs without them.
         "bias_activation_fusion": device.is_cuda,

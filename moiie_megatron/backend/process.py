@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of this process among the others of the job."""
+    """The place of this process among the others of the job.
+
+    Attributes:
+        attempt: How often torchrun has started the processes anew, if it keeps one store.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    attempt: int = 0
 
 
 def find_store(launch: Launch, timeout: timedelta = timedelta(minutes=10)) -> Store:
@@ -38,4 +43,5 @@ def find_store(launch: Launch, timeout: timedelta = timedelta(minutes=10)) -> St
     found = dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout)
     store: Store = next(found)[0]
     store.set_timeout(timeout)
-    return store
+    # In a store that outlives a restart, processes would find the addresses of dead ones.
+    return dist.PrefixStore(f"attempt{launch.attempt}", store)

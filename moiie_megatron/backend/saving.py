@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import queue
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,17 +16,46 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 _IDLE: Final = "idle"
 
 
-def write_without_manager() -> None:
-    """Let Megatron-Core's writer report its results through a queue inside this process.
+class _ResultsFile:
+    """A queue of one value through a file without a name, which a forked process shares.
 
-    For asynchronous saves Megatron starts a ``multiprocessing`` manager on the first save.  Ours
-    are synchronous, so writer and reader of that queue are one process; the manager would cost
-    seconds to start and, when the run is killed, live on and keep its output open (a pipe behind
-    torchrun would never end).  Repeated calls change nothing.
+    Megatron's writers report what they wrote where to the process that trains.  Megatron itself
+    starts a ``multiprocessing`` manager for that: it costs seconds on the first save and, when
+    the run is killed, lives on and keeps the run's output open (a pipe behind torchrun would
+    never end).  A pipe would block writers of many tensors until somebody reads.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  kept for all saves
+
+    def put(self, value: Any) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(pickle.dumps(value))
+
+    def get_nowait(self) -> Any:
+        """Take the value.
+
+        Raises:
+            queue.Empty: There is none, or its writer was killed.
+        """
+        self._file.seek(0)
+        data = self._file.read()
+        self._file.truncate(0)
+        try:
+            return pickle.loads(data)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise queue.Empty from error
+
+
+def results_in_a_file() -> None:
+    """Let Megatron-Core's writers report through a file (``_ResultsFile``), not a manager.
+
+    One save at a time may be under way.  Repeated calls change nothing.
     """
     # None until the first save; versions without this name start no manager.
     if getattr(filesystem_async, "_results_queue", queue) is None:
-        filesystem_async._results_queue = queue.Queue()
+        filesystem_async._results_queue = _ResultsFile()
 
 
 @contextmanager
@@ -38,7 +69,7 @@ def idle_optimizers_have_a_step(optimizer: Any, step: int) -> Iterator[None]:
 
     Args:
         optimizer: Megatron's optimizer, chained or not.
-        step: Steps done so far.
+        step: Steps that the optimizer has made.
     """
     idle = [
         inner

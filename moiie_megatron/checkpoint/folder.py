@@ -5,6 +5,7 @@ at all.  Nothing here needs torch or Megatron.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ TOKENIZER_FILES = (
 )
 PROCESSOR_FILES = ("preprocessor_config.json",)
 
-_WRITING = ".writing"
+WRITING = ".writing"  # ends the names of folders that are not complete
 _SPARE = 64 << 20  # bytes for the small files, and for what others write meanwhile
 
 
@@ -36,6 +37,12 @@ def checkpoints_folder(output: str | Path) -> Path:
 def step_folder(output: str | Path, step: int) -> Path:
     """The checkpoint after ``step`` optimizer steps."""
     return checkpoints_folder(output) / f"step_{step:07d}"
+
+
+def step_number(folder: Path) -> int | None:
+    """The step of a checkpoint folder, by its name; None for any other name."""
+    match = re.fullmatch(r"step_(\d{7,})", folder.name)
+    return int(match[1]) if match else None
 
 
 def latest_checkpoint(output: str | Path) -> Path | None:
@@ -119,7 +126,7 @@ def new_folder(final: Path, *, num_bytes: int, force: bool, ours: str) -> Iterat
         ValueError: ``final`` may not be replaced, or the disk is too full.
     """
     check_output(final, force=force, ours=ours)
-    beside = final.absolute().with_name(final.absolute().name + _WRITING)
+    beside = final.absolute().with_name(final.absolute().name + WRITING)
     beside.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(beside, ignore_errors=True)
     free = shutil.disk_usage(beside.parent).free

@@ -1,4 +1,4 @@
-"""Distributed checkpoints of a run: written beside and renamed, read in any layout.
+"""The state of a run as a distributed checkpoint, written and read in any layout.
 
 A run's checkpoints live in ``OUTPUT/checkpoints/step_0000100``; ``latest`` beside them names
 the newest complete one.  Each is a Megatron ``torch_dist`` checkpoint and also holds the
@@ -7,8 +7,8 @@ resolved configuration and the tokenizer, so that it can be used without the run
 
 from __future__ import annotations
 
-import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,16 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moiie_megatron.backend.parallel import World
 from moiie_megatron.backend.saving import (
     idle_optimizers_have_a_step,
     loading_into,
-    write_without_manager,
+    results_in_a_file,
 )
-from moiie_megatron.checkpoint.folder import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    LATEST_FILE,
-    copy_tokenizer,
-    step_folder,
-)
-from moiie_megatron.config.load import dump_config
-from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.checkpoint.folder import CONFIG_FILE, FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -46,6 +39,7 @@ class Progress:
         blend: Samples per epoch of every source (``Blend.describe``); older checkpoints have
             none.
         bad_samples: Samples left out so far, on all ranks.
+        skipped: Steps that changed nothing, because loss or gradient was not finite.
     """
 
     step: int
@@ -54,6 +48,12 @@ class Progress:
     seed: int
     blend: str = ""
     bad_samples: int = 0
+    skipped: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Steps that the optimizer has made."""
+        return self.step - self.skipped
 
 
 def sharding_metadata(world: World) -> dict[str, Any]:
@@ -68,42 +68,35 @@ def sharding_metadata(world: World) -> dict[str, Any]:
     }
 
 
-def save_checkpoint(
-    config: RunConfig, world: World, parts: dict[str, Any], progress: Progress
-) -> Path:
-    """Save a run; every rank calls this.
-
-    The state is written into a folder with another name, which is renamed when all ranks are
-    done: a killed save leaves nothing that looks like a checkpoint.
+def request_save(
+    folder: Path, world: World, parts: dict[str, Any], progress: Progress
+) -> AsyncRequest:
+    """What has to be written, and done then on all ranks, to save a run; every rank calls this.
 
     Args:
+        folder: A new folder; what is there is removed.
         parts: ``model``, ``optimizer`` and ``scheduler``; ``stream`` where the data have a state
-            of their own.
+            of their own; ``counters``, further values with ``state_dict`` and
+            ``load_state_dict`` by name, alike on all ranks.
     """
-    final = step_folder(config.output, progress.step)
-    beside = final.with_name(final.name + ".writing")
     metadata = sharding_metadata(world)
-    with idle_optimizers_have_a_step(parts["optimizer"], progress.step):
+    with idle_optimizers_have_a_step(parts["optimizer"], progress.updates):
         state = _sharded_state(parts, world, metadata, is_loading=False)
     state["progress"] = asdict(progress)
+    state["counters"] = {name: part.state_dict() for name, part in _counters(parts)}
     state["format_version"] = FORMAT_VERSION
     state["world_size"] = world.size
     if world.rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     dist.barrier()
     stored = {k: v for k, v in metadata.items() if k != "dp_cp_group"}
-    write_without_manager()
-    dist_checkpointing.save(state, str(beside), content_metadata=stored)
-    if world.rank == 0:
-        (beside / CONFIG_FILE).write_text(dump_config(config))
-        copy_tokenizer(Path(config.data.tokenizer), beside)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(beside, final)
-        _replace_text(final.parent / LATEST_FILE, final.name + "\n")
-        _prune(config, final)
-    dist.barrier()
-    return final
+    results_in_a_file()
+    request = dist_checkpointing.save(
+        state, str(folder), content_metadata=stored, async_sharded_save=True
+    )
+    assert request is not None
+    return request
 
 
 def load_checkpoint(folder: Path, world: World, parts: dict[str, Any]) -> Progress:
@@ -114,8 +107,8 @@ def load_checkpoint(folder: Path, world: World, parts: dict[str, Any]) -> Progre
     """
     metadata = sharding_metadata(world)
     common = load_common(folder)
-    optimizer, step = parts["optimizer"], common["progress"]["step"]
-    with idle_optimizers_have_a_step(optimizer, step), loading_into(optimizer):
+    optimizer, updates = parts["optimizer"], Progress(**common["progress"]).updates
+    with idle_optimizers_have_a_step(optimizer, updates), loading_into(optimizer):
         return _load_state(folder, world, parts, common, metadata)
 
 
@@ -137,6 +130,9 @@ def _load_state(
         parts["stream"].restore(loaded["stream"])
     if "rng" in loaded:
         _set_rng(loaded["rng"], world)
+    for name, part in _counters(parts):
+        if name in common.get("counters", {}):
+            part.load_state_dict(common["counters"][name])
     return Progress(**common["progress"])
 
 
@@ -207,6 +203,10 @@ def _sharded_state(
     return state
 
 
+def _counters(parts: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    return parts.get("counters", {}).items()
+
+
 def _rng(world: World) -> dict[str, Any]:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -223,22 +223,6 @@ def _set_rng(state: dict[str, Any], world: World) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
     if world.device.is_cuda and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _prune(config: RunConfig, newest: Path) -> None:
-    """Keep the newest ``checkpoint.keep`` folders; sweep up what killed saves left behind."""
-    complete = sorted(p for p in newest.parent.glob("step_*") if p.suffix != ".writing")
-    for old in complete[: -config.checkpoint.keep]:
-        if old != newest:
-            shutil.rmtree(old)
-    for torn in newest.parent.glob("*.writing"):
-        shutil.rmtree(torn)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".writing.txt")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def _first_line(error: BaseException, limit: int = 200) -> str:

@@ -307,6 +307,11 @@ def _check_train(config: RunConfig) -> None:
             f"train.global_batch_size is {train.global_batch_size} but train.micro_batch_size is "
             f"{train.micro_batch_size}: use a multiple of {train.micro_batch_size}."
         )
+    traced = config.profile.steps
+    if traced is not None and traced[0] > traced[1]:
+        raise ValueError(
+            f"profile.steps is {traced}: give the first step to trace and then the last."
+        )
 
 
 def _check_world(config: RunConfig, world_size: int) -> None:
@@ -332,6 +337,12 @@ def _check_world(config: RunConfig, world_size: int) -> None:
             f"train.global_batch_size is {train.global_batch_size} but train.micro_batch_size is "
             f"{train.micro_batch_size} on {replicas} data-parallel ranks: use a multiple of "
             f"{portion}."
+        )
+    absent = [rank for rank in config.profile.ranks if rank >= world_size]
+    if config.profile.steps is not None and absent:
+        raise ValueError(
+            f"profile.ranks has {absent[0]} but the run has {world_size} ranks: use at most "
+            f"{world_size - 1}."
         )
 
 

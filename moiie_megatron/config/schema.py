@@ -252,6 +252,21 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: Annotated[int, Field(ge=0)] = 1234
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    exit_after_minutes: PositiveFloat | None = Field(
+        None, description="save and end after the step in which the program has run this long"
+    )
+    max_bad_steps: PositiveInt = Field(
+        3, description="stop after so many steps in a row whose loss or gradient is not finite"
+    )
+    spike_factor: PositiveFloat = Field(
+        3.0, description="report a loss above this multiple of the recent median"
+    )
+    deterministic: bool = Field(
+        False,
+        description="only kernels that give the same bits every time, at some speed; an operation "
+        "without one stops the run.  Promised for one layout and the same machines: other sums "
+        "in collectives (another layout, NCCL version or topology) round differently",
+    )
 
 
 class CheckpointConfig(Section):
@@ -261,6 +276,18 @@ class CheckpointConfig(Section):
     new_connector: bool = Field(False, description="leave init_from's connector out: start afresh")
     interval: PositiveInt = 500
     keep: PositiveInt = 2
+    asynchronous: bool = Field(
+        False, description="write in the background while training goes on (a copy in memory)"
+    )
+
+
+class ProfileConfig(Section):
+    """Traces of torch's profiler, ``OUTPUT/profile/*.json`` for chrome://tracing or Perfetto."""
+
+    steps: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="first and last step to trace, counted from 1"
+    )
+    ranks: list[Annotated[int, Field(ge=0)]] = Field([0], description="ranks that are traced")
 
 
 class RunConfig(Section):
@@ -277,6 +304,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    profile: ProfileConfig = ProfileConfig()
     megatron: dict[str, Any] = Field({}, description="further TransformerConfig fields")
 
     @property

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from moiie_megatron.data.batch import Batch, Example, collate
 from moiie_megatron.data.faults import read_sample
 from moiie_megatron.data.order import Blend, SampleOrder
+from moiie_megatron.data.worker import heed_only_the_parent
 
 
 class BatchSource(Protocol):
@@ -207,6 +208,7 @@ def read_ahead(
         num_workers=num_workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
+        worker_init_fn=heed_only_the_parent,
         multiprocessing_context=start_method if num_workers else None,
         # Its own generator: the default would draw from the RNG that dropout uses.
         generator=torch.Generator(),

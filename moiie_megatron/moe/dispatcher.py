@@ -121,7 +121,8 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
             probs = self._gather(probs)
         tokens_per_expert = self.plan.tokens_per_expert
         most = min(self.config.moe_router_topk, self.num_local_experts)
-        self.copies = Copies.from_mask(probs >= 0, int(tokens_per_expert.sum()), most)
+        routed = probs != _NOT_ROUTED  # also where a probability is NaN: its row was counted
+        self.copies = Copies.from_mask(routed, int(tokens_per_expert.sum()), most)
         place_X = self.copies.row_X * self.num_local_experts + self.copies.group_X
         probs_X = probs.reshape(-1).index_select(0, place_X)
         return self.copies.expand(hidden_states), tokens_per_expert, probs_X

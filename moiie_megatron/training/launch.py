@@ -33,12 +33,16 @@ def launch_from(environ: Mapping[str, str]) -> Launch:
         ValueError: A variable that is set but is no number.
     """
     values = {}
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+    restarts = "TORCHELASTIC_RESTART_COUNT"
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), (restarts, 0)):
         text = environ.get(name, str(default))
         if not text.isdecimal():
             raise ValueError(f"{name} is {text!r} in the environment: start with torchrun.")
         values[name] = int(text)
-    return Launch(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
+    # Where torchrun opens a new store for every attempt, its agents may have counted differently.
+    keeps_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = values[restarts] if keeps_store else 0
+    return Launch(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], attempt)
 
 
 def check_run(config: RunConfig, launch: Launch) -> None:
@@ -87,8 +91,12 @@ def run_in_world(
     Args:
         store: Where the processes find each other (``start_world``).
     """
+    from moiie_megatron.backend.children import no_process_is_left_behind
+    from moiie_megatron.backend.determinism import set_determinism
     from moiie_megatron.backend.parallel import start_world, stop_world
 
+    no_process_is_left_behind()
+    set_determinism(config.train.deterministic)
     world = start_world(
         config.active_parallel,
         launch,
@@ -101,12 +109,18 @@ def run_in_world(
 
 
 def run_in_turn(
-    configs: Sequence[RunConfig], launch: Launch, body: Callable[[RunConfig, World], Any]
+    configs: Sequence[RunConfig],
+    launch: Launch,
+    body: Callable[[RunConfig, World], Any],
+    go_on: Callable[[], bool] = lambda: True,
 ) -> None:
     """Each run in a world of its own, with its own degrees of parallelism.
 
     The launcher offers one store for the whole job; every world has its own keys in it, or its
     processes would find the addresses of the world before.
+
+    Args:
+        go_on: Asked after each run whether the next one shall begin, alike on all ranks.
     """
     import torch
     import torch.distributed as dist
@@ -118,6 +132,8 @@ def run_in_turn(
         gc.collect()  # model and optimizer refer to each other; the next run needs their memory
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+        if not go_on():
+            return
 
 
 def exit_code(task: Callable[[], None], launch: Launch) -> int:

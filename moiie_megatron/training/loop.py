@@ -5,31 +5,33 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from moiie_megatron.backend.parallel import World
+from moiie_megatron.checkpoint.async_save import CheckpointSaver
 from moiie_megatron.checkpoint.folder import latest_checkpoint
 from moiie_megatron.checkpoint.from_hf import load_pretrained
-from moiie_megatron.checkpoint.store import (
-    Progress,
-    load_checkpoint,
-    load_common,
-    save_checkpoint,
-)
+from moiie_megatron.checkpoint.newest import agree_on_newest
+from moiie_megatron.checkpoint.store import Progress, load_checkpoint, load_common
 from moiie_megatron.checkpoint.upcycle import load_weights
 from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.build import build_dataset, build_train_loader
+from moiie_megatron.data.order import SampleOrder
 from moiie_megatron.data.stream_state import StreamState
 from moiie_megatron.multimodal.build import build_model
 from moiie_megatron.training.fault_log import FaultLog
 from moiie_megatron.training.metrics import RunLog
+from moiie_megatron.training.profiling import StepProfiler
 from moiie_megatron.training.routing import routing_summary
 from moiie_megatron.training.setup import Trainee, prepare_training
+from moiie_megatron.training.signals import StopRequest
 from moiie_megatron.training.step import train_step
+from moiie_megatron.training.watch import StepWatch
 
 
 def total_steps(config: RunConfig, num_samples: int) -> int:
@@ -40,19 +42,23 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
     return max(1, math.ceil(config.train.epochs * num_samples / config.train.global_batch_size))
 
 
-def train(config: RunConfig, world: World) -> Path:
+def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> Path:
     """Train, or go on with a run that was interrupted; every rank calls this.
+
+    Args:
+        stop: Asked after every step whether to save and end early; its reason is set then.
 
     Returns:
         The last checkpoint.
 
     Raises:
-        ValueError: Data, weights or checkpoints do not fit the configuration, or too many
-            samples are bad.
+        ValueError: Data, weights or checkpoints do not fit the configuration, a checkpoint
+            cannot be written, or too many samples or steps are bad.
     """
+    stop = StopRequest() if stop is None else stop
     dataset = build_dataset(config)
     steps = total_steps(config, dataset.blend.epoch_size)
-    resume_from = latest_checkpoint(config.output)
+    resume_from = agree_on_newest(config.output, world)
     if resume_from is not None and load_common(resume_from)["progress"]["step"] >= steps:
         if world.rank == 0:
             print(f"{resume_from} already is the end of this run: nothing to do.", flush=True)
@@ -71,8 +77,9 @@ def train(config: RunConfig, world: World) -> Path:
     if resume_from is None:
         _load_initial_weights(config, world, model)
     trainee = prepare_training(config, world, model, steps)
+    watch = StepWatch(config, world, SampleOrder(dataset.blend, config.train.seed))
     stream = StreamState()
-    parts = trainee.state_parts()
+    parts = trainee.state_parts() | {"counters": {"watch": watch}}
     if config.data.backend == "energon":
         parts["stream"] = stream
     if resume_from is not None:
@@ -93,27 +100,48 @@ def train(config: RunConfig, world: World) -> Path:
     )
     log = RunLog(config, world, start_step=progress.step, total_steps=steps)
     faults = FaultLog(config, world, progress)
+    saver = CheckpointSaver(config, world, parts, log.saved, newest=resume_from)
+    profiler = StepProfiler(config, world)
+    exit_after = config.train.exit_after_minutes
     trainee.ddp.train()
-    checkpoint = resume_from
-    while progress.step < steps:
+    while progress.step < steps and stop.reason is None:
         batches = next(loader)
         faults.add(batches, progress.step + 1)
         learning_rates = current_learning_rates(config, trainee)
-        result = train_step(config, world, trainee, batches)
+        profiler.before(progress.step + 1)
+        result = train_step(config, world, trainee, batches, partial(stop.votes, exit_after))
+        stop.decide(result.votes, exit_after)
+        problem = watch.look(progress.step + 1, progress.consumed_samples, batches, result)
         progress = replace(
             progress,
             step=progress.step + 1,
             consumed_samples=progress.consumed_samples + config.train.global_batch_size,
             bad_samples=faults.bad,
+            skipped=progress.skipped + (not result.updated),
         )
+        is_last = progress.step == steps or stop.reason is not None
+        profiler.after(progress.step, last=is_last)
         routing = routing_summary(config, world, trainee.model, len(batches) * world.dp_size)
-        log.step(progress.step, result, learning_rates, routing, faults.bad)
-        if progress.step % config.checkpoint.interval == 0 or progress.step == steps:
-            checkpoint = save_checkpoint(config, world, parts, progress)
-            log.saved(checkpoint)
+        log.step(
+            *(progress.step, result, learning_rates, routing),
+            *(faults.bad, progress.skipped, watch.spike),
+        )
+        saver.poll()
+        if problem is not None:
+            saver.drain()
+            raise ValueError(problem)
+        if progress.step % config.checkpoint.interval == 0 or is_last:
+            saver.save(progress)
+    saver.drain()
     log.close()
-    assert checkpoint is not None
-    return checkpoint
+    assert saver.newest is not None
+    if stop.reason is not None and world.rank == 0:
+        print(
+            f"Stopped after step {progress.step} of {steps} because of {stop.reason}: the same "
+            f"command goes on from {saver.newest}.",
+            flush=True,
+        )
+    return saver.newest
 
 
 def current_learning_rates(config: RunConfig, trainee: Trainee) -> dict[str, float]:

@@ -47,8 +47,15 @@ class RunLog:
         learning_rates: dict[str, float],
         routing: RoutingSummary,
         faults: int,
+        skipped: int,
+        spike: float | None,
     ) -> None:
-        """Report one optimizer step (counted from 1)."""
+        """Report one optimizer step (counted from 1).
+
+        Args:
+            skipped: Steps up to now whose loss or gradient was not finite.
+            spike: The loss as a multiple of what is usual, if it is a spike.
+        """
         now = time.monotonic()
         seconds, self.last_time = now - self.last_time, now
         if not self.active:
@@ -68,6 +75,8 @@ class RunLog:
             "tokens_per_second": result.tokens / max(seconds, 1e-9),
             "seconds": seconds,
             "bad_samples": faults,
+            "skipped_steps": skipped,
+            **({} if spike is None else {"spike": spike}),
         }
         self.file.write(
             json.dumps(
@@ -101,13 +110,17 @@ class RunLog:
             + (f"aux {aux} | " if aux else "")
             + f"lr {max(learning_rates.values()):.2e} | grad {result.grad_norm:.3f} | "
             f"{values['tokens_per_second']:.0f} tok/s | image {values['image_share']:.0%} | "
-            f"left {left}" + ("" if result.updated else " | SKIPPED")
+            f"left {left}"
+            + ("" if result.updated else " | SKIPPED: loss or gradient is not finite")
+            + (f" | SPIKE: {values['spike']:.1f} x the usual loss" if "spike" in values else "")
         )
 
-    def saved(self, checkpoint: Path) -> None:
-        """Report a checkpoint; the time it took does not count as the next step's."""
-        now = time.monotonic()
-        seconds, self.last_time = now - self.last_time, now
+    def saved(self, checkpoint: Path, seconds: float) -> None:
+        """Report a checkpoint that is complete; the time it took since its save began.
+
+        The time since the last step does not count as the next step's.
+        """
+        self.last_time = time.monotonic()
         if self.active:
             print(f"saved {checkpoint} in {seconds:.1f} s", flush=True)
 

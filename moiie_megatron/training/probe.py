@@ -61,7 +61,8 @@ def record_step(
     trainee = prepare_training(config, world, model, steps=10)
     labels, *_ = count_tokens(batches, world)
     scale = len(batches) * world.dp_size / max(labels, 1)
-    loss = run_schedule(config, world, trainee.ddp, batches, loss_scale=scale) / max(labels, 1)
+    losses_M = run_schedule(config, world, trainee.ddp, batches, loss_scale=scale)
+    loss = losses_M.sum() / max(labels, 1)
     for group in (world.groups.dp, world.groups.pp):
         dist.all_reduce(loss, group=group)
     aux = routing_summary(config, world, model, len(batches) * world.dp_size).aux

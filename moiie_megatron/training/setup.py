@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from moiie_megatron.backend.finite_step import FiniteStepOptimizer
 from moiie_megatron.backend.megatron import (
     connect_schedules,
     ddp_config,
@@ -29,7 +30,7 @@ class Trainee:
 
     model: MoIIEModel
     ddp: DistributedDataParallel
-    optimizer: MegatronOptimizer
+    optimizer: FiniteStepOptimizer
     scheduler: OptimizerParamScheduler
 
     def state_parts(self) -> dict[str, Any]:
@@ -51,13 +52,14 @@ def prepare_training(config: RunConfig, world: World, model: MoIIEModel, steps: 
         pg_collection=world.groups,
     )
     ddp.broadcast_params()
-    optimizer = get_megatron_optimizer(
+    chained = get_megatron_optimizer(
         optimizer_config(config),
         [ddp],
         config_overrides=part_overrides(config, {part: part_mark(part) for part in PARTS}),
         use_gloo_process_groups=False,
         pg_collection=world.groups,
     )
-    fuse_updates(optimizer)
+    fuse_updates(chained)
+    optimizer = FiniteStepOptimizer(chained.chained_optimizers)
     connect_schedules(model, ddp, optimizer)
     return Trainee(model, ddp, optimizer, lr_scheduler(config, optimizer, steps))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +33,10 @@ class StepResult:
         tokens: Tokens without padding.
         image_tokens: How many of them are image tokens.
         positions: Tokens with padding.
-        updated: False if the optimizer skipped the step.
+        updated: False if loss or gradient was not finite: the step has changed nothing.
+        votes: The sums over all ranks of what they had to say (see ``train_step``).
+        losses_M: fp32, summed token losses of this rank's micro-batches, 0 before the last
+            stage; the only value that differs between ranks.
     """
 
     lm_loss: float
@@ -43,6 +46,8 @@ class StepResult:
     image_tokens: int
     positions: int
     updated: bool
+    votes: list[float]
+    losses_M: Tensor
 
 
 def forward_inputs(config: RunConfig, batch: Batch, world: World) -> dict[str, Any]:
@@ -88,7 +93,8 @@ def run_schedule(
         loss_scale: Factor on the summed token losses of every micro-batch.
 
     Returns:
-        The summed token losses of this rank's micro-batches (0 before the last stage).
+        fp32 [M], the summed token losses of each of this rank's micro-batches (0 before the
+        last stage).
     """
 
     def loss_function(losses_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,8 +116,9 @@ def run_schedule(
         micro_batch_size=rows,
         forward_only=forward_only,
     )
-    zero = torch.zeros((), device=world.device.torch_device)
-    return sum((report["loss_sum"] for report in reports), start=zero)
+    if not reports:
+        return torch.zeros(len(batches), device=world.device.torch_device)
+    return torch.stack([report["loss_sum"] for report in reports])
 
 
 def count_tokens(batches: list[Batch], world: World) -> tuple[int, int, int, int]:
@@ -130,7 +137,11 @@ def count_tokens(batches: list[Batch], world: World) -> tuple[int, int, int, int
 
 
 def train_step(
-    config: RunConfig, world: World, trainee: Trainee, batches: list[Batch]
+    config: RunConfig,
+    world: World,
+    trainee: Trainee,
+    batches: list[Batch],
+    votes: Callable[[], list[float]] = list,
 ) -> StepResult:
     """One optimizer step on this rank's micro-batches of the global batch.
 
@@ -139,29 +150,37 @@ def train_step(
     over data parallelism; the factor below undoes both for the token losses and leaves the
     balance losses as means over micro-batches, of which every rank has equally many and none is
     without samples (packed rows: ``data/packing.py``).
+
+    Args:
+        votes: Asked after the backward pass for numbers of this rank, equally many on all, that
+            are summed over the ranks along with the loss.
     """
     labels, tokens, image_tokens, positions = count_tokens(batches, world)
     trainee.ddp.zero_grad_buffer()
     trainee.optimizer.zero_grad()
-    loss_sum = run_schedule(
+    losses_M = run_schedule(
         config,
         world,
         trainee.ddp,
         batches,
         loss_scale=len(batches) * world.dp_size / max(labels, 1),
     )
-    updated, grad_norm, _ = trainee.optimizer.step()
+    # Started before the optimizer, read when it has waited for the gradient anyway.
+    sums = _over_all_ranks(losses_M, votes(), world)
+    updated, grad_norm = trainee.optimizer.step_if(lambda: bool(sums[0].isfinite()))
     if updated:
         trainee.scheduler.step(increment=1)
-    lm_loss = _from_last_stage(loss_sum, world) / max(labels, 1)
+    loss_sum, *voted = sums.tolist()
     return StepResult(
-        lm_loss=lm_loss,
-        grad_norm=float(grad_norm or 0.0),
+        lm_loss=loss_sum / max(labels, 1),
+        grad_norm=grad_norm,
         label_tokens=labels,
         tokens=tokens,
         image_tokens=image_tokens,
         positions=positions,
-        updated=bool(updated),
+        updated=updated,
+        votes=voted,
+        losses_M=losses_M,
     )
 
 
@@ -173,14 +192,16 @@ def evaluate_loss(
     labels, *_ = count_tokens(batches, world)
     was_training = model.training
     model.eval()
-    total = run_schedule(config, world, model, batches, loss_scale=1.0, forward_only=True)
+    losses_M = run_schedule(config, world, model, batches, loss_scale=1.0, forward_only=True)
     model.train(was_training)
-    return _from_last_stage(total, world) / max(labels, 1)
+    return float(_over_all_ranks(losses_M, [], world)) / max(labels, 1)
 
 
-def _from_last_stage(loss_sum: Tensor, world: World) -> float:
-    """Sum over data parallelism, then from the last pipeline stage to all."""
-    total = loss_sum.double().reshape(1)
-    dist.all_reduce(total, group=world.groups.dp)
-    dist.all_reduce(total, group=world.groups.pp)  # 0 on earlier stages
-    return float(total)
+def _over_all_ranks(losses_M: Tensor, votes: list[float], world: World) -> Tensor:
+    """fp64 [1 + votes]: the loss summed over the global batch, and the summed votes."""
+    total = losses_M.double().sum()  # 0 before the last stage
+    if world.groups.tp.rank() != 0:  # its peers have the same losses
+        total = torch.zeros_like(total)
+    sums = torch.cat([total.reshape(1), total.new_tensor(votes)])
+    dist.all_reduce(sums)
+    return sums

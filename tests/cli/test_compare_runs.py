@@ -27,6 +27,7 @@ def _metrics(folder: Path, losses: list[float]) -> Path:
         ([3.0, 2.0, 1.5001], [], 1),
         ([3.0, 2.0, 1.5001], ["--tolerance", "1e-3"], 0),
         ([3.0, 2.0], [], 1),
+        ([3.0, 2.0, float("nan")], ["--tolerance", "1e9"], 1),
     ],
 )
 def test_losses(tmp_path: Path, other: list[float], options: list[str], code: int) -> None:
@@ -34,6 +35,12 @@ def test_losses(tmp_path: Path, other: list[float], options: list[str], code: in
     second = _metrics(tmp_path / "b", other)
     words = command(TOOL, ["losses", first, second, "--assert-equal", *options])
     assert run(words, timeout=60).code == code
+
+
+def test_equal_losses_that_are_not_finite(tmp_path: Path) -> None:
+    losses = [3.0, float("nan"), float("inf")]
+    runs = [_metrics(tmp_path / name, losses) for name in ("a", "b")]
+    assert run(command(TOOL, ["losses", *runs, "--assert-equal"]), timeout=60).code == 0
 
 
 def test_a_missing_run_is_one_sentence(tmp_path: Path) -> None:

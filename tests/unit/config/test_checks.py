@@ -25,6 +25,7 @@ from tests.unit.config.minimal import load_minimal
             ["language.num_query_groups=3"],
             "language.num_query_groups is 3 but language.num_attention_heads is 4: use 1, 2 or 4.",
         ),
+        (["profile.steps=[5, 3]"], "profile.steps is [5, 3]: give the first step to trace and"),
         (
             ["moe.expert_loads=[1.0, 2.0]"],
             "moe.expert_loads has 2 numbers but the moe section has 4 experts: give one per",

@@ -31,7 +31,8 @@ def _message(tmp_path: Path, overrides: list[str], text: str = MINIMAL) -> str:
         ("trian.steps=3", "trian is not a known key: did you mean train?"),
         (
             "checkpoint.zzz=3",
-            "checkpoint.zzz is not a known key: use init_from, interval, keep or new_connector.",
+            "checkpoint.zzz is not a known key: use asynchronous, init_from, interval, keep or "
+            "new_connector.",
         ),
         (
             "stage.learning_rates.visoin=1.0",
