@@ -25,6 +25,7 @@ STAGES = ("dense", "stage1", "stage2")
 PROCESSES = 2
 TRAIN_PICTURES, TEST_PICTURES = 6000, 100
 REPORT_EVERY = 25  # steps
+PLOTS = ("losses.png", "pathways.png", "groups.png", "load_map.png")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def run(plan: Plan) -> int:
         f"{report['blanked_accuracy']:.1%}, after {report['seconds']:.0f} s"
     )
     print(f"report      {plan.out / 'report.json'}")
-    print(f"plots       {plan.out / 'losses.png'} {plan.out / 'expert_use.png'}")
+    print(f"plots       {' '.join(str(plan.out / name) for name in PLOTS)}")
     print(f"checkpoint  {report['checkpoint']}", flush=True)
     return 0
 
@@ -154,12 +155,11 @@ def collect_metrics(plan: Plan) -> dict[str, list[dict[str, Any]]]:
 
 def plot(plan: Plan, metrics: Mapping[str, list[dict[str, Any]]]) -> None:
     from moiie_megatron.analysis.curves import plot_curves
-    from moiie_megatron.analysis.expert_use import plot_expert_use
-    from moiie_megatron.config.load import load_config
+    from moiie_megatron.analysis.records import read_routing
+    from moiie_megatron.analysis.routing_plots import plot_routing
 
     plot_curves(metrics, plan.out / "losses.png")
-    layout = load_config(plan.out / "stage2" / "config.yaml").moe.layout
-    plot_expert_use(metrics["stage2"], layout, plan.out / "expert_use.png")
+    plot_routing(read_routing(plan.out / "stage2" / "routing.jsonl"), plan.out)
 
 
 def make_report(

@@ -1,12 +1,16 @@
-"""The look that all figures share, and how they reach the disk."""
+"""The look that all figures share, and how they leave matplotlib."""
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 DPI: Final = 150
@@ -14,6 +18,22 @@ INK: Final = "#333333"
 GRID: Final = "#e4e4e4"
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# What belongs to image tokens, to text tokens, and to both, in every figure.
+GROUP_COLOURS: Final = {"vision": "#e69f00", "shared": "#8c8c8c", "text": "#0072b2"}
+
+
+def expert_colour(name: str, experts: Sequence[str]) -> tuple[float, float, float]:
+    """The colour of the expert's group; later experts of a group are lighter.
+
+    Args:
+        name: ``shared.1``.
+        experts: All names.
+    """
+    group, number = name.split(".")
+    size = sum(other.split(".")[0] == group for other in experts)
+    lighter = 0.45 * int(number) / max(size, 2)
+    red, green, blue = (c + (1 - c) * lighter for c in to_rgb(GROUP_COLOURS[group]))
+    return red, green, blue
 
 
 def tidy(axes: Axes, ylabel: str) -> None:
@@ -35,3 +55,11 @@ def save_png(figure: Figure, out: str | Path) -> Path:
     figure.savefig(beside, format="png", dpi=DPI)
     os.replace(beside, out)
     return out
+
+
+def svg_bytes(figure: Figure) -> bytes:
+    """The figure as SVG, the same bytes for the same figure; glyphs are drawn, not named."""
+    stream = io.BytesIO()
+    with rc_context({"svg.hashsalt": "moiie"}):
+        figure.savefig(stream, format="svg", dpi=DPI, metadata={"Date": None})
+    return stream.getvalue()

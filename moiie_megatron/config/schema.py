@@ -241,6 +241,20 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 2
 
 
+class LogConfig(Section):
+    """How often a run says what."""
+
+    interval: PositiveInt = Field(
+        1, description="steps between lines of standard output, metrics.jsonl and TensorBoard"
+    )
+    routing_interval: PositiveInt = Field(
+        10, description="steps between records of routing.jsonl; every checkpoint writes one too"
+    )
+    wandb_project: str | None = Field(
+        None, description="also report to this project of Weights & Biases (extra: wandb)"
+    )
+
+
 class RunConfig(Section):
     """One training run."""
 
@@ -255,6 +269,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
     megatron: dict[str, Any] = Field({}, description="further TransformerConfig fields")
 
     @property

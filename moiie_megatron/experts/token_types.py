@@ -12,3 +12,7 @@ from typing import Final
 TEXT: Final = 0
 IMAGE: Final = 1
 PADDING: Final = 2
+
+# Names of what experts are chosen for, image tokens and text tokens, in the order of everything
+# that has one entry for each.
+MODALITIES: Final = ("vision", "text")

@@ -26,7 +26,7 @@ from moiie_megatron.data.build import build_dataset, build_train_loader
 from moiie_megatron.data.faults import FaultMonitor
 from moiie_megatron.multimodal.build import build_model
 from moiie_megatron.training.metrics import RunLog
-from moiie_megatron.training.routing import routing_summary
+from moiie_megatron.training.routing import RoutingCounters
 from moiie_megatron.training.setup import Trainee, prepare_training
 from moiie_megatron.training.step import num_microbatches, train_step
 
@@ -76,6 +76,7 @@ def train(config: RunConfig, world: World) -> Path:
         pin_memory=world.device.is_cuda,
     )
     log = RunLog(config, world, start_step=progress.step, total_steps=steps)
+    counters = RoutingCounters(config, world, trainee.model)
     monitor = FaultMonitor(config.data.max_bad_share)
     trainee.ddp.train()
     checkpoint = resume_from
@@ -90,9 +91,14 @@ def train(config: RunConfig, world: World) -> Path:
             step=progress.step + 1,
             consumed_samples=progress.consumed_samples + config.train.global_batch_size,
         )
-        routing = routing_summary(config, world, trainee.model, len(batches) * world.dp_size)
-        log.step(progress.step, result, learning_rates, routing, monitor.bad)
-        if progress.step % config.checkpoint.interval == 0 or progress.step == steps:
+        counters.count_step(len(batches) * world.dp_size)
+        losses = counters.losses() if log.is_due(progress.step) else None
+        log.step(progress.step, result, learning_rates, losses, monitor.bad)
+        saves = progress.step % config.checkpoint.interval == 0 or progress.step == steps
+        # Also before a checkpoint: it holds no counters, and a run that goes on loses none.
+        if saves or progress.step % config.log.routing_interval == 0:
+            log.routing(progress.step, counters.record())
+        if saves:
             checkpoint = save_checkpoint(config, world, trainee.state_parts(), progress)
             log.saved(checkpoint)
     log.close()
