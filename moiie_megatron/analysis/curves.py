@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from moiie_megatron.analysis.figure import COLOURS, GROUP_COLOURS, INK, save_png, tidy
+from moiie_megatron.analysis.figure import COLOURS, GROUP_COLOURS, INK, new_figure, save_png, tidy
 from moiie_megatron.analysis.records import Records
 
 _SIZE = (9.0, 7.0)  # inches
@@ -50,7 +50,7 @@ def curves_figure(stages: Mapping[str, Records], size: tuple[float, float] = _SI
         size: Width and height in inches.
     """
     routers = [r for r in _ROUTERS if _has(stages, f"aux_{r}")]
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(*size)
     heights = [3.0, 1.2, 1.2] if routers else [3.0, 1.2]
     panels: Sequence[Axes] = figure.subplots(
         len(heights), 1, sharex=True, height_ratios=heights
@@ -90,7 +90,7 @@ def step_figure(stages: Mapping[str, Records], size: tuple[float, float]) -> Fig
         stages: As for ``plot_curves``.
         size: Width and height in inches.
     """
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(*size)
     panels: Sequence[Axes] = figure.subplots(2, 1, sharex=True).tolist()
     _curve(panels[0], stages, "tokens_per_second", COLOURS[2], smooth=True)
     tidy(panels[0], "tokens per second")

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 DPI: Final = 150
 INK: Final = "#333333"
@@ -45,6 +46,31 @@ def tidy(axes: Axes, ylabel: str) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#bbbbbb")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure (inches) whose contents keep clear of its edges and of each other."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.set(w_pad=0.1, h_pad=0.1)  # type: ignore[call-arg]
+    return figure
+
+
+def panel_title(axes: Axes, title: str) -> None:
+    """A title at the left end of a panel."""
+    axes.set_title(title, color=INK, fontsize=10.5, fontweight="bold", loc="left", pad=8)
+
+
+def group_legend(figure: Figure, groups: Sequence[str]) -> None:
+    """The colours of expert groups below all panels."""
+    figure.legend(
+        handles=[Patch(color=GROUP_COLOURS[g], label=f"{g} experts") for g in groups],
+        loc="outside lower center",
+        ncols=len(groups),
+        frameon=False,
+        labelcolor=INK,
+    )
 
 
 def save_png(figure: Figure, out: str | Path) -> Path:

@@ -11,10 +11,17 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from moiie_megatron.analysis.expert_use import MODALITY_TITLES, ExpertUse, groups_of, short_name
-from moiie_megatron.analysis.figure import GROUP_COLOURS, INK, expert_colour, save_png, tidy
+from moiie_megatron.analysis.figure import (
+    INK,
+    expert_colour,
+    group_legend,
+    new_figure,
+    panel_title,
+    save_png,
+    tidy,
+)
 
 _MAX_LABELLED_LAYERS = 8  # beyond, numbers inside the bars would not be legible
 
@@ -27,31 +34,24 @@ def plot_groups(use: ExpertUse, out: str | Path) -> Path:
 def groups_figure(use: ExpertUse) -> Figure:
     """One axes per modality that had tokens; bars add up to all choices of the modality."""
     modalities = use.present()
-    width = max(6.5, 1.6 + 0.42 * len(use.layers))
-    figure = Figure(figsize=(width, 0.9 + 2.5 * len(modalities)), layout="constrained")
+    width = max(6.4, 1.6 + 0.42 * len(use.layers))
+    figure = new_figure(width, 0.9 + 2.5 * len(modalities))
     panels = figure.subplots(len(modalities), 1, sharex=True, squeeze=False)[:, 0]
     for axes, modality in zip(panels, modalities, strict=True):
         _stack(axes, use, modality)
-        axes.set_title(MODALITY_TITLES[modality], color=INK, fontweight="bold", loc="left")
+        panel_title(axes, f"{MODALITY_TITLES[modality]}: share of expert choices")
     panels[-1].set_xlabel("layer", color=INK)
-    figure.legend(
-        handles=[
-            Patch(color=GROUP_COLOURS[group], label=f"{group} experts")
-            for group in groups_of(use.experts)
-        ],
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-    )
+    group_legend(figure, groups_of(use.experts))
     return figure
 
 
 def _stack(axes: Axes, use: ExpertUse, modality: str) -> None:
     positions = np.arange(len(use.layers))
     bottom = np.zeros(len(use.layers))
-    for expert, name in enumerate(use.experts):
-        if not use.is_open(expert, modality):
-            continue
+    usable = [e for e in range(len(use.experts)) if use.is_open(e, modality)]
+    # The modality's own experts below, the shared ones on top, in both panels.
+    for expert in sorted(usable, key=lambda e: use.group(e) == "shared"):
+        name = use.experts[expert]
         heights = np.array([use.shares[modality][n][expert] for n in use.layers]) / use.top_k
         colour = expert_colour(name, use.experts)
         bars = axes.bar(
@@ -67,6 +67,6 @@ def _stack(axes: Axes, use: ExpertUse, modality: str) -> None:
                 fontsize=8,
             )
     axes.set_xticks(positions, [str(layer) for layer in use.layers])
-    tidy(axes, "share of choices")
+    tidy(axes, "")
     axes.set_ylim(0, 1)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])

@@ -11,10 +11,17 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from moiie_megatron.analysis.expert_use import MODALITY_TITLES, ExpertUse, groups_of, short_name
-from moiie_megatron.analysis.figure import GROUP_COLOURS, INK, expert_colour, save_png
+from moiie_megatron.analysis.figure import (
+    GROUP_COLOURS,
+    INK,
+    expert_colour,
+    group_legend,
+    new_figure,
+    panel_title,
+    save_png,
+)
 
 _LANE = 0.42  # inches
 _HALF_BAND = 0.40  # of a lane: half the width of a band that every token takes
@@ -31,20 +38,12 @@ def pathways_figure(use: ExpertUse) -> Figure:
     """One axes per modality that had tokens."""
     modalities, lanes = use.present(), len(use.experts)
     height = 1.15 + len(modalities) * (0.55 + _LANE * lanes)
-    figure = Figure(figsize=(max(6.4, 1.6 + 0.36 * len(use.layers)), height), layout="constrained")
+    figure = new_figure(max(6.4, 1.6 + 0.36 * len(use.layers)), height)
     panels = figure.subplots(len(modalities), 1, sharex=True, squeeze=False)[:, 0]
     for axes, modality in zip(panels, modalities, strict=True):
         _panel(axes, use, modality)
     panels[-1].set_xlabel("layer", color=INK)
-    figure.legend(
-        handles=[
-            Patch(color=GROUP_COLOURS[group], label=f"{group} experts")
-            for group in groups_of(use.experts)
-        ],
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-    )
+    group_legend(figure, groups_of(use.experts))
     return figure
 
 
@@ -73,8 +72,9 @@ def _panel(axes: Axes, use: ExpertUse, modality: str) -> None:
                 fontsize=7,
                 color=INK,
             )
-    axes.set_title(f"{MODALITY_TITLES[modality]}", color=INK, fontweight="bold", loc="left")
+    panel_title(axes, f"{MODALITY_TITLES[modality]}: share that takes an expert")
     axes.set_yticks(range(len(use.experts)), [short_name(name) for name in use.experts])
+    axes.tick_params(colors=INK, length=0)
     for label, name in zip(axes.get_yticklabels(), use.experts, strict=True):
         group = name.split(".")[0]
         label.set_color(GROUP_COLOURS[group] if group in (modality, "shared") else "#c8c8c8")
@@ -82,8 +82,6 @@ def _panel(axes: Axes, use: ExpertUse, modality: str) -> None:
     axes.set_xticks(x, [str(layer) for layer in layers])
     axes.set_xlim(-0.45, len(layers) - 0.55)
     axes.set_ylim(len(use.experts) - 0.42, -0.62)
-    axes.tick_params(colors=INK, length=0)
-    axes.tick_params(axis="y", labelcolor=None)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
