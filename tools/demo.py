@@ -90,11 +90,12 @@ def run(plan: Plan) -> int:
     plot(plan, metrics)
     report = make_report(plan, metrics, time.monotonic() - started)
     write_text(plan.out / "report.json", json.dumps(report, indent=1) + "\n")
+    write_page(plan)
     heading(
         f"Accuracy {report['accuracy']:.1%}, with blanked pictures "
         f"{report['blanked_accuracy']:.1%}, after {report['seconds']:.0f} s"
     )
-    print(f"report      {plan.out / 'report.json'}")
+    print(f"report      {plan.out / 'report.html'} {plan.out / 'report.json'}")
     print(f"plots       {' '.join(str(plan.out / name) for name in PLOTS)}")
     print(f"checkpoint  {report['checkpoint']}", flush=True)
     return 0
@@ -181,6 +182,13 @@ def make_report(
         "seconds": seconds,
         "checkpoint": scores["checkpoint"],
     }
+
+
+def write_page(plan: Plan) -> None:
+    from moiie_megatron.analysis.report import write_report
+
+    runs = [plan.out / stage for stage in STAGES]
+    write_report(runs, plan.out / "report.html", scores=plan.out / "scores.json")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -58,16 +58,13 @@ def curves_figure(stages: Mapping[str, Records], size: tuple[float, float] = _SI
     loss, rates = panels[0], panels[-1]
 
     _curve(loss, stages, "lm_loss", COLOURS[0], smooth=True)
-    loss.set_yscale("log")
-    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    loss.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    loss.yaxis.set_minor_formatter(NullFormatter())
+    _log_scale(loss)
     tidy(loss, "loss per answer token")
     for router in routers:
         _curve(panels[1], stages, f"aux_{router}", _ROUTERS[router], label=f"{router} router")
     if routers:
         tidy(panels[1], "balance loss")
-        panels[1].legend(frameon=False, ncols=3, loc="upper left")
+        _legend_above(panels[1])
     # Parts often share a rate: earlier curves are wider, so that later ones do not hide them.
     parts = [part for part in _PARTS if _has(stages, f"lr_{part}")]
     for number, part in enumerate(parts):
@@ -75,8 +72,7 @@ def curves_figure(stages: Mapping[str, Records], size: tuple[float, float] = _SI
         _curve(rates, stages, f"lr_{part}", _PARTS[part], label=part, width=width)
     tidy(rates, "learning rate")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rates.legend(frameon=False, ncols=4, loc="upper left")
-    rates.margins(y=0.35)
+    _legend_above(rates)
     rates.set_ylim(bottom=0)
     rates.set_xlabel("optimizer step, all stages", color=INK)
     _mark_stages(panels, stages)
@@ -96,11 +92,33 @@ def step_figure(stages: Mapping[str, Records], size: tuple[float, float]) -> Fig
     tidy(panels[0], "tokens per second")
     panels[0].set_ylim(bottom=0)
     _curve(panels[1], stages, "grad_norm", COLOURS[3], smooth=True)
+    _log_scale(panels[1])
     tidy(panels[1], "gradient norm")
-    panels[1].set_yscale("log")
     panels[1].set_xlabel("optimizer step, all stages", color=INK)
     _mark_stages(panels, stages)
     return figure
+
+
+def _log_scale(axes: Axes) -> None:
+    """Logarithmic, with plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend_above(axes: Axes) -> None:
+    """In one row at the right end, where no curve can pass behind it."""
+    axes.legend(
+        frameon=False,
+        ncols=4,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.97),
+        borderpad=0.1,
+        handlelength=1.4,
+        columnspacing=1.2,
+        labelcolor=INK,
+    )
 
 
 def _has(stages: Mapping[str, Records], key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 from collections.abc import Sequence
@@ -83,9 +84,12 @@ def save_png(figure: Figure, out: str | Path) -> Path:
     return out
 
 
-def svg_bytes(figure: Figure) -> bytes:
-    """The figure as SVG, the same bytes for the same figure; glyphs are drawn, not named."""
+def svg_data(figure: Figure) -> str:
+    """The figure as a data URI for an ``img`` element, the same for the same figure.
+
+    Letters are drawn, so no font is needed where it is shown.
+    """
     stream = io.BytesIO()
     with rc_context({"svg.hashsalt": "moiie"}):
         figure.savefig(stream, format="svg", dpi=DPI, metadata={"Date": None})
-    return stream.getvalue()
+    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

@@ -69,7 +69,7 @@ def _panel(axes: Axes, use: ExpertUse, modality: str) -> None:
                 f"{share:.0%}",
                 ha="center",
                 va="bottom",
-                fontsize=7,
+                fontsize=8,
                 color=INK,
             )
     panel_title(axes, f"{MODALITY_TITLES[modality]}: share that takes an expert")
