@@ -69,7 +69,7 @@ def test_a_checkpoint_is_measured_alike_on_one_and_two_ranks(
     two = [*words, *records, "parallel.expert=2", "--out", tmp_path / "two"]
     run(command(PLOT, two, processes=2), timeout=120).check()
     assert loads(tmp_path / "one") == loads(tmp_path / "two")
-    assert sum(map(sum, loads(tmp_path / "one").values())) > 1000
+    assert sum(map(sum, loads(tmp_path / "one").values())) > 500
     files = {"routing.jsonl", "pathways.png", "groups.png"}
     assert {path.name for path in (tmp_path / "two").iterdir()} == files
 
