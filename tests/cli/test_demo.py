@@ -67,6 +67,14 @@ def test_report(out: Path) -> None:
     assert (routing["step"], set(routing["layers"])) == (4, {"1", "3"})
 
 
+def test_page(out: Path) -> None:
+    page = (out / "report.html").read_text()
+    assert "<h1>dense / stage1 / stage2</h1>" in page
+    # Curves, routing, and the pictures of the questions.
+    assert page.count("data:image/svg+xml") == 5 and page.count("data:image/png") == 17
+    assert "Which digit is at the" in page
+
+
 @pytest.mark.parametrize("name", PLOTS)
 def test_plots(out: Path, name: str) -> None:
     with Image.open(out / name) as image:
