@@ -25,6 +25,7 @@ STAGES = ("dense", "stage1", "stage2")
 PROCESSES = 2
 TRAIN_PICTURES, TEST_PICTURES = 6000, 100
 REPORT_EVERY = 25  # steps
+PLOTS = ("losses.png", "pathways.png", "groups.png", "load_map.png")
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,13 @@ def run(plan: Plan) -> int:
     plot(plan, metrics)
     report = make_report(plan, metrics, time.monotonic() - started)
     write_text(plan.out / "report.json", json.dumps(report, indent=1) + "\n")
+    write_page(plan)
     heading(
         f"Accuracy {report['accuracy']:.1%}, with blanked pictures "
         f"{report['blanked_accuracy']:.1%}, after {report['seconds']:.0f} s"
     )
-    print(f"report      {plan.out / 'report.json'}")
-    print(f"plots       {plan.out / 'losses.png'} {plan.out / 'expert_use.png'}")
+    print(f"report      {plan.out / 'report.html'} {plan.out / 'report.json'}")
+    print(f"plots       {' '.join(str(plan.out / name) for name in PLOTS)}")
     print(f"checkpoint  {report['checkpoint']}", flush=True)
     return 0
 
@@ -154,12 +156,11 @@ def collect_metrics(plan: Plan) -> dict[str, list[dict[str, Any]]]:
 
 def plot(plan: Plan, metrics: Mapping[str, list[dict[str, Any]]]) -> None:
     from moiie_megatron.analysis.curves import plot_curves
-    from moiie_megatron.analysis.expert_use import plot_expert_use
-    from moiie_megatron.config.load import load_config
+    from moiie_megatron.analysis.records import read_routing
+    from moiie_megatron.analysis.routing_plots import plot_routing
 
     plot_curves(metrics, plan.out / "losses.png")
-    layout = load_config(plan.out / "stage2" / "config.yaml").moe.layout
-    plot_expert_use(metrics["stage2"], layout, plan.out / "expert_use.png")
+    plot_routing(read_routing(plan.out / "stage2" / "routing.jsonl"), plan.out)
 
 
 def make_report(
@@ -181,6 +182,13 @@ def make_report(
         "seconds": seconds,
         "checkpoint": scores["checkpoint"],
     }
+
+
+def write_page(plan: Plan) -> None:
+    from moiie_megatron.analysis.report import write_report
+
+    runs = [plan.out / stage for stage in STAGES]
+    write_report(runs, plan.out / "report.html", scores=plan.out / "scores.json")
 
 
 def write_text(path: Path, text: str) -> None:

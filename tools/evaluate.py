@@ -44,9 +44,8 @@ def main() -> int:
         out = Path(arguments.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = out.with_name(out.name + ".writing")
-        beside.write_text(
-            json.dumps({"checkpoint": str(folder), **result.to_json()}, indent=1) + "\n"
-        )
+        sources = {"checkpoint": str(folder), "images": str(Path(arguments.images).absolute())}
+        beside.write_text(json.dumps({**sources, **result.to_json()}, indent=1) + "\n")
         os.replace(beside, out)
 
     def task() -> None:

@@ -1,4 +1,4 @@
-"""Loss curves of a run of one or several stages, from its metrics to one PNG."""
+"""Curves of a run of one or several stages over its steps, from its metrics."""
 
 from __future__ import annotations
 
@@ -10,12 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from moiie_megatron.analysis.figure import COLOURS, INK, save_png, tidy
+from moiie_megatron.analysis.figure import COLOURS, GROUP_COLOURS, INK, new_figure, save_png, tidy
 from moiie_megatron.analysis.records import Records
 
 _SIZE = (9.0, 7.0)  # inches
-_PARTS = ("vision", "connector", "language", "moe")
-_ROUTERS = ("vision", "text", "joint")
+_PARTS = {
+    "vision": GROUP_COLOURS["vision"],
+    "connector": COLOURS[2],
+    "language": GROUP_COLOURS["text"],
+    "moe": COLOURS[3],
+}
+_ROUTERS = {
+    "vision": GROUP_COLOURS["vision"],
+    "text": GROUP_COLOURS["text"],
+    "joint": GROUP_COLOURS["shared"],
+}
 
 
 def plot_curves(stages: Mapping[str, Records], out: str | Path) -> Path:
@@ -34,10 +43,14 @@ def plot_curves(stages: Mapping[str, Records], out: str | Path) -> Path:
     return save_png(figure, out)
 
 
-def curves_figure(stages: Mapping[str, Records]) -> Figure:
-    """The figure of ``plot_curves``; axes: loss, balance (if any stage has it), learning rate."""
+def curves_figure(stages: Mapping[str, Records], size: tuple[float, float] = _SIZE) -> Figure:
+    """The figure of ``plot_curves``; axes: loss, balance (if any stage has it), learning rate.
+
+    Args:
+        size: Width and height in inches.
+    """
     routers = [r for r in _ROUTERS if _has(stages, f"aux_{r}")]
-    figure = Figure(figsize=_SIZE, layout="constrained")
+    figure = new_figure(*size)
     heights = [3.0, 1.2, 1.2] if routers else [3.0, 1.2]
     panels: Sequence[Axes] = figure.subplots(
         len(heights), 1, sharex=True, height_ratios=heights
@@ -45,30 +58,67 @@ def curves_figure(stages: Mapping[str, Records]) -> Figure:
     loss, rates = panels[0], panels[-1]
 
     _curve(loss, stages, "lm_loss", COLOURS[0], smooth=True)
-    loss.set_yscale("log")
-    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    loss.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    loss.yaxis.set_minor_formatter(NullFormatter())
+    _log_scale(loss)
     tidy(loss, "loss per answer token")
     for router in routers:
-        colour = COLOURS[_ROUTERS.index(router)]
-        _curve(panels[1], stages, f"aux_{router}", colour, label=f"{router} router")
+        _curve(panels[1], stages, f"aux_{router}", _ROUTERS[router], label=f"{router} router")
     if routers:
         tidy(panels[1], "balance loss")
-        panels[1].legend(frameon=False, ncols=3, loc="upper left")
+        _legend_above(panels[1])
     # Parts often share a rate: earlier curves are wider, so that later ones do not hide them.
     parts = [part for part in _PARTS if _has(stages, f"lr_{part}")]
     for number, part in enumerate(parts):
-        colour, width = COLOURS[_PARTS.index(part)], 1.5 + 1.5 * (len(parts) - 1 - number)
-        _curve(rates, stages, f"lr_{part}", colour, label=part, width=width)
+        width = 1.5 + 1.5 * (len(parts) - 1 - number)
+        _curve(rates, stages, f"lr_{part}", _PARTS[part], label=part, width=width)
     tidy(rates, "learning rate")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rates.legend(frameon=False, ncols=4, loc="upper left")
-    rates.margins(y=0.35)
+    _legend_above(rates)
     rates.set_ylim(bottom=0)
     rates.set_xlabel("optimizer step, all stages", color=INK)
     _mark_stages(panels, stages)
     return figure
+
+
+def step_figure(stages: Mapping[str, Records], size: tuple[float, float]) -> Figure:
+    """Tokens per second and norm of the gradient; axes in this order.
+
+    Args:
+        stages: As for ``plot_curves``.
+        size: Width and height in inches.
+    """
+    figure = new_figure(*size)
+    panels: Sequence[Axes] = figure.subplots(2, 1, sharex=True).tolist()
+    _curve(panels[0], stages, "tokens_per_second", COLOURS[2], smooth=True)
+    tidy(panels[0], "tokens per second")
+    panels[0].set_ylim(bottom=0)
+    _curve(panels[1], stages, "grad_norm", COLOURS[3], smooth=True)
+    _log_scale(panels[1])
+    tidy(panels[1], "gradient norm")
+    panels[1].set_xlabel("optimizer step, all stages", color=INK)
+    _mark_stages(panels, stages)
+    return figure
+
+
+def _log_scale(axes: Axes) -> None:
+    """Logarithmic, with plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend_above(axes: Axes) -> None:
+    """In one row at the right end, where no curve can pass behind it."""
+    axes.legend(
+        frameon=False,
+        ncols=4,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.97),
+        borderpad=0.1,
+        handlelength=1.4,
+        columnspacing=1.2,
+        labelcolor=INK,
+    )
 
 
 def _has(stages: Mapping[str, Records], key: str) -> bool:

@@ -1,4 +1,4 @@
-"""Reads what a run logged (``metrics.jsonl``)."""
+"""Reads what a run logged: ``metrics.jsonl``, ``routing.jsonl`` and other files of its kind."""
 
 from __future__ import annotations
 
@@ -6,20 +6,61 @@ import json
 from pathlib import Path
 from typing import Any
 
-Records = list[dict[str, Any]]  # one per optimizer step
+from moiie_megatron.experts.routing_record import VERSION
+
+Records = list[dict[str, Any]]  # in the order of training
 
 
 def read_metrics(path: str | Path) -> Records:
-    """The steps of a run, in order; a last line cut off by a kill is left out.
+    """The lines of ``metrics.jsonl``, in order; a last line cut off by a kill is left out.
 
     Raises:
         ValueError: The file cannot be read, holds no step, or is damaged before its end.
+    """
+    records = read_lines(path)
+    if not records:
+        raise ValueError(f"{path} holds no steps yet: train first.")
+    return records
+
+
+def read_routing(path: str | Path) -> Records:
+    """The records of ``routing.jsonl`` (``experts/routing_record.py``), in order.
+
+    Raises:
+        ValueError: As ``read_metrics``, or a record of another version.
+    """
+    records = read_lines(path)
+    if not records:
+        raise ValueError(f"{path} holds no routing records: only runs with experts write some.")
+    for record in records:
+        if record.get("version") != VERSION:
+            raise ValueError(
+                f"{path} has a routing record of version {record.get('version')}, this program "
+                f"reads version {VERSION}: use the program that wrote it."
+            )
+    return records
+
+
+def newest(records: Records, steps: int) -> Records:
+    """The last routing records that cover at least this many steps (all, if there are fewer)."""
+    covered, start = 0, len(records)
+    while start and covered < steps:
+        start -= 1
+        covered += records[start].get("steps", 1)
+    return records[start:]
+
+
+def read_lines(path: str | Path) -> Records:
+    """One JSON object per line; a last line cut off by a kill is left out.
+
+    Raises:
+        ValueError: The file cannot be read, or is damaged before its end.
     """
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The metrics {path} cannot be read ({error}).") from error
+        raise ValueError(f"The log {path} cannot be read ({error}).") from error
     records: Records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -27,6 +68,4 @@ def read_metrics(path: str | Path) -> Records:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number} is no JSON ({error}).") from error
-    if not records:
-        raise ValueError(f"{path} holds no steps yet: train first.")
     return records

@@ -290,6 +290,20 @@ class ProfileConfig(Section):
     ranks: list[Annotated[int, Field(ge=0)]] = Field([0], description="ranks that are traced")
 
 
+class LogConfig(Section):
+    """How often a run says what."""
+
+    interval: PositiveInt = Field(
+        1, description="steps between lines of standard output, metrics.jsonl and TensorBoard"
+    )
+    routing_interval: PositiveInt = Field(
+        10, description="steps between records of routing.jsonl; every checkpoint writes one too"
+    )
+    wandb_project: str | None = Field(
+        None, description="also report to this project of Weights & Biases (extra: wandb)"
+    )
+
+
 class RunConfig(Section):
     """One training run."""
 
@@ -305,6 +319,7 @@ class RunConfig(Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     profile: ProfileConfig = ProfileConfig()
+    log: LogConfig = LogConfig()
     megatron: dict[str, Any] = Field({}, description="further TransformerConfig fields")
 
     @property

@@ -22,13 +22,18 @@ from moiie_megatron.evaluation.generate import Generator, Prompt
 
 @dataclass(frozen=True)
 class Outcome:
-    """One question: what was expected, what was answered, and what with blank pictures."""
+    """One question: what was expected, what was answered, and what with blank pictures.
+
+    ``question`` is the last turn of the user, ``images`` are the paths in the record.
+    """
 
     id: str
     kind: str
     expected: str
     answer: str
     blanked_answer: str
+    question: str = ""
+    images: tuple[str, ...] = ()
 
     @property
     def correct(self) -> bool:
@@ -151,7 +156,15 @@ def score(
         answers = generator.answer(prompts, max_new_tokens)
         blanked = generator.answer([generator.blanked(p) for p in prompts], max_new_tokens)
         outcomes += [
-            Outcome(q.record.id, q.kind, q.record.turns[-1].text, answer, blank)
+            Outcome(
+                q.record.id,
+                q.kind,
+                expected=q.record.turns[-1].text,
+                answer=answer,
+                blanked_answer=blank,
+                question=q.record.turns[-2].text if len(q.record.turns) > 1 else "",
+                images=q.record.images,
+            )
             for q, answer, blank in zip(batch, answers, blanked, strict=True)
         ]
     return Score(tuple(outcomes))

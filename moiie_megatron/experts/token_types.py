@@ -7,8 +7,12 @@ load-balancing losses.  Plain ints, so that configuration and planning need no t
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 TEXT: Final = 0
 IMAGE: Final = 1
 PADDING: Final = 2
+
+# Names of what experts are chosen for, image tokens and text tokens, in the order of everything
+# that has one entry for each.
+MODALITIES: Final[tuple[Literal["vision"], Literal["text"]]] = ("vision", "text")

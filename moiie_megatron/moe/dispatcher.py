@@ -47,6 +47,22 @@ def destinations(routing_map_TE: Tensor, ep_size: int) -> Tensor:
     return routing_map_TE.view(tokens, ep_size, experts // ep_size).any(dim=2)
 
 
+def rows_by_rank(routing_map_TE: Tensor, ep_size: int, dispatcher: str) -> Tensor:
+    """Rows that each token becomes on each expert-parallel rank, ``(T, N)``.
+
+    Args:
+        routing_map_TE: Experts in physical order.
+        dispatcher: ``moe.dispatcher``: ``moiie`` and ``flex`` send a token once to every rank
+            that holds one of its experts, ``alltoall`` once per expert, ``allgather`` once to
+            every rank.
+    """
+    if dispatcher == "allgather":
+        return routing_map_TE.new_ones(len(routing_map_TE), ep_size)
+    if dispatcher == "alltoall":
+        return routing_map_TE.view(len(routing_map_TE), ep_size, -1).sum(dim=2)
+    return destinations(routing_map_TE, ep_size)
+
+
 class MoIIETokenDispatcher(MoETokenDispatcher):
     """Stands where Megatron's ``MoEAlltoAllTokenDispatcher`` does, with the same six methods.
 

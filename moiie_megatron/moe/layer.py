@@ -17,9 +17,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moiie_megatron.moe.dispatcher import destinations
+from moiie_megatron.moe.dispatcher import rows_by_rank
 from moiie_megatron.moe.grouped_mlp import GroupedExperts
-from moiie_megatron.moe.router import ModalityRouter, RouterSettings
+from moiie_megatron.moe.router import ModalityRouter, RouterSettings, modality_masks
 
 
 class MoIIELayer(MoELayer):
@@ -44,6 +44,7 @@ class MoIIELayer(MoELayer):
         self.order = order
         if order is not None:
             self.register_buffer("order_E", torch.tensor(order), persistent=False)
+        self.dispatcher_kind = "moiie" if dispatcher else config.moe_token_dispatcher_type
         if dispatcher is not None:
             self.token_dispatcher = dispatcher(
                 self.num_local_experts, self.local_expert_indices, config, pg_collection
@@ -95,7 +96,7 @@ class MoIIELayer(MoELayer):
         if self.order is not None:  # from logical ids to places
             probs = probs.index_select(1, self.order_E)
             routing_map = routing_map.index_select(1, self.order_E)
-        if self.ep_group.size() > 1 and self.training and torch.is_grad_enabled():
+        if self.ep_group.size() > 1 and self.router.is_counting:
             self._count_rows(routing_map, token_types)
         hidden_states, probs = self.preprocess(hidden_states, probs, routing_map)
         dispatched, probs = self.dispatch(hidden_states, probs)
@@ -103,9 +104,9 @@ class MoIIELayer(MoELayer):
         return self.postprocess(self.combine(output), None), None
 
     def _count_rows(self, routing_map: Tensor, token_types: Tensor) -> None:
-        sent_TN = destinations(routing_map, self.ep_group.size())
-        masks_TR = self.router.masks(token_types.transpose(0, 1).reshape(-1))
-        self.router.stats.add_rows(masks_TR, sent_TN, self.ep_group.rank())
+        rows_TN = rows_by_rank(routing_map, self.ep_group.size(), self.dispatcher_kind)
+        masks_TM = modality_masks(token_types.transpose(0, 1).reshape(-1))
+        self.router.stats.add_rows(masks_TM, rows_TN, self.ep_group.rank())
 
     def sharded_state_dict(
         self,

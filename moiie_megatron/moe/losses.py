@@ -55,10 +55,7 @@ def balance_losses(
         num_candidates_R: K, the number of experts that each router scores.
         group: Ranks that hold other tokens of the same micro-batch (sequence parallelism).
     """
-    masks_RT = masks_TR.to(probs_TE.dtype).t()
-    tokens_R = masks_RT.sum(dim=1)
-    load_RE = masks_RT @ routing_map_TE.to(probs_TE.dtype)
-    prob_RE = masks_RT @ probs_TE
+    tokens_R, load_RE, prob_RE = routing_sums(probs_TE, routing_map_TE, masks_TR)
     all_tokens_R, all_load_RE = tokens_R, load_RE
     if group is not None and group.size() > 1:
         sums = torch.cat([tokens_R.unsqueeze(1), load_RE], dim=1)
@@ -68,6 +65,21 @@ def balance_losses(
     products_RE = (all_load_RE / count_R1) * (prob_RE / count_R1)
     loss_R = num_candidates_R * products_RE.sum(dim=1)
     return Balance(loss_R, tokens_R, load_RE, prob_RE, all_tokens_R, all_load_RE)
+
+
+def routing_sums(
+    probs_TE: Tensor, routing_map_TE: Tensor, masks_TR: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens under each mask, how many of them activate each expert, their summed probabilities.
+
+    Args: see ``balance_losses``.
+
+    Returns:
+        ``(R,)``, ``(R, E)`` and ``(R, E)`` in the dtype of the probabilities.
+    """
+    masks_RT = masks_TR.to(probs_TE.dtype).t()
+    load_RE = masks_RT @ routing_map_TE.to(probs_TE.dtype)
+    return masks_RT.sum(dim=1), load_RE, masks_RT @ probs_TE
 
 
 def z_losses(scores_TE: Tensor, masks_TR: Tensor, all_tokens_R: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from moiie_megatron.experts.layout import ExpertLayout
 from moiie_megatron.experts.token_types import IMAGE, PADDING
 from moiie_megatron.moe.load_stats import LoadStats
-from moiie_megatron.moe.losses import Balance, balance_losses, z_losses
+from moiie_megatron.moe.losses import Balance, balance_losses, routing_sums, z_losses
 from moiie_megatron.moe.pooled import PooledLoads
 from moiie_megatron.moe.router_init import fresh_gate
 
@@ -66,6 +66,8 @@ class ModalityRouter(MegatronModule):
         self.settings = settings
         self.layout = settings.layout
         self.layer_number: int | None = None
+        # Counting belongs to training; who measures a model that is in evaluation mode sets this.
+        self.counts_in_eval = False
         # Ranks that hold other parts of the same micro-batch's tokens.
         self.token_group = pg_collection.tp_cp if config.sequence_parallel else None
         device = torch.device("cpu") if config.use_cpu_initialization else None
@@ -131,7 +133,15 @@ class ModalityRouter(MegatronModule):
         probs_TE = torch.softmax(chosen_TE, dim=-1)
         if self.training:
             probs_TE = self._losses(probs_TE, scores_TE, routing_map_TE, types_T)
+        elif self.counts_in_eval:
+            self._count(torch.softmax(scores_TE, dim=-1), routing_map_TE, types_T)
         return probs_TE, routing_map_TE
+
+    @property
+    def is_counting(self) -> bool:
+        """Whether the current pass is counted: in training the one with gradients, so that a
+        recomputed layer (its first pass has none) counts once."""
+        return torch.is_grad_enabled() if self.training else self.counts_in_eval
 
     def _scores(self, hidden_Th: Tensor, types_T: Tensor) -> Tensor:
         """Joint scores fp32 ``(T, E)``: each token's own router, -inf at forbidden experts."""
@@ -149,10 +159,9 @@ class ModalityRouter(MegatronModule):
 
     def masks(self, types_T: Tensor) -> Tensor:
         """Tokens that each router scores, without padding: bool ``(T, R)``."""
-        is_image_T, is_real_T = types_T == IMAGE, types_T != PADDING
         if self.layout.routers == ("joint",):
-            return is_real_T.unsqueeze(1)
-        return torch.stack([is_image_T, is_real_T & ~is_image_T], dim=1)
+            return (types_T != PADDING).unsqueeze(1)
+        return modality_masks(types_T)
 
     def _losses(
         self,
@@ -161,14 +170,12 @@ class ModalityRouter(MegatronModule):
         routing_map_TE: Tensor,
         types_T: Tensor,
     ) -> Tensor:
-        """Attach the losses of every router to ``probs_TE`` and count the load.
-
-        Losses and counts belong to the pass with gradients, so a recomputed layer (its first
-        pass has none) is counted once.
-        """
+        """Attach the losses of every router to ``probs_TE`` and count the load, in the pass that
+        counts (``is_counting``)."""
         settings, masks_TR = self.settings, self.masks(types_T)
+        all_probs_TE = torch.softmax(scores_TE, dim=-1)
         balance = balance_losses(
-            torch.softmax(scores_TE, dim=-1),
+            all_probs_TE,
             routing_map_TE,
             masks_TR,
             self.candidates_R,
@@ -177,7 +184,7 @@ class ModalityRouter(MegatronModule):
         if settings.pooled is not None:
             assert self.layer_number is not None
             settings.pooled.put(self.layer_number - 1, balance)
-        if not torch.is_grad_enabled():
+        if not self.is_counting:
             return probs_TE
         loss_R, logged_R = self._balance_loss(balance)
         total = torch.dot(self.coeffs_R, loss_R)
@@ -185,8 +192,17 @@ class ModalityRouter(MegatronModule):
         if settings.z_loss_coeff:
             z_R = z_losses(scores_TE, masks_TR, balance.all_tokens_R)
             total = total + settings.z_loss_coeff * z_R.sum()
-        self.stats.add(balance, logged_R.detach(), z_R.detach())
+        self.stats.add_losses(logged_R.detach(), z_R.detach())
+        if len(self.gates) == 1:  # both modalities share a router and its loss, but not a count
+            self._count(all_probs_TE, routing_map_TE, types_T)
+        else:
+            self.stats.add_tokens(balance.tokens_R, balance.load_RE, balance.prob_RE)
         return MoEAuxLossAutoScaler.apply(probs_TE, total)
+
+    @torch.no_grad()
+    def _count(self, all_probs_TE: Tensor, routing_map_TE: Tensor, types_T: Tensor) -> None:
+        masks_TM = modality_masks(types_T)
+        self.stats.add_tokens(*routing_sums(all_probs_TE, routing_map_TE, masks_TM))
 
     def _balance_loss(self, balance: Balance) -> tuple[Tensor, Tensor]:
         """The loss to differentiate and the value to log, by router."""
@@ -199,6 +215,12 @@ class ModalityRouter(MegatronModule):
             return loss_R, torch.zeros_like(loss_R)
         # The log takes the mean over layers: one of them reports for all.
         return loss_R, pooled.value_R(self.candidates_R) * len(pooled.places)
+
+
+def modality_masks(types_T: Tensor) -> Tensor:
+    """Image tokens and text tokens, without padding: bool ``(T, M)``, see ``load_stats.py``."""
+    is_image_T = types_T == IMAGE
+    return torch.stack([is_image_T, (types_T != PADDING) & ~is_image_T], dim=1)
 
 
 def _columns(layout: ExpertLayout) -> list[list[int]]:

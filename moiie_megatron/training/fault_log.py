@@ -6,9 +6,8 @@ the step that met it first: ``{"step", "file", "index", "reason"}``.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +19,7 @@ from moiie_megatron.checkpoint.store import Progress
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.batch import Batch
 from moiie_megatron.data.faults import Fault, FaultMonitor
-from moiie_megatron.training.metrics import complete_lines
+from moiie_megatron.training.jsonl import StepLines, complete_lines
 
 LOGGER: Final = logging.getLogger(__name__)
 FAULTS_FILE: Final = "faults.jsonl"
@@ -40,14 +39,11 @@ class FaultLog:
         self.monitor = FaultMonitor(
             config.data.max_bad_share, good=progress.consumed_samples, bad=progress.bad_samples
         )
-        self.path = Path(config.output) / FAULTS_FILE
         self.listed: set[tuple[str, int]] = set()
-        if world.rank == 0 and self.path.exists():
-            kept = [line for line in complete_lines(self.path) if line["step"] <= progress.step]
-            beside = self.path.with_name(FAULTS_FILE + ".writing")
-            beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(beside, self.path)
-            self.listed = {(line["file"], line["index"]) for line in kept}
+        if world.rank == 0:
+            path = Path(config.output) / FAULTS_FILE
+            self.lines = StepLines(path, progress.step)
+            self.listed = {(line["file"], line["index"]) for line in complete_lines(path)}
 
     @property
     def bad(self) -> int:
@@ -76,16 +72,14 @@ class FaultLog:
     def _list(self, faults: list[Fault], step: int) -> None:
         if self.world.rank != 0:
             return
-        with self.path.open("a") as file:
-            for fault in faults:
-                if (fault.file, fault.index) in self.listed:
-                    continue
-                self.listed.add((fault.file, fault.index))
-                line = {
-                    "step": step,
-                    "file": fault.file,
-                    "index": fault.index,
-                    "reason": fault.reason,
-                }
-                file.write(json.dumps(line) + "\n")
-                LOGGER.warning("left out %s[%d]: %s", fault.file, fault.index, fault.reason)
+        for fault in faults:
+            if (fault.file, fault.index) in self.listed:
+                continue
+            self.listed.add((fault.file, fault.index))
+            self.lines.add({"step": step, **asdict(fault)})
+            LOGGER.warning("left out %s[%d]: %s", fault.file, fault.index, fault.reason)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.world.rank == 0:
+            self.lines.close()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from moiie_megatron.backend.process import Launch, find_store
 from moiie_megatron.config.checks import check_config, check_paths
+from moiie_megatron.config.extras import check_extras
 from moiie_megatron.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ def check_run(config: RunConfig, launch: Launch) -> None:
     """Everything that can be known before the first process group exists.
 
     Raises:
-        ValueError: See ``config/checks.py``.
+        ValueError: See ``config/checks.py`` and ``config/extras.py``.
     """
     check_config(config, world_size=launch.world_size)
+    check_extras(config)
     check_paths(config)
     from moiie_megatron.backend.megatron import check_passthrough
 

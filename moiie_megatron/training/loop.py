@@ -27,7 +27,7 @@ from moiie_megatron.multimodal.build import build_model
 from moiie_megatron.training.fault_log import FaultLog
 from moiie_megatron.training.metrics import RunLog
 from moiie_megatron.training.profiling import StepProfiler
-from moiie_megatron.training.routing import routing_summary
+from moiie_megatron.training.routing import RoutingCounters
 from moiie_megatron.training.setup import Trainee, prepare_training
 from moiie_megatron.training.signals import StopRequest
 from moiie_megatron.training.step import train_step
@@ -103,6 +103,7 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> P
     saver = CheckpointSaver(config, world, parts, log.saved, newest=resume_from)
     profiler = StepProfiler(config, world)
     exit_after = config.train.exit_after_minutes
+    counters = RoutingCounters(config, world, trainee.model)
     trainee.ddp.train()
     while progress.step < steps and stop.reason is None:
         batches = next(loader)
@@ -121,18 +122,24 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> P
         )
         is_last = progress.step == steps or stop.reason is not None
         profiler.after(progress.step, last=is_last)
-        routing = routing_summary(config, world, trainee.model, len(batches) * world.dp_size)
+        counters.count_step(len(batches) * world.dp_size)
+        losses = counters.losses() if log.is_due(progress.step) else None
         log.step(
-            *(progress.step, result, learning_rates, routing),
+            *(progress.step, result, learning_rates, losses),
             *(faults.bad, progress.skipped, watch.spike),
         )
         saver.poll()
         if problem is not None:
             saver.drain()
             raise ValueError(problem)
-        if progress.step % config.checkpoint.interval == 0 or is_last:
+        saves = progress.step % config.checkpoint.interval == 0 or is_last
+        # Also before a checkpoint: it holds no counters, and a run that goes on loses none.
+        if saves or progress.step % config.log.routing_interval == 0:
+            log.routing(progress.step, counters.record())
+        if saves:
             saver.save(progress)
     saver.drain()
+    faults.close()
     log.close()
     assert saver.newest is not None
     if stop.reason is not None and world.rank == 0:

@@ -1,70 +1,78 @@
-"""What is said about a run: a line per step, the same as JSONL, and TensorBoard."""
+"""What is said about a run: lines of standard output, the same as JSONL, and TensorBoard."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from moiie_megatron.backend.parallel import World
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.training.routing import RoutingSummary
+from moiie_megatron.training.jsonl import StepLines
+from moiie_megatron.training.routing import RouterLosses
+from moiie_megatron.training.scalars import Scalars, routing_scalars
 from moiie_megatron.training.step import StepResult
 
 
 class RunLog:
-    """Writes on rank 0: standard output, ``metrics.jsonl`` and ``tensorboard/``.
+    """Writes on rank 0: standard output, ``metrics.jsonl``, ``routing.jsonl``, ``tensorboard/``.
 
-    A resumed run drops what was logged after its checkpoint, so that the file reads as if the
-    run had never stopped.
+    A line of ``metrics.jsonl`` holds the values of its own step, but for the means and rates
+    that its keys say: balance and z-losses (``aux_ROUTER``, ``z_ROUTER``), ``seconds`` and
+    ``tokens_per_second`` cover all steps since the line before.  ``routing.jsonl`` is described
+    in ``experts/routing_record.py``.  A resumed run drops what was logged after its checkpoint,
+    so that the files read as if the run had never stopped.
     """
 
     def __init__(self, config: RunConfig, world: World, *, start_step: int, total_steps: int):
+        self.interval = config.log.interval
         self.total_steps = total_steps
         self.start_step = start_step
         self.active = world.rank == 0
         self.start_time = self.last_time = time.monotonic()
+        self.tokens = 0
         if not self.active:
             return
         output = Path(config.output)
-        output.mkdir(parents=True, exist_ok=True)
-        self.path = output / "metrics.jsonl"
-        kept = [line for line in complete_lines(self.path) if line["step"] <= start_step]
-        beside = self.path.with_name("metrics.jsonl.writing")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(beside, self.path)
-        self.file = self.path.open("a", buffering=1)
-        self.board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1)
+        self.metrics = StepLines(output / "metrics.jsonl", start_step)
+        self.routes = StepLines(output / "routing.jsonl", start_step)
+        self.scalars = Scalars(config, start_step)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step (counted from 1) gets a line; alike on all ranks."""
+        return step % self.interval == 0 or step in (1, self.total_steps)
 
     def step(
         self,
         step: int,
         result: StepResult,
         learning_rates: dict[str, float],
-        routing: RoutingSummary,
+        losses: RouterLosses | None,
         faults: int,
         skipped: int,
         spike: float | None,
     ) -> None:
-        """Report one optimizer step (counted from 1).
+        """Report one optimizer step.
 
         Args:
+            losses: Of the routers; None where no line is due.
             skipped: Steps up to now whose loss or gradient was not finite.
             spike: The loss as a multiple of what is usual, if it is a spike.
         """
+        self.tokens += result.tokens
+        if losses is None:
+            return
         now = time.monotonic()
         seconds, self.last_time = now - self.last_time, now
+        tokens, self.tokens = self.tokens, 0
         if not self.active:
             return
         values = {
             "step": step,
             "lm_loss": result.lm_loss,
-            **{f"aux_{name}": value for name, value in routing.aux.items()},
-            **{f"z_{name}": value for name, value in routing.z.items()},
+            **{f"aux_{name}": value for name, value in losses.aux.items()},
+            **{f"z_{name}": value for name, value in losses.z.items()},
             **{f"lr_{part}": lr for part, lr in learning_rates.items()},
             "grad_norm": result.grad_norm,
             "tokens": result.tokens,
@@ -72,27 +80,21 @@ class RunLog:
             "image_share": result.image_tokens / max(result.tokens, 1),
             "padding_share": 1 - result.tokens / result.positions,
             # Padding does not count.
-            "tokens_per_second": result.tokens / max(seconds, 1e-9),
+            "tokens_per_second": tokens / max(seconds, 1e-9),
             "seconds": seconds,
             "bad_samples": faults,
             "skipped_steps": skipped,
             **({} if spike is None else {"spike": spike}),
         }
-        self.file.write(
-            json.dumps(
-                values
-                | {
-                    "expert_share": routing.expert_share,
-                    "rows_per_token": routing.rows_per_token,
-                    "remote_rows_per_token": routing.remote_rows_per_token,
-                }
-            )
-            + "\n"
-        )
-        for name, value in values.items():
-            if name != "step":
-                self.board.add_scalar(name, value, step)
+        self.metrics.add(values)
+        self.scalars.add({name: v for name, v in values.items() if name != "step"}, step)
         print(self._line(step, result, values, learning_rates, now), flush=True)
+
+    def routing(self, step: int, record: Mapping[str, Any] | None) -> None:
+        """Report the routing of the steps up to this one; a dense model has none."""
+        if self.active and record is not None:
+            self.routes.add({"step": step, **record})
+            self.scalars.add(routing_scalars(record), step)
 
     def _line(
         self,
@@ -127,17 +129,6 @@ class RunLog:
     def close(self) -> None:
         """Flush and close the files."""
         if self.active:
-            self.file.close()
-            self.board.close()
-
-
-def complete_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of an earlier run; a line cut off by a kill is dropped."""
-    lines = []
-    if path.exists():
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    return lines
+            self.metrics.close()
+            self.routes.close()
+            self.scalars.close()

@@ -22,7 +22,7 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.batch import Batch
 from moiie_megatron.multimodal.build import build_model
 from moiie_megatron.multimodal.model import MoIIEModel
-from moiie_megatron.training.routing import routing_summary
+from moiie_megatron.training.routing import RoutingCounters
 from moiie_megatron.training.setup import prepare_training
 from moiie_megatron.training.step import count_tokens, evaluate_loss, run_schedule
 
@@ -65,7 +65,9 @@ def record_step(
     loss = losses_M.sum() / max(labels, 1)
     for group in (world.groups.dp, world.groups.pp):
         dist.all_reduce(loss, group=group)
-    aux = routing_summary(config, world, model, len(batches) * world.dp_size).aux
+    counters = RoutingCounters(config, world, model)
+    counters.count_step(len(batches) * world.dp_size)
+    aux = counters.losses().aux
     record |= _gather("grad", _pieces(model, world, _main_grad), world)
     trainee.optimizer.step()
     record |= _gather("next", _pieces(model, world, lambda parameter: parameter.data), world)

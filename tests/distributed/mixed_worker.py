@@ -21,7 +21,7 @@ from moiie_megatron.data.batch import Batch
 from moiie_megatron.experts.token_types import IMAGE, PADDING
 from moiie_megatron.multimodal.build import build_model
 from moiie_megatron.training.launch import launch_from, run_in_turn
-from moiie_megatron.training.routing import routing_summary
+from moiie_megatron.training.routing import RoutingCounters
 from moiie_megatron.training.setup import prepare_training
 from moiie_megatron.training.step import train_step
 
@@ -73,6 +73,7 @@ def steps(config: RunConfig, world: World) -> list[dict[str, object]]:
     load_weights(source, world, model)
     trainee = prepare_training(config, world, model, len(SCHEDULE))
     trainee.ddp.train()
+    counters = RoutingCounters(config, world, trainee.model)
     lines: list[dict[str, object]] = []
     for number, ranks in enumerate(SCHEDULE):
         # Micro-batch j of rank r, as the loader deals them.
@@ -83,13 +84,13 @@ def steps(config: RunConfig, world: World) -> list[dict[str, object]]:
         ]
         mine = batches[world.dp_rank :: world.dp_size]
         result = train_step(config, world, trainee, mine)
-        routing = routing_summary(config, world, trainee.model, len(batches))
+        counters.count_step(len(batches))
         lines.append(
             {
                 "lm_loss": result.lm_loss,
                 "grad_norm": result.grad_norm,
                 "image_tokens": result.image_tokens,
-                "aux": routing.aux,
+                "aux": counters.losses().aux,
                 "kinds": [int(len(batch.images) > 0) for batch in mine],
             }
         )

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from moiie_megatron.experts.token_types import MODALITIES
 from tests.distributed.conftest import STEPS
-from tests.helpers.tiny_run import read_metrics
+from tests.helpers.tiny_run import read_metrics, read_routing
 
 # The time limit counts the runs, which the first test of a session waits for.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -30,17 +31,27 @@ def assert_same_course(
         for key in ("lm_loss", "aux_vision", "aux_text", "grad_norm"):
             near = pytest.approx(wanted[key], rel=tolerance, abs=tolerance)
             assert line[key] == near, (line["step"], key)
-        assert line["expert_share"].keys() == wanted["expert_share"].keys()
-        for layer, routers in wanted["expert_share"].items():
-            for router, shares in routers.items():
-                got = line["expert_share"][layer][router]
-                # Shares are counts over counts: one token that goes elsewhere shows.
-                assert got == pytest.approx(shares, abs=1e-6), (line["step"], layer, router)
+
+
+def assert_same_routing(output: Path, reference: Path) -> None:
+    """Two runs sent the same number of tokens to every expert in every step."""
+    records, wanted = read_routing(output), read_routing(reference)
+    assert [record["step"] for record in records] == [record["step"] for record in wanted]
+    for record, want in zip(records, wanted, strict=True):
+        assert record["layers"].keys() == want["layers"].keys()
+        for number, layer in want["layers"].items():
+            for modality in MODALITIES:
+                got, part = record["layers"][number][modality], layer[modality]
+                place = (record["step"], number, modality)
+                assert (got["tokens"], got["load"]) == (part["tokens"], part["load"]), place
+                # Probabilities of weights that differ by rounding, see TOLERANCE.
+                assert got["prob"] == pytest.approx(part["prob"], abs=TOLERANCE), place
 
 
 @pytest.mark.parametrize("layout", ["ep2", "pp2", "tp2", "dp2", "tp2etp2", "tp2ep2"])
 def test_two_processes_train_like_one(layout: str, single: Path, pair: Path) -> None:
     assert_same_course(read_metrics(pair / layout), read_metrics(single / "moiie"))
+    assert_same_routing(pair / layout, single / "moiie")
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
@@ -55,10 +66,12 @@ def test_every_rank_knows_the_length_that_longrope_depends_on(
 
 def test_four_processes_train_like_one(single: Path, quad: Path) -> None:
     assert_same_course(read_metrics(quad / "tp2ep2dp2"), read_metrics(single / "moiie"))
+    assert_same_routing(quad / "tp2ep2dp2", single / "moiie")
 
 
 def test_a_pipeline_stage_without_experts(single: Path, pair: Path) -> None:
     assert_same_course(read_metrics(pair / "one_layer"), read_metrics(single / "one_layer"))
+    assert_same_routing(pair / "one_layer", single / "one_layer")
 
 
 def test_the_reference_really_trains(single: Path) -> None:
@@ -68,14 +81,14 @@ def test_the_reference_really_trains(single: Path) -> None:
     losses = [line["lm_loss"] for line in steps]
     assert losses[0] - losses[-1] > 0.2
     assert all(line["grad_norm"] > 0.1 and line["aux_vision"] > 1.9 for line in steps)
-    assert len({str(line["expert_share"]) for line in steps}) == STEPS
+    assert len({str(record["layers"]) for record in read_routing(single / "moiie")}) == STEPS
 
 
 def test_layers_draw_their_routers_apart(single: Path) -> None:
-    shares = read_metrics(single / "moiie")[0]["expert_share"]
-    assert len(shares) == 2
-    first, second = shares.values()
-    assert first != second
+    layers = read_routing(single / "moiie")[0]["layers"]
+    assert len(layers) == 2
+    first, second = layers.values()
+    assert first["vision"]["load"] != second["vision"]["load"]
 
 
 def test_bf16_stays_near_fp32(single: Path) -> None:

@@ -52,6 +52,7 @@ def tiny_values(digits: Path, output: Path, stage: str = "joint") -> dict[str, A
             "device": "cpu",
         },
         "checkpoint": {"interval": 100},
+        "log": {"routing_interval": 1},
     }
 
 
@@ -63,7 +64,15 @@ def write_config(path: Path, values: dict[str, Any]) -> Path:
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
     """The steps that a run has logged; a line that is being written is left out."""
-    path = output / "metrics.jsonl"
+    return _lines(output / "metrics.jsonl")
+
+
+def read_routing(output: Path) -> list[dict[str, Any]]:
+    """The routing records that a run has logged, by step."""
+    return _lines(output / "routing.jsonl")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     text = path.read_text()

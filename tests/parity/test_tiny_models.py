@@ -102,7 +102,7 @@ def test_balance_losses_and_their_gradients(family: str, case: str, world: World
     for index, layer in enumerate(MOE_LAYERS):
         stats = model.language_model.decoder.layers[layer].mlp.router.stats
         per_layer = torch.tensor([runs[f"aux_loss_{r}_per_layer"][index] for r in ("vis", "lan")])
-        golden.assert_close(stats.aux_R, per_layer, f"balance losses of layer {layer}")
+        golden.assert_close(stats.aux_R.float(), per_layer, f"balance losses of layer {layer}")
 
     gradients = _gradients(model, config)
     start = f"{case}.grad_perlayer_sum_aux."
@@ -132,10 +132,12 @@ def test_pooled_balance_losses_and_every_gradient(
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     tiny.forward(model, inputs, case, labels=True).backward()
 
-    logged = torch.zeros(2)
+    logged = torch.zeros(2, dtype=torch.float64)
     for layer in MOE_LAYERS:
         logged += model.language_model.decoder.layers[layer].mlp.router.stats.aux_R
-    golden.assert_close(logged / len(MOE_LAYERS), want[f"{case}.losses"][1:3], "pooled losses")
+    golden.assert_close(
+        logged.float() / len(MOE_LAYERS), want[f"{case}.losses"][1:3], "pooled losses"
+    )
     gradients = _gradients(model, config)
     for name, digest in runs["grad_digests"].items():
         golden.assert_digest(gradients[name], digest, name)

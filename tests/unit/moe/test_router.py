@@ -95,7 +95,7 @@ def test_z_loss_and_its_gradient(world: World) -> None:
     wanted = torch.autograd.grad(expected, list(module.gates.values()))
     for got, want in zip(found, wanted, strict=True):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-6) and want.abs().max() > 1e-3
-    assert torch.allclose(module.stats.z_R, torch.stack(logged).detach(), rtol=1e-5)
+    assert torch.allclose(module.stats.z_R.float(), torch.stack(logged).detach(), rtol=1e-5)
 
 
 def test_padding_and_replay_are_not_counted(world: World) -> None:
@@ -107,8 +107,8 @@ def test_padding_and_replay_are_not_counted(world: World) -> None:
     assert not any(buffer.any() for buffer in module.stats.buffers())
     module(hidden, types)
     real = torch.tensor([(types == IMAGE).sum(), (types == TEXT).sum()])
-    assert torch.equal(module.stats.tokens_R, real.float())
-    assert torch.equal(module.stats.load_RE.sum(dim=1), 2 * real.float())
+    assert torch.equal(module.stats.tokens_M, real.double())
+    assert torch.equal(module.stats.load_ME.sum(dim=1), 2 * real.double())
 
 
 def test_a_modality_without_tokens_costs_nothing(world: World) -> None:

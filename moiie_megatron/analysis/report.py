@@ -1,0 +1,251 @@
+"""One self-contained HTML page about a run of one or several stages, from the files it left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from importlib import resources
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from moiie_megatron.analysis.answers import Answers, read_answers
+from moiie_megatron.analysis.curves import curves_figure, step_figure
+from moiie_megatron.analysis.expert_use import MODALITY_TITLES, ExpertUse
+from moiie_megatron.analysis.figure import svg_data
+from moiie_megatron.analysis.groups import groups_figure
+from moiie_megatron.analysis.load_map import load_map_figure
+from moiie_megatron.analysis.pathways import pathways_figure
+from moiie_megatron.analysis.records import (
+    Records,
+    newest,
+    read_lines,
+    read_metrics,
+    read_routing,
+)
+from moiie_megatron.checkpoint.folder import CONFIG_FILE, checkpoints_folder, latest_checkpoint
+from moiie_megatron.config.load import load_config
+from moiie_megatron.config.schema import RunConfig
+
+_ROWS = 100  # of a table of problems; what is beyond is counted
+_AVERAGED_STEPS = 50  # of the routing pictures
+_FINAL_STEPS = 20  # whose median is called the final loss
+_WIDE, _TALL, _LOW = 6.4, 6.2, 4.2  # inches: letters stay legible where a phone shrinks a picture
+
+# What a run may leave besides its metrics: file, heading, what it means.
+_PROBLEMS = (
+    ("faults.jsonl", "Samples left out", "Records or images that could not be used."),
+    ("bad_steps.jsonl", "Steps with problems", "Skipped updates and spikes of the loss."),
+)
+
+
+def write_report(
+    runs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    scores: str | Path | None = None,
+) -> Path:
+    """Write the page; it opens without a network.
+
+    Args:
+        runs: Output folders of a run, or of the runs that followed each other.
+        out: The HTML file.
+        scores: What ``tools/evaluate.py --out`` wrote about the last run; None for no answers.
+
+    Raises:
+        ValueError: A folder holds no run, or one of its files cannot be read.
+    """
+    folders = [Path(run) for run in runs]
+    if not folders:
+        raise ValueError("There is no run to report on: name an output folder.")
+    names = _names(folders)
+    stages = {name: _stage(name, folder) for name, folder in zip(names, folders, strict=True)}
+    answers = None if scores is None else read_answers(scores)
+    page = _render(stages, answers)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(out.name + ".writing")
+    beside.write_text(page, encoding="utf-8")
+    os.replace(beside, out)
+    return out
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Names of the folders, with a number in front where two are alike."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{number}. {name}" for number, name in enumerate(names, start=1)]
+
+
+def _render(stages: Mapping[str, dict[str, Any]], answers: Answers | None) -> str:
+    metrics = {name: stage["metrics"] for name, stage in stages.items()}
+    routed = [stage for stage in stages.values() if stage["routing"]]
+    source = resources.files("moiie_megatron.analysis") / "templates" / "report.html"
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(source.read_text(encoding="utf-8")).render(
+        title=" / ".join(stages),
+        stages=list(stages.values()),
+        loss_picture=svg_data(curves_figure(metrics, (_WIDE, _TALL))),
+        step_picture=svg_data(step_figure(metrics, (_WIDE, _LOW))),
+        routing=_routing(routed[-1]["name"], routed[-1]["routing"]) if routed else None,
+        answers=answers,
+    )
+
+
+def _stage(name: str, folder: Path) -> dict[str, Any]:
+    """What the page says about one run."""
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is not the output folder of a run: it has no config.yaml.")
+    config = load_config(folder / "config.yaml", environ={})
+    metrics = read_metrics(folder / "metrics.jsonl")
+    routing = folder / "routing.jsonl"
+    has_routing = routing.exists() and routing.stat().st_size > 0
+    written = datetime.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime, timezone.utc)
+    return {
+        "name": name,
+        "folder": str(folder),
+        "config": (folder / "config.yaml").read_text(encoding="utf-8"),
+        "facts": _facts(config),
+        "figures": _figures(metrics),
+        "written": written.strftime("%Y-%m-%d %H:%M UTC"),
+        "metrics": metrics,
+        "routing": read_routing(routing) if has_routing else [],
+        "problems": _problems(folder),
+        "bad_samples": metrics[-1].get("bad_samples", 0),
+        "checkpoints": _checkpoints(folder),
+    }
+
+
+def _facts(config: RunConfig) -> dict[str, str]:
+    """What a reader wants to know of the configuration before the whole of it."""
+    degrees = config.active_parallel
+    parallel = {
+        "TP": degrees.tensor,
+        "PP": degrees.pipeline,
+        "EP": degrees.expert,
+        "ETP": degrees.expert_tensor,
+    }
+    used = ", ".join(f"{key} {value}" for key, value in parallel.items() if value > 1)
+    layout = config.moe.layout
+    experts = (
+        f"{config.moe.variant}: {layout.num_vision} vision, {layout.num_shared} shared, "
+        f"{layout.num_text} text, top-{layout.top_k}, {len(config.moe_layers)} layers"
+    )
+    return {
+        "stage": config.stage.name,
+        "trains": ", ".join(config.stage.learning_rates),
+        "experts": experts if config.moe_layers else "none (dense)",
+        "parallelism": used or "data parallelism alone",
+        "batch": f"{config.train.global_batch_size} samples, {config.train.precision}",
+    }
+
+
+def _figures(metrics: Records) -> dict[str, str]:
+    losses = [record["lm_loss"] for record in metrics]
+    seconds = sum(record["seconds"] for record in metrics)
+    tokens = sum(record["tokens_per_second"] * record["seconds"] for record in metrics)
+    return {
+        "steps": f"{metrics[-1]['step']:,}",
+        "first loss": f"{losses[0]:.3f}",
+        "final loss": f"{median(losses[-_FINAL_STEPS:]):.3f}",
+        "tokens": _short_number(tokens),
+        "tokens/s": _short_number(median(record["tokens_per_second"] for record in metrics)),
+        "time": str(timedelta(seconds=round(seconds))),
+    }
+
+
+def _short_number(value: float) -> str:
+    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if value >= limit:
+            return f"{value / (1e3 if unit == ' k' else limit):.1f}{unit}"
+    return f"{value:,.0f}"
+
+
+def _problems(folder: Path) -> list[dict[str, Any]]:
+    """One table per file of problems that is there."""
+    tables = []
+    for file, title, meaning in _PROBLEMS:
+        if not (folder / file).exists():
+            continue
+        records = read_lines(folder / file)
+        columns = list(dict.fromkeys(key for record in records for key in record))
+        rows = [[_cell(record.get(column)) for column in columns] for record in records[:_ROWS]]
+        tables.append(
+            {"title": title, "meaning": meaning, "count": len(records)}
+            | {"columns": columns, "rows": rows, "left_out": len(records) - len(rows)}
+        )
+    return tables
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    text = "" if value is None else str(value)
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def _checkpoints(folder: Path) -> list[dict[str, Any]]:
+    newest_one = latest_checkpoint(folder)
+    found = []
+    for path in sorted(checkpoints_folder(folder).glob("step_*")):
+        if not (path / CONFIG_FILE).is_file():
+            continue
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        saved = datetime.fromtimestamp((path / CONFIG_FILE).stat().st_mtime, timezone.utc)
+        found.append(
+            {
+                "name": path.name,
+                "size": f"{size / 1e6:,.1f} MB",
+                "saved": saved.strftime("%Y-%m-%d %H:%M UTC"),
+                "is_latest": path == newest_one,
+            }
+        )
+    return found
+
+
+def _routing(name: str, records: Records) -> dict[str, Any]:
+    """Pictures of a run with experts, and its last record as a table."""
+    last = newest(records, _AVERAGED_STEPS)
+    use = ExpertUse.from_records(last)
+    record = records[-1]
+    steps = sum(part["steps"] for part in last)
+    layers = [
+        {
+            "number": number,
+            "entropies": [_number(layer[modality]["entropy"]) for modality in MODALITY_TITLES],
+            "max_over_mean": _number(layer["max_over_mean"]),
+            "dead": ", ".join(record["experts"][expert] for expert in layer["dead"]) or "none",
+        }
+        for number, layer in record["layers"].items()
+    ]
+    moved = [
+        {
+            "kind": {**MODALITY_TITLES, "padding": "padding"}[kind],
+            "rows": f"{part['rows'] / record['steps']:,.0f}",
+            "remote_rows": f"{part['remote_rows'] / record['steps']:,.0f}",
+            "megabytes": f"{part['bytes'] / record['steps'] / 1e6:,.2f}",
+        }
+        for kind, part in record["moved"].items()
+    ]
+    return {
+        "name": name,
+        "steps": steps,
+        "first": record["step"] - record["steps"] + 1,
+        "last": record["step"],
+        "ranks": len(record["ranks"]),
+        "pathways": svg_data(pathways_figure(use)),
+        "groups": svg_data(groups_figure(use)),
+        "load_map": svg_data(load_map_figure(records)),
+        "layers": layers,
+        "moved": moved if len(record["ranks"]) > 1 else [],
+    }
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

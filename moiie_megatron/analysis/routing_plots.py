@@ -1,0 +1,30 @@
+"""All pictures of routing from the records of one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moiie_megatron.analysis.expert_use import ExpertUse
+from moiie_megatron.analysis.groups import plot_groups
+from moiie_megatron.analysis.load_map import plot_load_map
+from moiie_megatron.analysis.pathways import plot_pathways
+from moiie_megatron.analysis.records import Records, newest
+
+
+def plot_routing(records: Records, out: str | Path, *, last: int = 50) -> list[Path]:
+    """Draw ``pathways.png``, ``groups.png`` and, of a training run, ``load_map.png``.
+
+    Args:
+        records: Of one model (``read_routing``).
+        out: Folder.
+        last: Optimizer steps at the end that the first two pictures cover.
+
+    Raises:
+        ValueError: Records of several models, or none.
+    """
+    out = Path(out)
+    use = ExpertUse.from_records(newest(records, last))
+    files = [plot_pathways(use, out / "pathways.png"), plot_groups(use, out / "groups.png")]
+    if all("step" in record for record in records):
+        files.append(plot_load_map(records, out / "load_map.png"))
+    return files

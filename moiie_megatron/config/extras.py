@@ -1,0 +1,20 @@
+"""Packages that only some runs need: asked for before a run starts, not in the middle of it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from moiie_megatron.config.schema import RunConfig
+
+
+def check_extras(config: RunConfig) -> None:
+    """Refuse a run whose configuration needs a package that is not installed.
+
+    Raises:
+        ValueError: The first missing package, with the key that needs it.
+    """
+    if config.log.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"log.wandb_project is {config.log.wandb_project!r} but the package wandb is not "
+            'installed: pip install "moiie-megatron[wandb]", or leave the key out.'
+        )

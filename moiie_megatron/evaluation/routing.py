@@ -1,0 +1,105 @@
+"""How a trained model routes the samples of a data set, without training it.
+
+The whole conversation is read at once, answers included, as in training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moiie_megatron.backend.parallel import World
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.data.batch import Batch, Example, collate
+from moiie_megatron.data.dataset import LlavaDataset
+from moiie_megatron.data.encode import IGNORE, Encoded
+from moiie_megatron.data.records import BadRecord
+from moiie_megatron.experts.token_types import PADDING
+from moiie_megatron.moe.router import ModalityRouter
+from moiie_megatron.multimodal.model import MoIIEModel
+from moiie_megatron.training.routing import RoutingCounters
+from moiie_megatron.training.step import run_schedule
+
+_EMPTY_LENGTH = 8  # tokens of a batch that only keeps other ranks company
+
+
+@torch.no_grad()
+def measure_routing(
+    config: RunConfig,
+    world: World,
+    model: MoIIEModel,
+    dataset: LlavaDataset,
+    samples: int,
+) -> dict[str, Any] | None:
+    """Route the first samples of a data set; every rank calls this.
+
+    Args:
+        config: ``train.micro_batch_size`` samples make one forward pass of a rank.
+        model: Left in evaluation mode.
+        samples: How many; at most all are read.
+
+    Returns:
+        On rank 0 a record of ``experts/routing_record.py``, with ``samples`` that were routed and
+        ``bad_samples`` that could not be read; None on other ranks.
+
+    Raises:
+        ValueError: The model has no experts, or no sample could be read.
+    """
+    if not config.moe_layers:
+        raise ValueError(f"The model of stage {config.stage.name} is dense: it routes nothing.")
+    model.eval()
+    routers = [m for m in model.modules() if isinstance(m, ModalityRouter)]
+    for router in routers:
+        router.counts_in_eval = True
+    counters = RoutingCounters(config, world, model)
+    counts = torch.zeros(2, dtype=torch.int64)  # samples read, samples that could not be read
+    size, samples = config.train.micro_batch_size, min(samples, len(dataset))
+    # Every rank makes the same number of passes: dispatchers wait for all ranks.
+    for start in range(0, samples, size * world.dp_size):
+        first = start + world.dp_rank * size
+        examples, bad = _read(dataset, range(first, min(first + size, samples)))
+        counts += torch.tensor([len(examples), bad])
+        batch = _batch(config, dataset, examples)
+        run_schedule(config, world, model, [batch], loss_scale=1.0, forward_only=True)
+    for router in routers:
+        router.counts_in_eval = False
+    counts = counts.to(world.device.torch_device)
+    dist.all_reduce(counts, group=world.groups.dp)
+    read, bad = counts.tolist()
+    if not read:
+        raise ValueError(f"None of the first {samples} samples can be read: check the data.")
+    record = counters.record()
+    return None if record is None else {**record, "samples": read, "bad_samples": bad}
+
+
+def _read(dataset: LlavaDataset, indices: range) -> tuple[list[Example], int]:
+    examples, bad = [], 0
+    for index in indices:
+        try:
+            examples.append(dataset[index])
+        except BadRecord:
+            bad += 1
+    return examples, bad
+
+
+def _batch(config: RunConfig, dataset: LlavaDataset, examples: list[Example]) -> Batch:
+    """The examples as one batch; padding alone, which is not counted, where there are none."""
+    parallel = config.parallel
+    full = config.data.sequence_length if config.data.padding == "sequence_length" else None
+    return collate(
+        examples or [_nothing(dataset)],
+        pad_id=dataset.pad_id,
+        num_image_tokens=dataset.num_image_tokens,
+        pad_to=full,
+        multiple_of=parallel.tensor if parallel.sequence_parallel else 1,
+    )
+
+
+def _nothing(dataset: LlavaDataset) -> Example:
+    tokens = torch.full((_EMPTY_LENGTH,), dataset.pad_id)
+    types = torch.full((_EMPTY_LENGTH,), PADDING, dtype=torch.int8)
+    encoded = Encoded(tokens, torch.full_like(tokens, IGNORE), types, ())
+    side = dataset.image_size
+    return Example(encoded, torch.empty(0, 3, side, side, dtype=torch.uint8), "")

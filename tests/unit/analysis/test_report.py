@@ -1,0 +1,136 @@
+"""The page holds what the run left, and needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from moiie_megatron.analysis.report import write_report
+from tests.unit.analysis.routing_records import RECORDS
+from tests.unit.config.minimal import MINIMAL
+
+
+def make_run(folder: Path, *, routed: bool = True) -> Path:
+    """The files of a run of three steps."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(MINIMAL)
+    lines = [
+        {"step": step, "lm_loss": 4.0 / step, "aux_vision": 2.1, "aux_text": 2.0, "lr_moe": 1e-3}
+        | {"grad_norm": 1.5, "tokens_per_second": 1000.0, "seconds": 25.0, "bad_samples": step - 1}
+        for step in (1, 2, 3)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    routing = RECORDS if routed else []
+    (folder / "routing.jsonl").write_text("".join(json.dumps(r) + "\n" for r in routing))
+    checkpoint = folder / "checkpoints" / "step_0000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "run.yaml").write_text(MINIMAL)
+    (checkpoint.parent / "latest").write_text("step_0000003\n")
+    return folder
+
+
+def make_scores(folder: Path) -> Path:
+    """Two questions, one with a picture that is there."""
+    Image.new("RGB", (40, 20), "red").save(folder / "red.png")
+    outcomes = [
+        {"id": "1", "kind": "colour", "expected": "Red", "answer": "red", "blanked_answer": "blue"}
+        | {"question": "<image>\nWhich colour is <b>this</b>?", "images": ["red.png"]},
+        {"id": "2", "kind": "colour", "expected": "7", "answer": "", "blanked_answer": "7"}
+        | {"question": "What is gone?", "images": ["gone.png"]},
+    ]
+    accuracy = {"questions": 2, "accuracy": 0.5, "blanked_accuracy": 0.25}
+    scores = {**accuracy, "by_kind": {"colour": accuracy}, "images": str(folder)}
+    file = folder / "scores.json"
+    file.write_text(json.dumps({**scores, "outcomes": outcomes}))
+    return file
+
+
+def pictures(page: str) -> list[tuple[str, bytes]]:
+    """Kind and bytes of every picture in the page."""
+    found = re.findall(r'<img [^>]*src="data:image/([a-z+]+);base64,([^"]+)"', page)
+    assert len(found) == page.count("<img ")
+    return [(kind, base64.b64decode(data)) for kind, data in found]
+
+
+def test_everything_is_there(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "faults.jsonl").write_text(
+        '{"file": "a.jsonl", "index": 3, "reason": "image <x> is gone"}\n'
+    )
+    (run / "bad_steps.jsonl").write_text('{"step": 2, "lm_loss": 9.87654321}\n')
+    page = write_report([run], run / "report.html", scores=make_scores(tmp_path)).read_text()
+    for heading in ("overview", "loss", "speed", "routing", "answers", "problems", "checkpoints"):
+        assert f'<h2 id="{heading}">' in page and f'href="#{heading}"' in page
+    drawn = pictures(page)
+    # Two of the steps, three of the routing, one of a question.
+    assert [kind for kind, _ in drawn] == ["svg+xml"] * 5 + ["png"]
+    assert all(data.count(b"<path") > 10 for kind, data in drawn if kind == "svg+xml")
+    # Configuration, first loss, median of the last ones, time, experts, problems, checkpoint.
+    assert (
+        "language: {preset: tiny-llama}" in page
+        and "<b>1.333</b>" in page
+        or "<b>2.000</b>" in page
+    )
+    assert "moiie: 1 vision, 2 shared, 1 text, top-2, 2 layers" in page
+    assert "image &lt;x&gt; is gone" in page and "9.8765" in page
+    assert "step_0000003" in page and "latest" in page
+    # 15 rows in each of 2 layers over 5 steps; 7 of them to another rank, 100 bytes each.
+    assert ">6<" in page and ">3<" in page
+    # Question, answer, truth; text is text, whatever it holds.
+    assert "Which colour is &lt;b&gt;this&lt;/b&gt;?" in page and "&lt;image&gt;" not in page
+    assert page.count('class="answer right"') == 1 and "(nothing)" in page
+    assert "image gone.png does not exist" in page
+
+
+def test_the_page_needs_no_network(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    page = write_report([run], tmp_path / "page.html").read_text()
+    text = re.sub(r'"data:[^"]+"', '""', page)
+    assert "http" not in text and "//" not in text and "@import" not in text
+    assert not re.search(r"<(script|link|iframe)", text)
+    assert '<meta name="viewport" content="width=device-width' in text
+
+
+def test_a_dense_run_and_a_run_with_experts_on_one_page(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "first", routed=False), make_run(tmp_path / "second")]
+    page = write_report(runs, tmp_path / "report.html").read_text()
+    assert "<h1>first / second</h1>" in page and "of second" in page
+    assert page.count("every value of the run") == 2
+    alone = write_report(runs[:1], tmp_path / "alone.html").read_text()
+    assert 'id="routing"' not in alone and 'id="answers"' not in alone
+    # No routing, no problems.
+    assert len(pictures(alone)) == 2 and "Steps with problems" not in alone
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name / "run") for name in ("a", "b")]
+    page = write_report(runs, tmp_path / "report.html").read_text()
+    assert "<h1>1. run / 2. run</h1>" in page
+
+
+def test_many_problems_are_counted(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    line = '{"file": "a", "index": 1, "reason": "r"}\n'
+    (run / "faults.jsonl").write_text(line * 130)
+    page = write_report([run], tmp_path / "report.html").read_text()
+    assert "Samples left out: 130" in page and "30 more in the file" in page
+    assert page.count("<td>r</td>") == 100
+
+
+def test_refusals(tmp_path: Path) -> None:
+    run, out = make_run(tmp_path / "run"), tmp_path / "report.html"
+    with pytest.raises(ValueError, match="is not the output folder of a run"):
+        write_report([tmp_path], out)
+    with pytest.raises(ValueError, match="no run to report on"):
+        write_report([], out)
+    with pytest.raises(ValueError, match="scores .* cannot be read"):
+        write_report([run], out, scores=tmp_path / "none.json")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not hold scores"):
+        write_report([run], out, scores=tmp_path / "other.json")
+    assert not out.exists()

@@ -1,0 +1,101 @@
+"""Routing of a checkpoint on a data set: every real token once, whatever the batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moiie_megatron.backend.parallel import World
+from moiie_megatron.checkpoint.folder import find_checkpoint
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.data.build import build_dataset
+from moiie_megatron.data.dataset import LlavaDataset
+from moiie_megatron.data.records import BadRecord
+from moiie_megatron.evaluation.generate import Generator, checkpoint_config
+from moiie_megatron.evaluation.routing import measure_routing
+from moiie_megatron.experts.token_types import IMAGE, TEXT
+from moiie_megatron.moe.router import ModalityRouter
+
+SAMPLES = 5
+
+
+@pytest.fixture(scope="module")
+def config(run: Path) -> RunConfig:
+    return checkpoint_config(find_checkpoint(run))
+
+
+@pytest.fixture(scope="module")
+def dataset(config: RunConfig) -> LlavaDataset:
+    return build_dataset(config)
+
+
+def measure(
+    generator: Generator, dataset: Any, world: World, config: RunConfig, batch: int = 2
+) -> dict[str, Any]:
+    train = config.train.model_copy(update={"micro_batch_size": batch})
+    config = config.model_copy(update={"train": train})
+    record = measure_routing(config, world, generator.model, dataset, SAMPLES)
+    assert record is not None
+    return record
+
+
+def test_the_tokens_of_the_samples_are_counted(
+    generator: Generator, dataset: LlavaDataset, world: World, config: RunConfig
+) -> None:
+    types = torch.cat([dataset[index].encoded.token_types for index in range(SAMPLES)])
+    record = measure(generator, dataset, world, config)
+    assert (record["samples"], record["bad_samples"]) == (SAMPLES, 0)
+    for layer in record["layers"].values():
+        assert layer["vision"]["tokens"] == (types == IMAGE).sum() > 0
+        assert layer["text"]["tokens"] == (types == TEXT).sum() > 0
+        for part in (layer["vision"], layer["text"]):
+            assert sum(part["load"]) == 2 * part["tokens"]
+            assert sum(part["prob"]) == pytest.approx(1.0, abs=1e-6)
+    # A second look counts afresh, and the batches change no choice.
+    assert measure(generator, dataset, world, config, batch=3)["layers"].keys() == {"1", "3"}
+    again = measure(generator, dataset, world, config, batch=SAMPLES)
+    for number, layer in record["layers"].items():
+        for modality in ("vision", "text"):
+            assert again["layers"][number][modality]["load"] == layer[modality]["load"]
+    routers = [m for m in generator.model.modules() if isinstance(m, ModalityRouter)]
+    assert routers and not any(router.counts_in_eval for router in routers)
+
+
+def test_unreadable_samples_are_left_out(
+    generator: Generator, dataset: LlavaDataset, world: World, config: RunConfig
+) -> None:
+    class Damaged:
+        """The data set, without some of its samples."""
+
+        def __init__(self, bad: set[int]) -> None:
+            self.bad = bad
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(dataset, name)
+
+        def __len__(self) -> int:
+            return len(dataset)
+
+        def __getitem__(self, index: int) -> Any:
+            if index in self.bad:
+                raise BadRecord("gone")
+            return dataset[index]
+
+    types = torch.cat([dataset[index].encoded.token_types for index in (0, 3, 4)])
+    # A whole batch of two is gone.
+    record = measure(generator, Damaged({1, 2}), world, config, batch=1)
+    assert (record["samples"], record["bad_samples"]) == (3, 2)
+    assert record["layers"]["1"]["text"]["tokens"] == (types == TEXT).sum()
+    with pytest.raises(ValueError, match="None of the first 5 samples can be read"):
+        measure(generator, Damaged(set(range(SAMPLES))), world, config)
+
+
+def test_a_dense_model_routes_nothing(
+    generator: Generator, dataset: LlavaDataset, world: World, config: RunConfig
+) -> None:
+    dense = config.model_copy(update={"stage": config.stage.model_copy(update={"moe": False})})
+    with pytest.raises(ValueError, match="is dense"):
+        measure(generator, dataset, world, dense)

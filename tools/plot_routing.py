@@ -1,0 +1,116 @@
+"""Plot routing: which experts image tokens and text tokens take, layer by layer.
+
+``plot_routing.py RUN`` draws what a training run has logged (routing.jsonl): token pathways,
+share of intra-modality and shared experts, load of every expert over training.
+
+``plot_routing.py CKPT --out DIR`` (or RUN with --records) puts samples through the model without
+training it, writes the same JSON, and draws the first two; also under torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from moiie_megatron.backend.process import Launch
+from moiie_megatron.config.checks import check_config
+from moiie_megatron.training.launch import exit_code, launch_from, run_in_world
+
+LOG = "routing.jsonl"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", help="output folder of a run, or a step_... folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.expert=2")
+    parser.add_argument("--out", metavar="DIR", help="where to write; default RUN/routing")
+    parser.add_argument(
+        "--last", type=int, default=50, metavar="N", help="steps of a run to add up (50)"
+    )
+    parser.add_argument(
+        "--records", metavar="FILE", help="LLaVA records to read; default: the run's own data"
+    )
+    parser.add_argument("--images", metavar="DIR", help="folder of the image paths in --records")
+    parser.add_argument(
+        "--samples", type=int, default=256, metavar="N", help="how many samples to read (256)"
+    )
+    # Options and overrides may come in any order.
+    arguments = parser.parse_intermixed_args()
+    launch = launch_from(os.environ)
+    target = Path(arguments.target)
+    log = target / LOG
+    measures = arguments.records is not None or not log.exists()
+
+    def task() -> None:
+        for name in ("last", "samples"):
+            if getattr(arguments, name) < 1:
+                raise ValueError(f"--{name} is {getattr(arguments, name)}: use 1 or more.")
+        if (arguments.records is None) != (arguments.images is None):
+            raise ValueError("--records and --images belong together: give both or neither.")
+        if measures and arguments.out is None:
+            raise ValueError(
+                f"{target} has no {LOG} to draw or is to read other records: name a folder for "
+                "the result with --out."
+            )
+        out = Path(arguments.out) if arguments.out else target / "routing"
+        if measures:
+            measure(arguments, launch, out)
+        if launch.rank == 0:
+            draw(out / LOG if measures else log, out, arguments.last)
+
+    return exit_code(task, launch)
+
+
+def draw(file: Path, out: Path, last: int) -> None:
+    """Pictures from JSON alone."""
+    from moiie_megatron.analysis.records import read_routing
+    from moiie_megatron.analysis.routing_plots import plot_routing
+
+    for picture in plot_routing(read_routing(file), out, last=last):
+        print(picture)
+
+
+def measure(arguments: argparse.Namespace, launch: Launch, out: Path) -> None:
+    """Write the record of a checkpoint on a data set to ``out/routing.jsonl``."""
+    # Heavy imports where they are needed: drawing a log does without Megatron.
+    from moiie_megatron.backend.parallel import World
+    from moiie_megatron.checkpoint.folder import find_checkpoint
+    from moiie_megatron.checkpoint.upcycle import load_weights
+    from moiie_megatron.data.build import build_dataset
+    from moiie_megatron.evaluation.generate import checkpoint_config
+    from moiie_megatron.evaluation.routing import measure_routing
+    from moiie_megatron.multimodal.build import build_model
+
+    folder = find_checkpoint(arguments.target)
+    overrides = list(arguments.overrides)
+    if arguments.records is not None:
+        source = {"records": arguments.records, "images": arguments.images}
+        overrides.append(f"data.sources={json.dumps([source])}")
+    config = checkpoint_config(folder, overrides)
+    check_config(config, world_size=launch.world_size)
+    dataset = build_dataset(config)
+
+    def body(world: World) -> None:
+        model = build_model(config, world)
+        load_weights(folder, world, model)
+        record = measure_routing(config, world, model, dataset, arguments.samples)
+        if record is None:
+            return
+        sources = [source.model_dump() for source in config.data.sources]
+        record |= {"checkpoint": str(folder), "sources": sources}
+        out.mkdir(parents=True, exist_ok=True)
+        beside = out / f"{LOG}.writing"
+        beside.write_text(json.dumps(record) + "\n")
+        os.replace(beside, out / LOG)
+        print(f"{record['samples']} samples routed, {record['bad_samples']} unreadable", flush=True)
+
+    run_in_world(config, launch, body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

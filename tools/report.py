@@ -1,0 +1,45 @@
+"""Report: one self-contained HTML page about a run, or about runs that followed each other.
+
+It shows configuration, curves, routing, answers, data problems and checkpoints from the files in
+the output folders; it needs no network to be read and nothing is computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from moiie_megatron.backend.process import Launch
+from moiie_megatron.training.launch import exit_code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder(s), in order")
+    parser.add_argument(
+        "--scores",
+        metavar="FILE",
+        help="what tools/evaluate.py --out wrote; default: scores.json in the last RUN if there",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="the page; default report.html in the last RUN"
+    )
+    arguments = parser.parse_args()
+
+    def task() -> None:
+        from moiie_megatron.analysis.report import write_report
+
+        last = Path(arguments.runs[-1])
+        scores = arguments.scores
+        if scores is None and (last / "scores.json").exists():
+            scores = last / "scores.json"
+        print(write_report(arguments.runs, arguments.out or last / "report.html", scores=scores))
+
+    return exit_code(task, Launch())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
