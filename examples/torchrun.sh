@@ -59,33 +59,34 @@ trap '' USR1
 "$PYTHON" -m torch.distributed.run "${options[@]}" "$@" &
 agent=$!
 
+# shellcheck disable=SC2317 # called by stop
+workers_of() { # their process ids in one line
+    cat "/proc/$1/task/"*/children 2>/dev/null || true
+}
+
 is_stopping=false
 # shellcheck disable=SC2317 # called by trap
 stop() {
+    local workers=()
     is_stopping=true
     trap '' TERM USR1
+    if [[ -z $(workers_of "$agent") ]]; then # nothing has begun, so there is nothing to save
+        kill -TERM "$agent" 2>/dev/null || true
+        wait "$agent" 2>/dev/null || true
+        exit 0
+    fi
     # Again and again: a worker that is still importing does not listen yet.
     while kill -0 "$agent" 2>/dev/null; do
-        signal_workers
+        read -r -a workers < <(workers_of "$agent") || true
+        kill -USR1 "${workers[@]}" 2>/dev/null || true
         sleep 2
     done
-}
-
-# shellcheck disable=SC2317 # called by stop
-signal_workers() {
-    local workers=()
-    read -r -a workers -d '' < <(cat "/proc/$agent/task/"*/children 2>/dev/null) || true
-    if ((${#workers[@]})); then
-        kill -USR1 "${workers[@]}" 2>/dev/null || true
-    else
-        kill -TERM "$agent" 2>/dev/null || true # nothing has begun
-    fi
 }
 trap stop TERM USR1
 
 status=0
 wait "$agent" || status=$?
-if $is_stopping; then # a signal ends wait
+if $is_stopping; then # the signal has ended this wait
     status=0
     wait "$agent" || status=$?
 fi
