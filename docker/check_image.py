@@ -1,7 +1,7 @@
 """Stops the build of the image if a part of the base was replaced or does not import.
 
-    python check_image.py constraints.txt            the image for GPUs
-    python check_image.py constraints.txt --cpu      a base without CUDA, to try the build itself
+python check_image.py constraints.txt            the image for GPUs
+python check_image.py constraints.txt --cpu      a base without CUDA, to try the build itself
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
         raise SystemExit(f"torch {torch.__version__} has no grouped_mm: give a newer BASE.")
     if not options.cpu:
         if not torch.version.cuda:
-            raise SystemExit(f"torch {torch.__version__} is a build for the CPU: give another BASE.")
+            raise SystemExit(f"torch {torch.__version__} has no CUDA: give another BASE.")
         importlib.import_module("transformer_engine.pytorch")
     for module in ("training.loop", "checkpoint.to_hf", "evaluation.generate", "analysis.curves"):
         importlib.import_module(f"moiie_megatron.{module}")

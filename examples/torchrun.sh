@@ -16,7 +16,7 @@
 # MAX_RESTARTS     how often the workers are started again after one has failed; default 3 on
 #                  several nodes, 0 on one.  Training goes on from the last checkpoint.
 # JOIN_TIMEOUT     seconds that the others wait for a node that is gone; default 1800
-# LOCAL_ADDRESS    address of this node for the others; default: what its host name resolves to
+# LOCAL_ADDRESS    address of this node for the others; default: its host name, localhost on one node
 # PYTHON           default: .venv/bin/python if it is there, else python
 #
 # SIGTERM and SIGUSR1 to this script make the run save and end with code 0.
@@ -46,7 +46,9 @@ if ((${NNODES:-1} > 1)); then
     options+=(--max-restarts "${MAX_RESTARTS:-3}")
     [[ -z ${LOCAL_ADDRESS:-} ]] || options+=(--local-addr "$LOCAL_ADDRESS")
 else
-    options+=(--standalone --max-restarts "${MAX_RESTARTS:-0}")
+    # The host name of a container may be unknown even to itself.
+    options+=(--standalone --local-addr "${LOCAL_ADDRESS:-localhost}")
+    options+=(--max-restarts "${MAX_RESTARTS:-0}")
 fi
 # A store of its own for the workers of every attempt.  torchrun would keep one store for all
 # attempts, in which an agent that joins later does not find the address, and restarted workers

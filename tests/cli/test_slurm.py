@@ -230,7 +230,10 @@ def test_requeues_have_an_end(slurm: Slurm) -> None:
 def test_a_missing_path_is_one_sentence(slurm: Slurm) -> None:
     code, err = slurm.run("stage1.sbatch", codes=[], STAGE1_RECORDS="")
     assert code == 1
-    assert err == "error: STAGE1_RECORDS is not set: see examples/recipe.sh for the variables of a run.\n"
+    assert (
+        err
+        == "error: STAGE1_RECORDS is not set: see examples/recipe.sh for the variables of a run.\n"
+    )
     assert slurm.calls("srun") == []
 
 

@@ -65,7 +65,7 @@ def _printed(echo: Path, **variables: str) -> str:
 
 def test_one_node(echo: Path) -> None:
     printed = _printed(echo)
-    assert " --nproc-per-node gpu --standalone --max-restarts 0 " in printed
+    assert " --nproc-per-node gpu --standalone --local-addr localhost --max-restarts 0 " in printed
     assert " --max-restarts 2 " in _printed(echo, MAX_RESTARTS="2", NNODES="1")
 
 

@@ -24,7 +24,9 @@ def test_values_are_laid_over_those_of_the_base(tmp_path: Path) -> None:
         above="base: below.yaml\noutput: runs/other\nmoe: {variant: vanilla}\n",
     )
 
-    below, above = (load_config(tmp_path / f"{name}.yaml", environ={}) for name in ("below", "above"))
+    below, above = (
+        load_config(tmp_path / f"{name}.yaml", environ={}) for name in ("below", "above")
+    )
 
     moe = below.moe.model_copy(update={"variant": "vanilla"})
     assert (above.moe.variant, above.moe.top_k) == ("vanilla", 1)
