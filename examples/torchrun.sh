@@ -61,13 +61,13 @@ trap '' USR1
 "$PYTHON" -m torch.distributed.run "${options[@]}" "$@" &
 agent=$!
 
-# shellcheck disable=SC2317 # called by stop
+# shellcheck disable=SC2317,SC2329 # called by stop
 workers_of() { # their process ids in one line
     cat "/proc/$1/task/"*/children 2>/dev/null || true
 }
 
 is_stopping=false
-# shellcheck disable=SC2317 # called by trap
+# shellcheck disable=SC2317,SC2329 # called by trap
 stop() {
     local workers=()
     is_stopping=true
