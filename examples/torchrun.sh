@@ -85,10 +85,11 @@ stop() {
     done
 }
 trap stop TERM USR1
+trap 'is_stopping=true; kill -INT "$agent" 2>/dev/null || true' INT # ends at once, unsaved
 
 status=0
 wait "$agent" || status=$?
-if $is_stopping; then # the signal has ended this wait
+if $is_stopping; then # the signal has ended that wait
     status=0
     wait "$agent" || status=$?
 fi
