@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Files that are Python as well as shell (pretrain_moiie_*.sh) are left out.
+SCRIPTS := $(filter-out examples/pretrain_%,$(wildcard examples/*.sh examples/slurm/*))
 # One thread per process: tests and the demonstration start more processes than cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -11,7 +13,7 @@ help:
 	@echo "make install  .venv with all packages (also done on first use by the others)"
 	@echo "make demo     train and ask a tiny model on the CPU"
 	@echo "make test     all tests"
-	@echo "make check    style and types"
+	@echo "make check    style and types, shell scripts, Dockerfile"
 
 install: $(STAMP)
 
@@ -31,3 +33,5 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x $(SCRIPTS)
+	$(BIN)/hadolint docker/Dockerfile

@@ -10,7 +10,7 @@
 # torchrun reads this file as Python: to Python it is a text up to the three quotes below, to
 # bash the first line is an empty command.
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
-pretrain llama3 tiny-llama "$@"
+train_in_turn llama3 configs/llama3-stage1 configs/llama3-stage2 -- "$@"
 exit
 '''
 import os

@@ -22,13 +22,9 @@
 
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-if [[ -z ${PYTHON:-} ]]; then
-    PYTHON=python
-    [[ -n ${VIRTUAL_ENV:-} || ! -x $root/.venv/bin/python ]] || PYTHON=$root/.venv/bin/python
-fi
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
 OUTPUT=${OUTPUT:-runs/smollm2}
 STEPS=${STEPS:-40}
 NPROC=${NPROC:-2}

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from moiie_megatron.config.load import load_config
+from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.planning.parameters import count_parameters, format_parameters
 from moiie_megatron.training.launch import check_runs, exit_code, launch_from, run_in_turn
 from moiie_megatron.training.signals import StopRequest
+
+UNFINISHED = 3  # exit code of --is-done; 1 is an error, 2 a mistake in the arguments
 
 
 def main() -> int:
@@ -31,11 +34,17 @@ def main() -> int:
         action="store_true",
         help="check the configuration and print parameter counts; allocates nothing",
     )
+    parser.add_argument(
+        "--is-done",
+        action="store_true",
+        help=f"train nothing: exit code 0 if all runs have come to their end, {UNFINISHED} if not",
+    )
     arguments = parser.parse_intermixed_args()
     launch = launch_from(os.environ)
     stop = StopRequest()
-    if not arguments.dry_run:
+    if not (arguments.dry_run or arguments.is_done):
         stop.listen()
+    unfinished = False
 
     def task() -> None:
         configs = [
@@ -46,13 +55,27 @@ def main() -> int:
             for config in configs if launch.rank == 0 else ():
                 print(format_parameters(count_parameters(config)))
             return
+        if arguments.is_done:
+            nonlocal unfinished
+            unfinished = report_progress(configs)
+            return
         check_runs(configs, launch)
         # Megatron takes seconds to import: only after the checks.
         from moiie_megatron.training.loop import train
 
         run_in_turn(configs, launch, partial(train, stop=stop), lambda: stop.reason is None)
 
-    return exit_code(task, launch)
+    return exit_code(task, launch) or (UNFINISHED if unfinished else 0)
+
+
+def report_progress(configs: Sequence[RunConfig]) -> bool:
+    """Print how far each run is; whether any has not come to its end."""
+    from moiie_megatron.training.finished import steps_done
+
+    progress = [steps_done(config) for config in configs]
+    for config, (done, steps) in zip(configs, progress, strict=True):
+        print(f"{config.output}: step {done} of {steps}")
+    return any(done < steps for done, steps in progress)
 
 
 def split_runs(words: Sequence[str]) -> list[tuple[str, list[str]]]:

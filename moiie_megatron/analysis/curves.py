@@ -143,13 +143,13 @@ def _curve(
             steps, values = np.array(points, dtype=float).T
             if smooth:
                 axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-                values = _running_median(values)
+                values = running_median(values)
             axes.plot(steps, values, color=colour, linewidth=width, label=label)
             label = None  # one entry in the legend
         start += records[-1]["step"]
 
 
-def _running_median(values: np.ndarray) -> np.ndarray:
+def running_median(values: np.ndarray) -> np.ndarray:
     """Median over a window of about 1/25 of the curve, shorter at its ends."""
     half = max(1, len(values) // 50)
     return np.array(

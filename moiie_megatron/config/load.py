@@ -26,11 +26,13 @@ def load_config(
     """Read, complete and check the configuration of a run.
 
     A section may name a preset, ``language: {preset: phi3-mini, pretrained: weights/phi3}``; the
-    section's other keys are laid over the preset's, mapping by mapping.  ``data.sources`` may name
-    a YAML file that holds the list (``examples/configs/mixtures``).  ``${NAME}`` in a value
-    is replaced by the variable's value, ``$${NAME}`` stands for the text itself.  Relative paths
-    inside the configuration are left as they are: relative to the current directory, not to the
-    file.
+    section's other keys are laid over the preset's, mapping by mapping.  A file may name another
+    one, ``base: phi3-stage2.yaml`` (relative to its own folder), and is laid over it in the same
+    way before presets are read: lists and single values replace those of the base.
+    ``data.sources`` may name a YAML file that holds the list (``examples/configs/mixtures``).
+    ``${NAME}`` in a value is replaced by the variable's value, ``$${NAME}`` stands for the text
+    itself.  Other relative paths are left as they are: relative to the current directory, not to
+    the file.
 
     Args:
         path: YAML file.
@@ -39,13 +41,13 @@ def load_config(
 
     Raises:
         ValueError: One sentence that names the key, its value and what is allowed: a file that
-            is missing or broken, an unknown key, preset or variable, a wrong type, or a
-            combination that ``check_config`` refuses.
+            is missing or broken, a base that leads back to itself, an unknown key, preset or
+            variable, a wrong type, or a combination that ``check_config`` refuses.
     """
-    data = _read(Path(path))
+    environ = os.environ if environ is None else environ
+    data = _read_over_base(Path(path), environ)
     for override in overrides:
         data = _override(data, override)
-    environ = os.environ if environ is None else environ
     data = _read_sources(_expand(data, environ, ()), environ)
     data = {section: _apply_preset(section, value) for section, value in data.items()}
     try:
@@ -100,6 +102,23 @@ def _read_sources(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str,
         )
     sources = _expand(sources, environ, ("data", "sources"))
     return {**data, "data": {**section, "sources": sources}}
+
+
+def _read_over_base(
+    path: Path, environ: Mapping[str, str], above: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """A file laid over the file that its ``base`` names, and so on; ``above`` led here."""
+    data = _read(path)
+    if "base" not in data:
+        return data
+    base = _expand(data.pop("base"), environ, ("base",))
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"base is {show(base)} in {path}: name a YAML file.")
+    above = (*above, path.resolve())
+    below = path.parent / base
+    if below.resolve() in above:
+        raise ValueError(f"base is {show(base)} in {path}, which leads back to a file above it.")
+    return _overlay(_read_over_base(below, environ, above), data)
 
 
 def _override(data: dict[str, Any], override: str) -> dict[str, Any]:

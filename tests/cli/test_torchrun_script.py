@@ -1,0 +1,138 @@
+"""examples/torchrun.sh: what it hands to torchrun, and what it does with signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.launch import ROOT, environment, kill_group
+
+SCRIPT = ["bash", str(ROOT / "examples" / "torchrun.sh")]
+TIMEOUT = 60
+NAMES = ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "RDZV_ENDPOINT", "RDZV_ID", "MAX_RESTARTS")
+NAMES += ("JOIN_TIMEOUT", "LOCAL_ADDRESS")
+
+WORKER = """
+import os, pathlib, signal, sys, time
+
+def finish(*_):
+    time.sleep(1)
+    pathlib.Path("saved" + os.environ["LOCAL_RANK"]).touch()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGUSR1, finish)
+pathlib.Path("up" + os.environ["LOCAL_RANK"]).touch()
+while True:
+    time.sleep(0.1)
+"""
+
+
+def _environment(python: str | Path, **variables: str) -> dict[str, str]:
+    kept = {name: value for name, value in environment().items() if name not in NAMES}
+    return {**kept, "PYTHON": str(python), **variables}
+
+
+@pytest.fixture
+def echo(tmp_path: Path) -> Path:
+    """In place of Python: prints its arguments and the variables that matter."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "$@" "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE"\n')
+    program.chmod(0o755)
+    return program
+
+
+def _printed(echo: Path, **variables: str) -> str:
+    result = subprocess.run(
+        [*SCRIPT, "train.py", "a=b"],
+        env=_environment(echo, **variables),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("-m torch.distributed.run ")
+    assert result.stdout.endswith(" train.py a=b 1\n")
+    return result.stdout
+
+
+def test_one_node(echo: Path) -> None:
+    printed = _printed(echo)
+    assert " --nproc-per-node gpu --standalone --local-addr localhost --max-restarts 0 " in printed
+    assert " --max-restarts 2 " in _printed(echo, MAX_RESTARTS="2", NNODES="1")
+
+
+def test_several_nodes(echo: Path) -> None:
+    address = {"NNODES": "4", "NPROC_PER_NODE": "8", "RDZV_ENDPOINT": "node0:29500"}
+
+    free = _printed(echo, **address, RDZV_ID="job7", LOCAL_ADDRESS="10.0.0.1")
+    numbered = _printed(echo, **address, NODE_RANK="3")
+
+    for words in (
+        "--nproc-per-node 8 --nnodes 4 --rdzv-endpoint node0:29500 --rdzv-id job7",
+        "--rdzv-backend c10d --rdzv-conf join_timeout=1800,",
+        "--max-restarts 3 --local-addr 10.0.0.1",
+    ):
+        assert f" {words}" in free
+    assert " --rdzv-id moiie --rdzv-backend static --node-rank 3 --max-restarts 3 " in numbered
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Two workers that know SIGUSR1 alone and end with 0 after it, and not at once."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    with subprocess.Popen(
+        [*SCRIPT, str(worker)],
+        env=_environment(sys.executable, NPROC_PER_NODE="2"),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            kill_group(process)
+
+
+@pytest.mark.parametrize("to_everything", [False, True])
+def test_signals_reach_the_workers(
+    job: subprocess.Popen[str], to_everything: bool, tmp_path: Path
+) -> None:
+    """SIGTERM to the script alone; SIGUSR1 to the script and torchrun, as some cluster managers
+    signal every process of a job (workers lead groups of their own)."""
+    deadline = time.monotonic() + TIMEOUT
+    while len(list(tmp_path.glob("up*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+    if to_everything:
+        os.killpg(job.pid, signal.SIGUSR1)
+    else:
+        os.kill(job.pid, signal.SIGTERM)
+
+    printed = job.communicate(timeout=TIMEOUT)[0]
+    assert job.returncode == 0, printed
+    assert len(list(tmp_path.glob("saved*"))) == 2
+
+
+def test_a_failed_worker_fails_the_script(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [*SCRIPT, "--no-python", "bash", "-c", "exit 3"],
+        env=_environment(sys.executable, NPROC_PER_NODE="1"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert result.returncode == 1
+    assert "exitcode  : 3" in result.stderr
