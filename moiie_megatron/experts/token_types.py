@@ -15,4 +15,4 @@ PADDING: Final = 2
 
 # Names of what experts are chosen for, image tokens and text tokens, in the order of everything
 # that has one entry for each.
-MODALITIES: Final[tuple[Literal["vision"], Literal["text"]]] = ("vision", "text")
+MODALITIES: Final[tuple[Literal["vision", "text"], ...]] = ("vision", "text")

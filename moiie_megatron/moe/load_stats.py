@@ -1,7 +1,7 @@
 """What the routers of one layer did since their counters were read.
 
-Shapes: M modalities (``MODALITIES``), R routers of the layer, E experts (logical
-ids), A = M + 1: the modalities, and all tokens with padding.
+Shapes: M modalities (``MODALITIES``), R routers of the layer, E experts
+(logical ids), A = M + 1: the modalities, and all tokens with padding.
 """
 
 from __future__ import annotations

@@ -72,14 +72,14 @@ class WarmRanks:
         question = {"start": [str(a) for a in arguments], "n": processes, "log": str(output)}
         return Job(self._ask(question | {"hook": hook}), output)
 
-    def wait(self, job: Job, timeout: float = 60) -> list[int]:
+    def wait(self, job: Job, timeout: float = 200) -> list[int]:
         """Exit codes of the ranks (negative: the signal that ended them); none of them lives on.
 
         Ranks that take longer than ``timeout`` seconds are killed.
         """
         return self._ask({"wait": job.pids, "timeout": timeout})
 
-    def run(self, arguments: Sequence[str | Path], processes: int, timeout: float = 60) -> Job:
+    def run(self, arguments: Sequence[str | Path], processes: int, timeout: float = 200) -> Job:
         """Start ranks and see all of them end with 0."""
         job = self.start(arguments, processes)
         assert self.wait(job, timeout) == [0] * processes, job.text()[-4000:]
@@ -102,7 +102,7 @@ def warm_ranks(folder: Path) -> Iterator[WarmRanks]:
 
 
 def wait_until(
-    condition: Callable[[], object], job: Job, timeout: float = 60, pause: float = 0.002
+    condition: Callable[[], object], job: Job, timeout: float = 120, pause: float = 0.002
 ) -> None:
     """Look until something is the case, or fail with what the job has printed."""
     deadline = time.monotonic() + timeout

@@ -260,6 +260,7 @@ def test_possible_combination(tmp_path: Path, overrides: list[str]) -> None:
             "and parallel.pipeline is 1: start a multiple of 4 ranks.",
         ),
         (["parallel.expert=4", "parallel.pipeline=2"], 4, "start a multiple of 8 ranks."),
+        (["profile={steps: [1, 2], ranks: [0, 4]}"], 4, "profile.ranks has 4 but the run has 4"),
         (
             [],
             3,
