@@ -19,6 +19,7 @@ SIZES = {"STEPS": "2", "START_STEPS": "2", "PICTURES": "32", "QUESTIONS": "4"}
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(600)
 def test_four_variants_with_one_budget(tmp_path: Path) -> None:
     result = subprocess.run(
         [
@@ -30,7 +31,7 @@ def test_four_variants_with_one_budget(tmp_path: Path) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
     )
 
     assert result.returncode == 0, result.stderr[-4000:]
@@ -45,7 +46,9 @@ def test_four_variants_with_one_budget(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "comparison.json").read_text())
     assert list(values) == VARIANTS
     dense, *experts = (values[variant][0] for variant in VARIANTS)
-    assert dense["total"] < experts[0]["total"] == experts[1]["total"] == experts[2]["total"]
+    # Routers differ by some rows.
+    assert [e["total"] for e in experts] == pytest.approx([experts[0]["total"]] * 3, rel=1e-3)
+    assert dense["total"] < dense["total"] * 1.5 < experts[0]["total"]
 
     # The same start, samples and schedule: the first loss is the same, and so is every rate.
     steps = {variant: read_metrics(tmp_path / f"{variant}-3") for variant in VARIANTS}
