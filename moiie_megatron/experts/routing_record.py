@@ -143,7 +143,7 @@ def _moved(layers: Sequence[LayerSums], kind: str, row_bytes: int) -> dict[str, 
 def _of(counts: Sequence[int]) -> dict[str, int]:
     """By kind of token; the last count is that of all tokens."""
     *modalities, everything = counts
-    by_kind = dict(zip(MODALITIES, modalities, strict=True))
+    by_kind: dict[str, int] = dict(zip(MODALITIES, modalities, strict=True))
     return {**by_kind, "padding": everything - sum(modalities)}
 
 
