@@ -11,7 +11,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 
 from moiie_megatron.backend.parallel import Launch, start_world, stop_world
-from moiie_megatron.backend.saving import write_without_manager
+from moiie_megatron.backend.saving import results_in_a_file
 from moiie_megatron.checkpoint.folder import CONFIG_FILE, FORMAT_VERSION
 from moiie_megatron.checkpoint.store import sharding_metadata
 from moiie_megatron.checkpoint.upcycle import load_weights
@@ -43,7 +43,7 @@ def main() -> None:
             "format_version": FORMAT_VERSION,
             "progress": {"step": 1},
         }
-        write_without_manager()
+        results_in_a_file()
         dist_checkpointing.save(state, str(folder))
         if launch.rank == 0:
             for file in (CONFIG_FILE, "tokenizer.json", "tokenizer_config.json"):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moiie_megatron.training.metrics import RunLog
@@ -18,7 +19,17 @@ from moiie_megatron.training.step import StepResult
 from tests.unit.analysis.routing_records import record
 from tests.unit.config.minimal import load_minimal
 
-RESULT = StepResult(2.5, 1.0, label_tokens=10, tokens=100, image_tokens=40, updated=True)
+RESULT = StepResult(
+    2.5,
+    1.0,
+    label_tokens=10,
+    tokens=100,
+    image_tokens=40,
+    positions=125,
+    updated=True,
+    votes=[],
+    losses_M=torch.zeros(1),
+)
 LOSSES = RouterLosses({"vision": 2.25, "text": 2.0})
 ROUTES = {k: v for k, v in record(0, [10, 10, 0, 0], [0, 5, 5, 10]).items() if k != "step"}
 
@@ -30,7 +41,7 @@ def open_log(folder: Path, start: int = 0, rank: int = 0) -> RunLog:
 
 
 def report(log: RunLog, step: int) -> None:
-    log.step(step, RESULT, {"moe": 1e-3}, LOSSES if log.is_due(step) else None, 0)
+    log.step(step, RESULT, {"moe": 1e-3}, LOSSES if log.is_due(step) else None, 0, 0, None)
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -47,6 +58,7 @@ def test_lines_at_the_interval_and_at_both_ends(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics] == [1, 2, 4, 5]
     assert metrics[2]["lm_loss"] == 2.5 and metrics[2]["aux_vision"] == 2.25
     assert metrics[2]["tokens"] == 100 and metrics[2]["image_share"] == 0.4
+    assert metrics[2]["padding_share"] == pytest.approx(0.2)
     # Two steps lie between this line and the one before, with 200 tokens.
     assert metrics[2]["seconds"] >= 0.02
     assert metrics[2]["tokens_per_second"] * metrics[2]["seconds"] == pytest.approx(200)
