@@ -24,7 +24,7 @@ class FiniteStepOptimizer(ChainedOptimizer):
         Returns:
             Whether weights and optimizer state were changed, and the norm before clipping.
         """
-        self._also = also
+        self._also, self._norm = also, math.nan
         updated, _, _ = self.step()
         return bool(updated), self._norm
 
