@@ -11,10 +11,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from moiie_megatron.checkpoint.dcp_writer import CheckpointWriter, Place
 from tests.helpers.launch import ROOT, TRAIN, Finished, command, run
 from tests.helpers.tiny_hf import write_language, write_vision
 
@@ -129,6 +131,18 @@ def test_no_process_group_and_no_megatron() -> None:
     run([sys.executable, "-c", program], timeout=60).check()
 
 
+def _slowly(convert: _Convert, *words: str | Path) -> None:
+    """A conversion that takes seconds on any disk."""
+    write = CheckpointWriter._write
+
+    def wait_then_write(*arguments: Any) -> Place:
+        time.sleep(0.05)
+        return write(*arguments)
+
+    CheckpointWriter._write = wait_then_write  # type: ignore[method-assign]
+    convert(*words)
+
+
 def test_a_killed_conversion_leaves_nothing_that_looks_finished(
     convert: _Convert, tmp_path: Path
 ) -> None:
@@ -139,7 +153,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished(
     words = ["upcycle", "--llm", llm, "--vision", vision, "--out", out, "--layers", "all"]
     # A fork, which has the imports already.
     process = multiprocessing.get_context("fork").Process(
-        target=convert, args=(*words, "--perturb", "1"), daemon=True
+        target=_slowly, args=(convert, *words, "--perturb", "1"), daemon=True
     )
     process.start()
     deadline = time.monotonic() + 60
