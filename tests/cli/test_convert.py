@@ -140,6 +140,7 @@ def _slowly(convert: _Convert, *words: str | Path) -> None:
         return write(*arguments)
 
     CheckpointWriter._write = wait_then_write  # type: ignore[method-assign]
+    torch.set_num_threads(1)  # a fork does not have the threads that the parent's torch counts on
     convert(*words)
 
 
