@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moiie_megatron.checkpoint.folder import latest_checkpoint
+from moiie_megatron.checkpoint.newest import newest_whole
 from moiie_megatron.checkpoint.store import load_common
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.build import build_dataset
@@ -13,9 +13,9 @@ def steps_done(config: RunConfig) -> tuple[int, int]:
     """Steps of the newest checkpoint of a run (0 without one), and of the whole run.
 
     Raises:
-        ValueError: The data set, whose size counts in epochs, or the checkpoint cannot be read.
+        ValueError: The data set, whose size counts in epochs, or every checkpoint is damaged.
     """
-    newest = latest_checkpoint(config.output)
+    newest, _ = newest_whole(config.output)
     done = 0 if newest is None else int(load_common(newest)["progress"]["step"])
     # Records take a while to read: only where the steps follow from them.
     num_samples = build_dataset(config).blend.epoch_size if config.train.steps is None else 0

@@ -69,7 +69,7 @@ def record_step(
     counters.count_step(len(batches) * world.dp_size)
     aux = counters.losses().aux
     record |= _gather("grad", _pieces(model, world, _main_grad), world)
-    trainee.optimizer.step()
+    trainee.optimizer.step_if(lambda: True)
     record |= _gather("next", _pieces(model, world, lambda parameter: parameter.data), world)
     record |= {
         "loss": loss.cpu(),

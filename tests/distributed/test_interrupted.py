@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600
 STEPS = 22  # the losses of 20 are needed to tell a spike
 SAVE_EVERY = 4
 OFTEN = "checkpoint.interval=2"
-DATA = {"num_workers": 2}  # laid over the data section of every run here
+DATA = {"num_workers": 2, "packing": True}  # laid over the data section of every run here
 LAST = f"step_{STEPS:07d}"
 
 
