@@ -21,7 +21,7 @@ from tests.distributed.conftest import go_back
 from tests.distributed.test_resume import plain_tensors
 from tests.helpers.launch import TRAIN, started, torchrun
 from tests.helpers.shared import made_once, session_folder
-from tests.helpers.tiny_run import read_metrics, tiny_values, write_config
+from tests.helpers.tiny_run import read_metrics, read_routing, tiny_values, write_config
 from tests.helpers.warm_ranks import Job, WarmRanks, in_writing, wait_until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -40,6 +40,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, digits: Path, ranks: WarmRan
     def make(folder: Path) -> None:
         values = tiny_values(digits, folder / "run")
         values["data"] |= DATA
+        # With packing the balance losses depend on which samples a rank has (data/packing.py).
+        values["moe"] = {"vision_aux_loss_coeff": 0.0, "text_aux_loss_coeff": 0.0}
         values["train"]["steps"] = STEPS
         values["checkpoint"] = {"interval": SAVE_EVERY, "keep": STEPS}
         values["parallel"] = {"expert": 2}
@@ -57,8 +59,9 @@ def assert_same_end(output: Path, whole: Path) -> None:
     """Every logged step and every tensor at the end, optimizer included, bit for bit."""
     ours, theirs = read_metrics(output), read_metrics(whole)
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
-    for key in ("lm_loss", "grad_norm", "aux_vision", "aux_text", "tokens", "expert_share"):
+    for key in ("lm_loss", "grad_norm", "aux_vision", "aux_text", "tokens"):
         assert [line[key] for line in ours] == [line[key] for line in theirs], key
+    assert read_routing(output) == read_routing(whole)
     a, b = (plain_tensors(run / "checkpoints" / LAST) for run in (output, whole))
     assert a.keys() == b.keys()
     assert [name for name, value in a.items() if not torch.equal(value, b[name])] == []
@@ -240,7 +243,7 @@ def test_another_layout_goes_on(
         indices = [order.sample_at(n) for n in range(8 * line["step"] - 8, 8 * line["step"])]
         assert line["dataset_indices"] == indices
         names = [name for batch in line["micro_batches"] for name in batch["record_ids"]]
-        assert names == [records[i]["id"] for i in indices]
+        assert sorted(names) == sorted(records[i]["id"] for i in indices)
     traces = [path.name for path in (output / "profile").iterdir()]
     assert traces == [f"steps_{back + 1}-{back + 2}_rank_{processes - 1}.json"]
 
