@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timing import Timings, interleave
+from timing import interleave, slower_rank
 
 from moiie_megatron.backend.parallel import World
 from moiie_megatron.config.schema import (
@@ -43,7 +43,7 @@ from moiie_megatron.training.loop import current_learning_rates
 from moiie_megatron.training.metrics import RunLog
 from moiie_megatron.training.routing import RoutingCounters
 from moiie_megatron.training.setup import Trainee, prepare_training
-from moiie_megatron.training.step import StepResult, num_microbatches, train_step
+from moiie_megatron.training.step import StepResult, train_step
 
 VOCABULARY = 512
 IMAGE_SIZE, PATCH = 84, 7  # 144 image tokens
@@ -121,8 +121,7 @@ class Run:
         self.trainee.ddp.train()
         self.counters = RoutingCounters(config, world, model)
         self.log = RunLog(config, world, start_step=0, total_steps=1000)
-        count = num_microbatches(config, world)
-        self.batches = [make_batch(config, 10 * world.rank + number) for number in range(count)]
+        self.batches = [make_batch(config, 10 * world.rank + number) for number in range(2)]
         self.number = 0
 
     def train(self) -> StepResult:
@@ -152,7 +151,7 @@ class Run:
         self.counters.count_step(len(self.batches) * self.world.dp_size)
         rates = current_learning_rates(self.config, self.trainee)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            self.log.step(self.number, result, rates, self.counters.losses(), 0)
+            self.log.step(self.number, result, rates, self.counters.losses(), 0, 0, None)
         self.log.routing(self.number, self.counters.record())
 
 
@@ -170,13 +169,6 @@ def measure(run: Run, rounds: int) -> dict[str, object]:
         "counting_overhead": timings.ratio("counted", "silent") - 1,
         "overhead": timings.ratio("logged", "silent") - 1,
     }
-
-
-def slower_rank(timings: Timings) -> Timings:
-    """Every step as long as its slowest rank."""
-    times = torch.tensor([timings.seconds[name] for name in timings.seconds])
-    dist.all_reduce(times, op=dist.ReduceOp.MAX)
-    return Timings(dict(zip(timings.seconds, times.tolist(), strict=True)))
 
 
 def main() -> None:
