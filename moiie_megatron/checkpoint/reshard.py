@@ -16,6 +16,7 @@ from moiie_megatron.checkpoint.cuts import Cut, cuts
 from moiie_megatron.checkpoint.dcp_reader import CheckpointReader
 from moiie_megatron.checkpoint.dcp_writer import CheckpointWriter
 from moiie_megatron.checkpoint.folder import CONFIG_FILE, check_output, new_folder
+from moiie_megatron.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from moiie_megatron.checkpoint.offline_upcycle import MARKER
 from moiie_megatron.config.checks import check_config
 from moiie_megatron.config.load import dump_config
@@ -23,7 +24,7 @@ from moiie_megatron.config.schema import ParallelConfig, RunConfig
 
 # Optimizer state is named after the weight that it belongs to, and cut like it.
 _OPTIMIZER = re.compile(r"^optimizer\.state\.\w+\.")
-_WRITTEN_ANEW = (".metadata", "metadata.json", "common.pt", CONFIG_FILE)
+_WRITTEN_ANEW = (".metadata", "metadata.json", "common.pt", CONFIG_FILE, MANIFEST_FILE)
 
 Progress = Callable[[int, int], object]  # bytes done, bytes in all
 
@@ -80,6 +81,7 @@ def reshard_checkpoint(
         _copy_files(reader.folder, folder)
         (folder / CONFIG_FILE).write_text(dump_config(config))
         writer.finish(reader.common)
+        write_manifest(folder)
     return out
 
 

@@ -26,14 +26,14 @@ from moiie_megatron.experts.token_types import IMAGE, PADDING
 from moiie_megatron.moe.router import ModalityRouter
 from moiie_megatron.training.launch import launch_from, run_in_turn
 from moiie_megatron.training.loop import train
-from moiie_megatron.training.step import num_microbatches
 
 
 class Count:
     """Calls of the routers of this rank, and what they decided, by step and layer."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        self.micro_batches = num_microbatches(config, world)
+        sizes = config.train
+        self.micro_batches = sizes.global_batch_size // (sizes.micro_batch_size * world.dp_size)
         self.placement = config.placement
         self.ep_rank = world.groups.ep.rank()
         self.per_expert = config.moe.dispatcher == "alltoall"
