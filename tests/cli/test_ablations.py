@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import pytest
 from moiie_megatron.config.checks import check_config
 from moiie_megatron.config.load import load_config
 from moiie_megatron.planning.parameters import count_parameters
-from tests.helpers.launch import ROOT, TRAIN, command, environment, run
+from tests.helpers.launch import ROOT, TRAIN, command, environment, python, run
+from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import read_metrics
 
 EXAMPLES = ROOT / "examples"
@@ -121,7 +121,7 @@ def test_sizes(name: str) -> None:
 def _bash(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(EXAMPLES / script), *arguments],
-        env={**environment(), "PYTHON": sys.executable, **variables},
+        env={**environment(), "PYTHON": python(), **variables},
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -174,23 +174,26 @@ def test_a_mistake_is_one_sentence(arguments: list[str], message: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every run that train_ablation.sh starts without paths, once, all in one process: starting
-    one is what costs.  The output folder that they share."""
-    output = tmp_path_factory.mktemp("ablations")
-    python = output / "python"
+    """The output folder of every run that train_ablation.sh starts without paths."""
+    return made_once(session_folder(tmp_path_factory) / "ablations", _train_all)
+
+
+def _train_all(output: Path) -> None:
+    """All in one process: starting one is what costs."""
+    stand_in = output / "python"
     # Writes the data, and notes the words for tools/train.py.
-    python.write_text(
-        f'#!/bin/sh\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
+    stand_in.write_text(
+        f'#!/bin/sh\nif [ "$1" = -c ]; then exec {python()} "$@"; fi\n'
         'printf "%s\\n" "$@" > "$WORDS"\n'
     )
-    python.chmod(0o755)
+    stand_in.chmod(0o755)
     runs: dict[str, list[str]] = {}
     file = ""
     for name in ("three-stage", "clip", *CHANGES):
         words = output / f"{name}.words"
         _bash(
             *("train_ablation.sh", "phi3", name, "train.steps=2"),
-            **{"PYTHON": str(python), "WORDS": str(words), "OUTPUT": str(output)},
+            **{"PYTHON": str(stand_in), "WORDS": str(words), "OUTPUT": str(output)},
             LOCAL_RANK="0",
         ).check_returncode()
         for word in words.read_text().splitlines()[1:]:
@@ -208,7 +211,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"STAGE{stage}_IMAGES": data / "images",
         }
     finished = subprocess.run(
-        [sys.executable, "tools/train.py", *(word for words in runs.values() for word in words)],
+        [python(), "tools/train.py", *(word for words in runs.values() for word in words)],
         env={
             **environment(),
             "BACKBONE": "phi3",
@@ -221,7 +224,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=280,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
-    return output
 
 
 @pytest.mark.slow

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from moiie_megatron.config.load import load_config
-from tests.helpers.launch import ROOT, environment
+from tests.helpers.launch import ROOT, environment, python
 from tests.helpers.tiny_run import read_metrics
 
 VARIANTS = ["dense", "vanilla", "modality", "moiie"]
@@ -26,7 +25,7 @@ def test_four_variants_with_one_budget(tmp_path: Path) -> None:
             *("bash", "examples/compare_variants.sh"),
             *("train.global_batch_size=8", "train.micro_batch_size=4"),
         ],
-        env={**environment(), "PYTHON": sys.executable, "OUTPUT": str(tmp_path), **SIZES},
+        env={**environment(), "PYTHON": python(), "OUTPUT": str(tmp_path), **SIZES},
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.launch import ROOT, Finished, command, run
+from tests.helpers.launch import Finished, command, run
 from tests.helpers.reference import write_reference
 from tests.helpers.tiny_hf import write_vision
 
@@ -90,5 +90,5 @@ def test_errors_are_one_sentence(
 
 
 def test_the_two_commands_explain_themselves() -> None:
-    text = run([sys.executable, str(ROOT / "tools/convert.py"), "--help"], TIMEOUT).check().stdout
+    text = run(command("tools/convert.py", ["--help"]), TIMEOUT).check().stdout
     assert "import" in text and "extract" in text

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.launch import ROOT, environment, python
+from tests.helpers.shared import made_once, session_folder
+
 PLOTS = ("losses.png", "pathways.png", "groups.png", "load_map.png")
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -21,11 +21,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A tool of this project; output and errors as text."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments],
+        [python(), *arguments],
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=280,
@@ -34,11 +33,12 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
-    result = start("tools/demo.py", "--quick", "--out", str(folder))
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "step 4/4" in result.stdout and "checkpoint " in result.stdout
-    return folder
+    def make(folder: Path) -> None:
+        result = start("tools/demo.py", "--quick", "--out", str(folder))
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "step 4/4" in result.stdout and "checkpoint " in result.stdout
+
+    return made_once(session_folder(tmp_path_factory) / "demo", make)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ import yaml
 
 from moiie_megatron.config.checks import check_config
 from moiie_megatron.config.load import load_config
+from tests.helpers.launch import ROOT, python
 
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
+# Python itself: one launch with every import in every process.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PATHS = ("LLM", "VISION", "STAGE1_RECORDS", "STAGE1_IMAGES", "STAGE2_RECORDS", "STAGE2_IMAGES")
 TIMEOUT = 280
@@ -27,7 +28,7 @@ def _environment(**variables: str) -> dict[str, str]:
     unset = {*PATHS, "OUTPUT", "TP", "PP", "EP", "NNODES", "NODE_RANK", "NPROC_PER_NODE"}
     unset |= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RDZV_ENDPOINT"}
     kept = {name: value for name, value in os.environ.items() if name not in unset}
-    return {**kept, "PYTHON": sys.executable, **variables}
+    return {**kept, "PYTHON": python(), **variables}
 
 
 def _run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ def billions(table: str, row: str) -> float:
 
 
 def test_help_answers_at_once() -> None:
-    finished = run(command(TRAIN, ["--help"]), timeout=30).check()
+    finished = run([sys.executable, TRAIN, "--help"], timeout=30).check()
     assert "key=value" in finished.stdout and "--dry-run" in finished.stdout
 
 

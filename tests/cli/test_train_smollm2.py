@@ -6,13 +6,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers.launch import ROOT
+from tests.helpers.launch import ROOT, python
 from tests.helpers.tiny_hf import write_language
 from tests.unit.hf.tiny import tokenizer_directory
 
@@ -43,7 +42,7 @@ def llm(tmp_path: Path) -> Path:
 def test_train_smollm2(llm: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     variables = {
-        "PYTHON": sys.executable,
+        "PYTHON": python(),
         "LLM": str(llm),
         "OUTPUT": str(output),
         "STEPS": "3",

@@ -7,7 +7,7 @@ test reads what it needs from their logs and checkpoints.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import pytest
 from tests.helpers.launch import TRAIN, command, run
 from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import make_digits, tiny_values, write_config
-from tests.helpers.warm_ranks import WarmRanks, warm_ranks
 
 STEPS = 6
 SAVE_EVERY = 2
@@ -168,10 +167,3 @@ def quad(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path, p
         train_in_turn(folder, runs, processes=4, timeout=500)
 
     return made_once(session_folder(tmp_path_factory) / "quad", make)
-
-
-@pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmRanks]:
-    """Starts runs without waiting for imports, for tests that start many."""
-    with warm_ranks(tmp_path_factory.mktemp("ranks")) as server:
-        yield server

@@ -1,4 +1,4 @@
-"""What is made to go wrong inside a rank, before it trains (``WarmRanks.start``)."""
+"""What is made to go wrong inside a rank, before it trains (``start_ranks``)."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ import torch
 from moiie_megatron.data.loader import SampleOrder
 from tests.distributed.hooks import POISONED_STEP
 from tests.distributed.test_resume import plain_tensors
+from tests.helpers.ranks import run_ranks, start_ranks
 from tests.helpers.tiny_run import read_metrics, tiny_values, write_config
-from tests.helpers.warm_ranks import WarmRanks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -32,12 +32,12 @@ def _config(folder: Path, digits: Path, steps: int, **sections: Any) -> Path:
     return write_config(folder / "run.yaml", values)
 
 
-def test_one_bad_step_is_left_out(tmp_path: Path, digits: Path, ranks: WarmRanks) -> None:
+def test_one_bad_step_is_left_out(tmp_path: Path, digits: Path) -> None:
     """One micro-batch of one rank is not finite: no rank changes anything in that step."""
     config = _config(tmp_path, digits, steps=5)
 
-    job = ranks.start([config], processes=2, hook=HOOKS + "poison_rank_1")
-    assert ranks.wait(job) == [0, 0], job.text()
+    job = start_ranks(tmp_path, [config], processes=2, hook=HOOKS + "poison_rank_1")
+    assert job.wait() == [0, 0], job.text()
 
     output = tmp_path / "run"
     steps = read_metrics(output)
@@ -68,22 +68,22 @@ def test_one_bad_step_is_left_out(tmp_path: Path, digits: Path, ranks: WarmRanks
 
     # A start in the middle knows what was left out before.
     output.joinpath("checkpoints", "latest").write_text(f"step_{POISONED_STEP + 1:07d}\n")
-    ranks.run([config], processes=2)
+    run_ranks(tmp_path, [config], processes=2)
     again = read_metrics(output)
     assert (again[-1]["lm_loss"], again[-1]["skipped_steps"]) == (steps[-1]["lm_loss"], 1)
 
 
-def test_bad_steps_in_a_row_end_the_run(tmp_path: Path, digits: Path, ranks: WarmRanks) -> None:
+def test_bad_steps_in_a_row_end_the_run(tmp_path: Path, digits: Path) -> None:
     """Weights that have left every bound; a save in the background is finished before the end."""
     rates = {"learning_rates": {"language": 1e30, "moe": 1e30}}
     train = {"max_bad_steps": 2, "steps": 9}
     config = _config(tmp_path, digits, steps=9, stage=rates, train=train)
 
-    job = ranks.start(
-        [config, "checkpoint.interval=2", "checkpoint.asynchronous=true"], processes=2
+    job = start_ranks(
+        tmp_path, [config, "checkpoint.interval=2", "checkpoint.asynchronous=true"], processes=2
     )
 
-    assert ranks.wait(job) == [1, 1]
+    assert job.wait() == [1, 1]
     steps = read_metrics(tmp_path / "run")
     assert [line["skipped_steps"] for line in steps] == [0, 1, 2]
     (message,) = (line for line in job.text().splitlines() if line.startswith("error: "))
@@ -95,17 +95,18 @@ def test_bad_steps_in_a_row_end_the_run(tmp_path: Path, digits: Path, ranks: War
 
 
 @pytest.mark.parametrize("background", ["false", "true"])
-def test_a_save_that_fails(background: str, tmp_path: Path, digits: Path, ranks: WarmRanks) -> None:
+def test_a_save_that_fails(background: str, tmp_path: Path, digits: Path) -> None:
     """A full disk: one sentence, nothing that looks like a checkpoint."""
     config = _config(tmp_path, digits, steps=3)
 
-    job = ranks.start(
+    job = start_ranks(
+        tmp_path,
         [config, f"checkpoint.asynchronous={background}"],
         processes=2,
         hook=HOOKS + "small_files_only",
     )
 
-    assert ranks.wait(job) == [1, 1], job.text()
+    assert job.wait() == [1, 1], job.text()
     (message,) = (line for line in job.text().splitlines() if line.startswith("error: "))
     assert f"{tmp_path}/run" in message and "could not be written (" in message
     assert not list((tmp_path / "run" / "checkpoints").glob("step_???????"))

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,10 +18,10 @@ import torch
 from moiie_megatron.data.loader import SampleOrder
 from tests.distributed.conftest import go_back
 from tests.distributed.test_resume import plain_tensors
-from tests.helpers.launch import TRAIN, started, torchrun
+from tests.helpers.launch import TRAIN, descendants, started, torchrun
+from tests.helpers.ranks import Job, in_writing, run_ranks, start_ranks, wait_until
 from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import read_metrics, read_routing, tiny_values, write_config
-from tests.helpers.warm_ranks import Job, WarmRanks, in_writing, wait_until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -34,7 +33,7 @@ LAST = f"step_{STEPS:07d}"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, digits: Path, ranks: WarmRanks) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     """The output of a run that nobody disturbed, beside its configuration."""
 
     def make(folder: Path) -> None:
@@ -45,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, digits: Path, ranks: WarmRan
         values["train"]["steps"] = STEPS
         values["checkpoint"] = {"interval": SAVE_EVERY, "keep": STEPS}
         values["parallel"] = {"expert": 2}
-        ranks.run([write_config(folder / "run.yaml", values)], processes=2)
+        run_ranks(folder, [write_config(folder / "run.yaml", values)], processes=2)
 
     return made_once(session_folder(tmp_path_factory) / "whole", make) / "run"
 
@@ -84,7 +83,7 @@ def steps_done(output: Path) -> int:
     return len(read_metrics(output))
 
 
-def test_five_kills(tmp_path: Path, whole: Path, ranks: WarmRanks) -> None:
+def test_five_kills(tmp_path: Path, whole: Path) -> None:
     """SIGKILL at random moments and in the middle of saves, of both kinds; then to the end."""
     output = tmp_path / "run"
     chance = random.Random(1)
@@ -93,54 +92,56 @@ def test_five_kills(tmp_path: Path, whole: Path, ranks: WarmRanks) -> None:
         begin = int(pointer.read_text()[5:]) if pointer.exists() else 0
         swept = set(in_writing(output))
         background_flag = f"checkpoint.asynchronous={'true' if background else 'false'}"
-        job = ranks.start(words(whole, output, OFTEN, background_flag), processes=2)
+        job = start_ranks(tmp_path, words(whole, output, OFTEN, background_flag), processes=2)
         if in_save:
-            wait_until(partial(_new_save, output, swept), job)
+            wait_until(partial(_new_save, output, swept), job.text)
         else:
-            wait_until(partial(_has_done, job, begin + chance.randint(1, 2)), job)
+            wait_until(partial(_has_done, job, begin + chance.randint(1, 2)), job.text)
             time.sleep(chance.uniform(0, 0.1))
         job.kill()
-        assert ranks.wait(job) == [-signal.SIGKILL] * 2, job.text()
+        assert job.wait() == [-signal.SIGKILL] * 2, job.text()
         assert in_writing(output) or not in_save
-        wait_until(partial(_has_nothing_left, job), job, timeout=5)
+        wait_until(partial(_has_nothing_left, job), job.text, timeout=5)
 
-    last = ranks.run(words(whole, output), processes=2)
+    last = run_ranks(tmp_path, words(whole, output), processes=2)
 
     assert "going on from" in last.text()
     assert in_writing(output) == []
     assert_same_end(output, whole)
 
 
-def test_any_rank_can_be_asked_to_stop(tmp_path: Path, whole: Path, ranks: WarmRanks) -> None:
+def test_any_rank_can_be_asked_to_stop(tmp_path: Path, whole: Path) -> None:
     """By time, by SIGTERM for one rank and its children, by SIGUSR1 in the middle of a save."""
     output, next_output = tmp_path / "run", tmp_path / "next"
     arguments = words(whole, output)
     following = words(whole, next_output)
 
-    job = ranks.run([*arguments, "train.exit_after_minutes=0.0001", *following], processes=2)
+    job = run_ranks(
+        tmp_path, [*arguments, "train.exit_after_minutes=0.0001", *following], processes=2
+    )
     assert f"Stopped after step 1 of {STEPS} because of train.exit_after_minutes" in job.text()
     assert not next_output.exists()
 
-    job = ranks.start([*arguments, OFTEN], processes=2)
-    wait_until(lambda: "step 4/" in job.text(), job)
+    job = start_ranks(tmp_path, [*arguments, OFTEN], processes=2)
+    wait_until(lambda: "step 4/" in job.text(), job.text)
     os.killpg(job.pids[1], signal.SIGTERM)
     begin = time.monotonic()
-    assert ranks.wait(job) == [0, 0], job.text()
+    assert job.wait() == [0, 0], job.text()
     assert time.monotonic() - begin < 30
     assert "because of signal SIGTERM: the same command goes on from" in job.text()
     stopped = steps_done(output)
     assert 4 <= stopped < STEPS
     assert (output / "checkpoints" / "latest").read_text() == f"step_{stopped:07d}\n"
 
-    job = ranks.start([*arguments, OFTEN, "checkpoint.asynchronous=true"], processes=2)
-    wait_until(lambda: bool(in_writing(output)), job)
+    job = start_ranks(tmp_path, [*arguments, OFTEN, "checkpoint.asynchronous=true"], processes=2)
+    wait_until(lambda: bool(in_writing(output)), job.text)
     job.kill(signal.SIGUSR1, ranks=[0])
-    assert ranks.wait(job) == [0, 0], job.text()
+    assert job.wait() == [0, 0], job.text()
     assert "because of signal SIGUSR1" in job.text()
     assert stopped < steps_done(output) < STEPS
     assert in_writing(output) == job.left_behind() == []
 
-    ranks.run(arguments, processes=2)
+    run_ranks(tmp_path, arguments, processes=2)
     assert_same_end(output, whole)
 
 
@@ -169,13 +170,13 @@ def _lose_all(checkpoint: Path) -> str:
 
 @pytest.mark.parametrize("damage", [_cut_tensors, _lose_tensors, _spoil_metadata, _lose_all])
 def test_the_one_before_a_damaged_checkpoint_is_used(
-    damage: Callable[[Path], str], tmp_path: Path, whole: Path, ranks: WarmRanks
+    damage: Callable[[Path], str], tmp_path: Path, whole: Path
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(whole, output)
     what = damage(output / "checkpoints" / LAST)
 
-    job = ranks.run(words(whole, output), processes=2)
+    job = run_ranks(tmp_path, words(whole, output), processes=2)
 
     warnings = [line for line in job.text().splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1 and what in warnings[0] and str(output) in warnings[0]
@@ -186,16 +187,16 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
     assert_same_end(output, whole)
 
 
-def test_only_damaged_checkpoints(tmp_path: Path, whole: Path, ranks: WarmRanks) -> None:
+def test_only_damaged_checkpoints(tmp_path: Path, whole: Path) -> None:
     """One sentence; the run does not silently start again."""
     output = tmp_path / "run"
     shutil.copytree(whole, output)
     for checkpoint in (output / "checkpoints").glob("step_*"):
         (checkpoint / "common.pt").unlink()
 
-    job = ranks.start(words(whole, output), processes=2)
+    job = start_ranks(tmp_path, words(whole, output), processes=2)
 
-    assert ranks.wait(job) == [1, 1]
+    assert job.wait() == [1, 1]
     assert job.text().count("error: ") == 1
     assert f"No checkpoint in {output}/checkpoints can be used" in job.text()
 
@@ -211,7 +212,6 @@ def test_another_layout_goes_on(
     tmp_path: Path,
     digits: Path,
     whole: Path,
-    ranks: WarmRanks,
 ) -> None:
     """The last quarter on another layout than EP=2: same samples, same losses.
 
@@ -222,8 +222,11 @@ def test_another_layout_goes_on(
     extra = ["train.deterministic=true", f"profile.steps=[{back + 1},{back + 2}]"]
     extra += [f"profile.ranks=[{processes - 1}]", "train.spike_factor=0.01"]
 
-    job = ranks.run(
-        words(whole, output, "parallel.expert=1", *degrees, *extra), processes, timeout=120
+    job = run_ranks(
+        tmp_path,
+        words(whole, output, "parallel.expert=1", *degrees, *extra),
+        processes,
+        timeout=120,
     )
 
     assert f"going on from {output}/checkpoints/step_{back:07d}" in job.text()
@@ -253,11 +256,12 @@ def test_torchrun_restarts_by_itself(tmp_path: Path, whole: Path) -> None:
     output, log = tmp_path / "run", tmp_path / "log"
     start = [*torchrun(2, "--max-restarts=1"), TRAIN, *words(whole, output, OFTEN)]
     with log.open("w") as file, started(start, stdout=file.fileno(), stderr=file.fileno()) as job:
-        running = Job([], log)
-        wait_until(lambda: "step 3/" in running.text(), running, timeout=200)
+        wait_until(lambda: "step 3/" in log.read_text(), log.read_text, timeout=200)
         os.kill(_worker(job.pid), signal.SIGKILL)
         wait_until(
-            lambda: "step 5/" in running.text().partition("going on from")[2], running, timeout=200
+            lambda: "step 5/" in log.read_text().partition("going on from")[2],
+            log.read_text,
+            timeout=200,
         )
         job.terminate()
         job.wait(60)
@@ -270,7 +274,9 @@ def test_torchrun_restarts_by_itself(tmp_path: Path, whole: Path) -> None:
     assert losses[0] == losses[1][: len(done)]
 
 
-def _worker(parent: int) -> int:
-    """One of the processes that torchrun has started."""
-    children: Any = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return int(children[-1])
+def _worker(launcher: int) -> int:
+    """The process of rank 1 below a launcher."""
+    for pid in descendants(launcher):
+        if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
+            return pid
+    raise AssertionError("There is no rank 1.")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.conftest import SAVE_EVERY, STEPS, joint_values
-from tests.helpers.launch import ROOT, TRAIN, environment, kill_group
+from tests.helpers.launch import ROOT, TRAIN, environment, kill_group, python
 from tests.helpers.tiny_run import read_metrics, read_routing, write_config
 
 # The time limit counts the runs, which the first test of a session waits for.
@@ -30,7 +29,7 @@ class Node:
             "NPROC_PER_NODE": "1",
             "RDZV_ENDPOINT": endpoint,
             "LOCAL_ADDRESS": f"127.0.0.{number + 1}",
-            "PYTHON": sys.executable,
+            "PYTHON": python(),
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

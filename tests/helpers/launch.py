@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "tools/train.py"
+QUICK_PYTHON = "TEST_PYTHON"  # the variable that names the fork server's executable
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,20 @@ class Finished:
         return self
 
 
+def python() -> str:
+    """What to start scripts with: Python, with the imports done where there is a fork server."""
+    return os.environ.get(QUICK_PYTHON, sys.executable)
+
+
 def torchrun(processes: int, *options: str) -> list[str]:
     """The start of a command on one node; torchrun finds a free port itself, without a race."""
-    # The script, not the module: the module's start imports torch once more.
-    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    runner = [python(), "-m", "torch.distributed.run", "--standalone"]
     return [*runner, "--local-addr=localhost", f"--nproc-per-node={processes}", *options]
 
 
 def command(script: str, arguments: Sequence[str | Path], processes: int = 1) -> list[str]:
     """Start ``script`` (a path from the root) plainly, or with torchrun for several processes."""
-    start = [sys.executable] if processes == 1 else torchrun(processes)
+    start = [python()] if processes == 1 else torchrun(processes)
     return [*start, script, *map(str, arguments)]
 
 
@@ -69,7 +75,7 @@ def started(words: Sequence[str], **options: int) -> Iterator[subprocess.Popen[s
 
 def kill_group(process: subprocess.Popen[str]) -> None:
     """SIGKILL for a process and everything that it has started."""
-    for group in {process.pid, *_groups_below(process.pid)}:
+    for group in {process.pid, *descendants(process.pid).values()}:
         try:
             os.killpg(group, signal.SIGKILL)
         except ProcessLookupError:
@@ -88,22 +94,47 @@ def run(words: Sequence[str], timeout: float) -> Finished:
         return Finished(process.returncode, out, err)
 
 
-def _groups_below(root: int) -> set[int]:
-    """Process groups of all descendants: torchrun's workers lead groups of their own."""
+def descendants(root: int) -> dict[int, int]:
+    """All processes that a process has started, directly or not, and their process groups.
+
+    Older ones come first.  torchrun's workers lead groups of their own, and forks of the fork
+    server count as started by their clients.
+    """
     children: dict[int, list[tuple[int, int]]] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
+    clients = _clients()
+    for entry in sorted(Path("/proc").glob("[0-9]*"), key=lambda entry: int(entry.name)):
         try:
             # After the name in brackets: state, parent, process group.
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        children.setdefault(int(fields[1]), []).append((int(entry.name), int(fields[2])))
-    groups: set[int] = set()
+        parent = clients.get(entry.name) or fields[1]
+        children.setdefault(int(parent), []).append((int(entry.name), int(fields[2])))
+    found: dict[int, int] = {}
     waiting = [root]
     while waiting:
         for pid, group in children.get(waiting.pop(), []):
-            groups.add(group)
-            waiting.append(pid)
-    return groups
+            if pid not in found:
+                found[pid] = group
+                waiting.append(pid)
+    return found
+
+
+def fork_of(process: subprocess.Popen[bytes], timeout: float = 60) -> int:
+    """The process that runs what was started with ``python()``: itself, or its fork."""
+    deadline = time.monotonic() + timeout  # the server may still be importing
+    while QUICK_PYTHON in os.environ and process.poll() is None and time.monotonic() < deadline:
+        for fork, client in _clients().items():
+            if client == str(process.pid):
+                return int(fork)
+        time.sleep(0.002)
+    return process.pid
+
+
+def _clients() -> dict[str, str]:
+    """The clients of the fork server's forks, by process id."""
+    found = {}
+    for link in Path(python()).parent.glob("forks/*"):
+        with suppress(FileNotFoundError):  # it has just ended
+            found[link.name] = link.readlink().name
+    return found
