@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,9 +178,11 @@ class EnergonStream:
         self._pin_memory = pin_memory
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
+        # Closed here, because workers wait for seconds where the garbage collector ends them.
         try:
-            for share in self._loader:
-                yield [b.pin_memory() if self._pin_memory else b for b in share.batches]
+            with closing(iter(self._loader)) as shares:
+                for share in shares:
+                    yield [b.pin_memory() if self._pin_memory else b for b in share.batches]
         except FatalSampleError as error:
             raise ValueError(
                 "Stopping: too many samples in a row could not be read, so the shards, the "
