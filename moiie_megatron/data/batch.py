@@ -1,7 +1,7 @@
 """What the model is fed: one padded micro-batch.
 
 Shapes: b rows, s tokens, n images in the whole micro-batch, S pixels per image side, k segments
-of a packed row.
+of a packed row, l tokens with a target.
 """
 
 from __future__ import annotations
@@ -82,6 +82,11 @@ class Batch:
     def loss_mask(self) -> Tensor:
         """float32 [b, s]: 1 where there is a target."""
         return (self.labels != IGNORE).float()
+
+    @property
+    def label_places(self) -> Tensor:
+        """int64 [l]: where the targets are in the transposed batch [s, b]."""
+        return (self.labels.t().reshape(-1) != IGNORE).nonzero().squeeze(1)
 
     @property
     def num_label_tokens(self) -> int:

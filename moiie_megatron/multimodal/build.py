@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from moiie_megatron.backend.device import has_transformer_engine
@@ -17,6 +16,7 @@ from moiie_megatron.moe.layer import moiie_module
 from moiie_megatron.moe.pooled import PooledLoads
 from moiie_megatron.moe.router import RouterSettings
 from moiie_megatron.multimodal.connector import Connector
+from moiie_megatron.multimodal.language import LanguageModel
 from moiie_megatron.multimodal.model import MoIIEModel
 from moiie_megatron.multimodal.vision import VisionEncoder
 
@@ -31,7 +31,7 @@ def build_model(config: RunConfig, world: World) -> MoIIEModel:
     mconfig = transformer_config(config, device)
     experts = moe_module(config, world) if config.moe_layers else None
     spec = decoder_spec(mconfig, device, moe_module=experts, pp_rank=world.groups.pp.rank())
-    language_model = GPTModel(
+    language_model = LanguageModel(
         config=mconfig,
         transformer_layer_spec=spec,
         vocab_size=language.vocab_size,

@@ -1,6 +1,6 @@
 """The whole model: vision encoder, connector, Megatron's GPTModel with MoIIE layers.
 
-Shapes: b batch, s sequence, h hidden, n images, p image tokens per image.
+Shapes: b batch, s sequence, h hidden, n images, p image tokens per image, l tokens with a label.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from moiie_megatron.experts.token_types import TEXT
 from moiie_megatron.multimodal.connector import Connector
+from moiie_megatron.multimodal.language import LanguageModel
 from moiie_megatron.multimodal.merge import merge_images
 from moiie_megatron.multimodal.reference_mask import reference_types
 from moiie_megatron.multimodal.vision import VisionEncoder
@@ -40,7 +40,7 @@ class MoIIEModel(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        language_model: GPTModel,
+        language_model: LanguageModel,
         vision_encoder: VisionEncoder | None,
         connector: Connector | None,
         groups: ProcessGroupCollection,
@@ -76,6 +76,7 @@ class MoIIEModel(MegatronModule):
         token_types: Tensor,
         images: Tensor | None = None,
         labels: Tensor | None = None,
+        label_places: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
@@ -88,6 +89,8 @@ class MoIIEModel(MegatronModule):
             images: Normalised ``(n, 3, H, W)``, in the order of their runs in the batch; first
                 stage only.
             labels: int64 ``(b, s)``, already shifted, -100 where there is none; last stage only.
+            label_places: int64 ``(l,)``, where the labels are in ``(s, b)`` order; to be looked
+                up in the labels, which waits for the device, if it is not given.
             inputs_embeds: ``(b, s, h)`` instead of tokens and images (parity tests).
             packed_seq_params: The segments of a packed row (b = 1), needed on every stage;
                 attention and positions begin anew in each.
@@ -110,20 +113,28 @@ class MoIIEModel(MegatronModule):
         if self.pre_process:
             decoder_input = self._embed(tokens, position_ids, token_types, images, inputs_embeds)
         routed_types = reference_types(token_types) if self.reference_mask else token_types
-        mask = None if labels is None else labels >= 0
-        output = self.language_model(
+        if labels is not None:
+            labels_sb = labels.t().reshape(-1)
+            if label_places is None:
+                label_places = (labels_sb >= 0).nonzero().squeeze(1)
+            labels = labels_sb.index_select(0, label_places).unsqueeze(0)
+        output: Tensor = self.language_model(
             input_ids=tokens,
             position_ids=position_ids,
             attention_mask=None,
             decoder_input=decoder_input,
-            labels=None if labels is None else labels.clamp(min=0),
+            labels=labels,
+            loss_mask=label_places,
             # See MoIIELayer: Megatron's one per-token slot carries the token types.  GPTModel
             # does not cut it for sequence parallelism when it gets decoder_input.
             padding_mask=self._cut_like_hidden_states(routed_types),
             runtime_gather_output=labels is None,
             packed_seq_params=packed_seq_params,
         )
-        return output * mask if mask is not None and self.post_process else output
+        if labels is None or not self.post_process:
+            return output
+        losses_sb = output.new_zeros(tokens.numel()).index_copy(0, label_places, output.flatten())
+        return losses_sb.view(tokens.t().shape).t()
 
     def _cut_like_hidden_states(self, token_types: Tensor) -> Tensor:
         if not self.config.sequence_parallel:

@@ -71,6 +71,7 @@ def forward_inputs(config: RunConfig, batch: Batch, world: World) -> dict[str, A
         "token_types": move(batch.token_types),
         "images": images,
         "labels": move(batch.labels) if world.is_last_stage else None,
+        "label_places": move(batch.label_places) if world.is_last_stage else None,
         "packed_seq_params": (
             None if batch.cu_seqlens is None else segments_of(batch.cu_seqlens, world.device)
         ),
