@@ -227,7 +227,11 @@ def scaling(world: World, options: argparse.Namespace) -> None:
     if world.rank == 0:
         for first, *others in (list(steps)[:2], list(steps)[2:]):
             ratios = "  ".join(f"{name} {timings.ratio(name, first):.2f}" for name in others)
-            print(f"{world.size} process(es), time over {first}: {ratios}", flush=True)
+            milliseconds = timings.median(first) * 1e3
+            print(
+                f"{world.size} process(es)  {first} {milliseconds:.0f} ms, times that: {ratios}",
+                flush=True,
+            )
 
 
 def peak_memory(system: str, options: argparse.Namespace) -> float:
