@@ -5,10 +5,11 @@
     python benchmarks/train_step.py --scaling                     # experts, sequence length
 
 Forward, backward, clipping and update of both systems on the same samples, fp32, interleaved in
-one process (the slower rank counts).  *Equal work*: samples of one length, no padding.  *Natural*:
-text lengths drawn from a log-normal distribution, most samples with an image; the reference pads
-every micro-batch of 8 samples to its longest, ours packs.  Figures are ratios of real tokens per
-second, ours over theirs.  Peak memory is that of a process with one of the two systems.
+one process (the slower rank counts).  *Equal work*: samples of one length, no padding; logits of
+tokens without a label are what the reference computes and ours leaves out.  *Natural*: text lengths
+drawn from a log-normal distribution, most samples with an image; the reference pads every
+micro-batch of 8 samples to its longest, ours packs.  Figures are ratios of real tokens per second,
+ours over theirs.  Peak memory is that of a process with one of the two systems.
 """
 
 from __future__ import annotations
