@@ -85,7 +85,16 @@ stop() {
     done
 }
 trap stop TERM USR1
-trap 'is_stopping=true; kill -INT "$agent" 2>/dev/null || true' INT # ends at once, unsaved
+# shellcheck disable=SC2317,SC2329 # called by trap
+interrupt() { # ends at once, unsaved; torchrun listens to SIGINT only when it has workers
+    is_stopping=true
+    if [[ -z $(workers_of "$agent") ]]; then
+        kill -TERM "$agent" 2>/dev/null || true
+    else
+        kill -INT "$agent" 2>/dev/null || true
+    fi
+}
+trap interrupt INT
 
 status=0
 wait "$agent" || status=$?

@@ -65,7 +65,7 @@ overrides=(
     "parallel.expert=$NPROC"
     checkpoint.interval=1000 checkpoint.keep=1
 )
-"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" \
+NPROC_PER_NODE=$NPROC bash "$root/examples/torchrun.sh" \
     "$root/tools/train.py" "$OUTPUT/start/run.yaml" "${overrides[@]}" "$@"
 
 "$PYTHON" -c 'import sys

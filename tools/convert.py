@@ -40,7 +40,9 @@ def add_upcycle(commands: Any) -> None:
 
 
 def upcycle(arguments: argparse.Namespace) -> None:
+    from moiie_megatron.checkpoint.folder import CONFIG_FILE
     from moiie_megatron.checkpoint.offline_upcycle import UpcycleOptions, upcycle_checkpoint
+    from moiie_megatron.config.load import load_config
 
     options = UpcycleOptions(
         variant=arguments.variant,
@@ -61,6 +63,11 @@ def upcycle(arguments: argparse.Namespace) -> None:
             progress=progress,
         )
     print(f"{out}: see receipt.json there; train with checkpoint.init_from={out}")
+    if load_config(out / CONFIG_FILE, environ={}).stage.template == "plain":
+        print(
+            "The tokenizer has no chat template, so stage.template is plain, which learns the last "
+            "answer without its question: set stage.template for conversations."
+        )
 
 
 def add_export(commands: Any) -> None:

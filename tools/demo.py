@@ -112,6 +112,7 @@ def write_data(plan: Plan) -> None:
 def train(plan: Plan) -> int:
     """All stages in one job: Megatron is imported and the processes are connected once."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--local-addr=localhost"]  # a container's own name may be unknown
     command += [f"--nproc-per-node={PROCESSES}", str(ROOT / "tools" / "train.py")]
     for stage in STAGES:
         command += [str(plan.config(stage)), *plan.overrides(stage)]
@@ -136,7 +137,7 @@ def follow(command: Sequence[str], threads: int) -> int:
             if step is None or step[1] in ("1", step[2]) or int(step[1]) % REPORT_EVERY == 0:
                 print(line, end="", flush=True)
     if process.returncode:
-        print(f"error: {' '.join(command[:6])} ... failed.", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(command[:7])} ... failed.", file=sys.stderr, flush=True)
     return process.returncode
 
 

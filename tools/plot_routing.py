@@ -47,6 +47,8 @@ def main() -> int:
     measures = arguments.records is not None or not log.exists()
 
     def task() -> None:
+        if not target.exists():
+            raise ValueError(f"{target} does not exist: name a run or a checkpoint.")
         for name in ("last", "samples"):
             if getattr(arguments, name) < 1:
                 raise ValueError(f"--{name} is {getattr(arguments, name)}: use 1 or more.")
@@ -58,6 +60,11 @@ def main() -> int:
                 "the result with --out."
             )
         out = Path(arguments.out) if arguments.out else target / "routing"
+        if measures and (out / "metrics.jsonl").exists():
+            raise ValueError(
+                f"{out} is the folder of a run, whose {LOG} would be replaced: name another one "
+                "with --out."
+            )
         if measures:
             measure(arguments, launch, out)
         if launch.rank == 0:
@@ -90,8 +97,13 @@ def measure(arguments: argparse.Namespace, launch: Launch, out: Path) -> None:
     overrides = list(arguments.overrides)
     if arguments.records is not None:
         source = {"records": arguments.records, "images": arguments.images}
-        overrides.append(f"data.sources={json.dumps([source])}")
+        overrides += [f"data.sources={json.dumps([source])}", "data.backend=plain"]
     config = checkpoint_config(folder, overrides)
+    if config.data.backend != "plain":
+        raise ValueError(
+            f"{folder} was trained on shards (data.backend is {config.data.backend}): name records "
+            "and their pictures with --records and --images."
+        )
     check_config(config, world_size=launch.world_size)
     dataset = build_dataset(config)
 

@@ -14,11 +14,13 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moiie_megatron.backend.process import Launch
+from moiie_megatron.config.arguments import parse_with_overrides
 from moiie_megatron.training.launch import exit_code
 from moiie_megatron.training.progress import progress_bar
 
@@ -58,10 +60,10 @@ def validate(arguments: argparse.Namespace) -> None:
         summaries.append(summarize(found, encoding))
         faults += found.faults
     samples = sum(len(source.records) for source in sources)
+    _print_table(summaries)
     if arguments.json:
         report = {"samples": samples, "bad": len(faults), "sources": summaries}
         _write_json(Path(arguments.json), report)
-    _print_table(summaries)
     _judge(faults, samples, max_bad_share)
 
 
@@ -73,12 +75,20 @@ def add_lengths(commands: Any) -> None:
 
 
 def lengths(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.data.length_index import LengthKey, write_lengths
+    from moiie_megatron.data.length_index import LengthKey, length_files, write_lengths
     from moiie_megatron.data.survey import survey
     from moiie_megatron.data.survey_report import summarize
 
     sources, encoding, _ = _sources(arguments, needs_encoding=True)
     assert encoding is not None
+    folder = Path(arguments.out) if arguments.out else None
+    records = {source.records.path.absolute() for source in sources}
+    files = Counter(length_files(path, folder)[0] for path in records)
+    if twice := [str(file) for file, number in files.items() if number > 1]:
+        raise ValueError(
+            f"Several sources would write {', '.join(twice)}: leave out --out, so that every index "
+            "lies beside its records."
+        )
     summaries = []
     for source in sources:
         key = LengthKey.of(
@@ -96,7 +106,6 @@ def lengths(arguments: argparse.Namespace) -> None:
                 workers=arguments.workers,
                 progress=progress,
             )
-        folder = Path(arguments.out) if arguments.out else None
         print(write_lengths(source.records.path, key, found.lengths, folder))
         summaries.append(summarize(found, encoding))
     _print_table(summaries)
@@ -187,7 +196,7 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
 def _add_limit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bad-share",
-        type=float,
+        type=_share,
         metavar="X",
         help="fail above this share of broken records; default: the run's, else 0.01",
     )
@@ -289,12 +298,22 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+    return value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
     for add in (add_validate, add_lengths, add_jsonl, add_webdataset):
         add(commands)
-    arguments = parser.parse_args()
+    arguments = parse_with_overrides(parser)
     return exit_code(lambda: arguments.task(arguments), Launch())
 
 

@@ -173,6 +173,7 @@ def _mark_stages(panels: Sequence[Axes], stages: Mapping[str, Records]) -> None:
             ha="center",
             color=INK,
             fontweight="bold",
+            parse_math=False,
         )
         start = end
     panels[0].set_xlim(0, start)

@@ -38,7 +38,8 @@ _WIDE, _TALL, _LOW = 6.4, 6.2, 4.2  # inches: letters stay legible where a phone
 # What a run may leave besides its metrics: file, heading, what it means.
 _PROBLEMS = (
     ("faults.jsonl", "Samples left out", "Records or images that could not be used."),
-    ("bad_steps.jsonl", "Steps with problems", "Skipped updates and spikes of the loss."),
+    ("bad_steps.jsonl", "Skipped steps", "Their loss or gradient was not finite."),
+    ("loss_spikes.jsonl", "Spikes of the loss", "Steps far above the losses before them."),
 )
 
 

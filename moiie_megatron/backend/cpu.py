@@ -62,7 +62,6 @@ def apply_cpu_patches() -> None:
     _gloo_needs_split_sizes_as_numbers()
     _gloo_needs_equal_parts()
     _groups_of_one_exchange_nothing()
-    _router_without_te()
     _rng_tracker_uses_the_cpu_generator()
 
 
@@ -240,13 +239,6 @@ def _groups_of_one_exchange_nothing() -> None:
 
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(module, name, unless_alone(getattr(module, name)))
-
-
-def _router_without_te() -> None:
-    """``te_general_gemm`` is an undefined name without Transformer Engine (NameError)."""
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
 
 
 def _rng_tracker_uses_the_cpu_generator() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from megatron.core.optimizer import get_standard_config_overrides
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from moiie_megatron.backend.device import Device, has_transformer_engine
 from moiie_megatron.config.checks import check_megatron_section
@@ -26,7 +27,15 @@ from moiie_megatron.config.schema import RunConfig
 
 # Fields that the project sets, and the configuration key that decides each.  The `megatron:`
 # section may hold every other field of TransformerConfig.
+_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
+_NOT_SUPPORTED = "the project, which does not support it"
 OWNED_FIELDS = {
+    # Of Megatron's router and shared experts; the project's own follow below.
+    **{
+        field.name: _NOT_SUPPORTED
+        for field in dataclasses.fields(TransformerConfig)
+        if field.name.startswith(("moe_router_", "moe_shared_expert_"))
+    },
     "num_layers": "language.num_layers",
     "hidden_size": "language.hidden_size",
     "ffn_hidden_size": "language.ffn_hidden_size",
@@ -59,6 +68,10 @@ OWNED_FIELDS = {
     "fp16": "train.precision",
     "deterministic_mode": "train.deterministic",
     "autocast_dtype": "train.precision",
+    "moe_z_loss_coeff": "moe.z_loss_coeff",
+    "moe_latent_size": _NOT_SUPPORTED,
+    "mtp_num_layers": _NOT_SUPPORTED,
+    "context_parallel_size": _NOT_SUPPORTED,
     "calculate_per_token_loss": "the training step (the loss is a mean over the global batch)",
     "transformer_impl": "the machine (Transformer Engine where it is installed)",
 }
@@ -69,14 +82,24 @@ def torch_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
-def check_passthrough(config: RunConfig) -> None:
-    """Check the ``megatron:`` section against TransformerConfig.
+def passthrough_fields(config: RunConfig) -> dict[str, Any]:
+    """The ``megatron:`` section, with values of the types that TransformerConfig declares.
 
     Raises:
-        ValueError: A field that does not exist or that another key decides.
+        ValueError: A field that does not exist, that another key decides, or of another type.
     """
     fields = [field.name for field in dataclasses.fields(TransformerConfig)]
     check_megatron_section(config.megatron, fields, OWNED_FIELDS)
+    types, values = get_type_hints(TransformerConfig), {}
+    for name, value in config.megatron.items():
+        try:
+            values[name] = TypeAdapter(types[name], config=_ANY_CLASS).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise ValueError(
+                f"megatron.{name} is {value!r}, which does not fit: {reason}."
+            ) from error
+    return values
 
 
 def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
@@ -85,7 +108,7 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
     Raises:
         ValueError: The ``megatron:`` section names a field that is unknown or not free.
     """
-    check_passthrough(config)
+    passthrough = passthrough_fields(config)
     language, moe, parallel = config.language, config.moe, config.parallel
     dtype = torch_dtype(config)
     fields: dict[str, Any] = {
@@ -147,16 +170,24 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
             "expert_model_parallel_size": parallel.expert,
             "expert_tensor_parallel_size": parallel.expert_tensor,
         }
-    return TransformerConfig(**(fields | config.megatron))
+    try:
+        return TransformerConfig(**(fields | passthrough))
+    except (AssertionError, TypeError) as error:
+        if not config.megatron:
+            raise
+        raise ValueError(
+            f"Megatron-Core refuses the megatron section {config.megatron} "
+            f"({str(error) or 'a failed assertion'}): change or leave out its keys."
+        ) from error
 
 
 def _has_fused_accumulation() -> bool:
     """Whether weight gradients can be added to fp32 buffers inside the matrix product.
 
-    Megatron's own linear layers do it with Apex's extension, Transformer Engine's by themselves.
+    Transformer Engine's layers do it by themselves, but the output layer is always Megatron's own,
+    which refuses the flag without Apex's extension.
     """
-    names = ("fused_weight_gradient_mlp_cuda", "transformer_engine")
-    return any(importlib.util.find_spec(name) is not None for name in names)
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def ddp_config(config: RunConfig, device: Device) -> DistributedDataParallelConfig:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe import moe_utils
 
 from moiie_megatron.backend.device import Device, choose_device
 from moiie_megatron.backend.process import Launch, find_store
@@ -88,6 +88,7 @@ def start_world(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     seed_everything(seed, groups)
     _unit_aux_loss_scale(chosen)
+    _router_without_te()
     return World(chosen, groups, dist.get_rank(), dist.get_world_size())
 
 
@@ -103,7 +104,16 @@ def _unit_aux_loss_scale(device: Device) -> None:
     The schedules give one of shape ``(1,)``; a backward pass before the first schedule would
     leave a scalar there, into which theirs cannot be copied.
     """
-    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1, device=device.torch_device)
+    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(
+        1, device=device.torch_device
+    )
+
+
+def _router_without_te() -> None:
+    """Megatron's router asks for ``te_general_gemm``, an undefined name without Transformer
+    Engine (NameError), on every device."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def stop_world() -> None:

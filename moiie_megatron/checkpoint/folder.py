@@ -123,11 +123,15 @@ def new_folder(final: Path, *, num_bytes: int, force: bool, ours: str) -> Iterat
         force, ours: See ``check_output``.
 
     Raises:
-        ValueError: ``final`` may not be replaced, or the disk is too full.
+        ValueError: ``final`` may not be replaced, the disk is too full, or files cannot be read
+            or written meanwhile.
     """
     check_output(final, force=force, ours=ours)
     beside = final.absolute().with_name(final.absolute().name + WRITING)
-    beside.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{final} cannot be made ({error}): name another folder.") from error
     shutil.rmtree(beside, ignore_errors=True)
     free = shutil.disk_usage(beside.parent).free
     if free < num_bytes + _SPARE:
@@ -135,13 +139,15 @@ def new_folder(final: Path, *, num_bytes: int, force: bool, ours: str) -> Iterat
             f"{final} needs {_gigabytes(num_bytes + _SPARE)} but its disk has "
             f"{_gigabytes(free)} free: make room or name a folder on another disk."
         )
-    beside.mkdir()
     try:
+        beside.mkdir()
         yield beside
         check_output(final, force=force, ours=ours)  # others may have written meanwhile
         _replace(beside, final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ValueError(f"{final} could not be written ({error}).") from error
         raise
 
 

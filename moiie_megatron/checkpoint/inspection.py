@@ -18,7 +18,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         path: A checkpoint folder, or a run's output folder (its newest checkpoint).
 
     Returns:
-        ``parts`` maps language, experts, routers, vision, connector and other (optimizer state)
+        ``parts`` maps language, experts, routers, vision, connector and optimizer
         to tensors, parameters, bytes and dtypes; the rest is from the configuration, the common
         state and the receipt.
 
@@ -65,14 +65,15 @@ def format_description(description: dict[str, Any]) -> str:
     for name, part in description["parts"].items():
         lines.append(
             f"  {name:<10} {part['tensors']:>5} tensors {part['parameters'] / 1e6:>10.2f} M "
-            f"parameters {part['bytes'] / 1e9:>8.3f} GB  {', '.join(part['dtypes'])}"
+            f"values {part['bytes'] / 1e9:>8.3f} GB  {', '.join(part['dtypes'])}"
         )
     receipt = description["receipt"]
     if receipt is not None:
-        lines.append(
-            f"receipt: {receipt['operation']} by {receipt['tool']}, experts that equal the dense "
-            f"FFN: {receipt['equal_experts']} of {receipt['experts']}"
-        )
+        line = f"receipt: {receipt['operation']} by {receipt['tool']}"
+        if receipt["experts"]:
+            equal = f"{receipt['equal_experts']} of {receipt['experts']}"
+            line += f", experts that equal the dense FFN: {equal}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -86,7 +87,7 @@ def _part(name: str) -> str:
         tables.VISION: "vision",
         tables.CONNECTOR: "connector",
     }
-    return next((part for prefix, part in prefixes.items() if name.startswith(prefix)), "other")
+    return next((part for prefix, part in prefixes.items() if name.startswith(prefix)), "optimizer")
 
 
 def _receipt(file: Path) -> dict[str, Any]:

@@ -32,12 +32,14 @@ from moiie_megatron.checkpoint.folder import CONFIG_FILE, FORMAT_VERSION
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, and what the order of its samples depends on.
+    """How far a run is, and what the order of its samples and its schedule depend on.
 
     Attributes:
         num_samples: Samples per epoch.
         blend: Samples per epoch of every source (``Blend.describe``); older checkpoints have
             none.
+        schedule: What the learning rates of all steps depend on; older checkpoints have none.
+        experts: Which experts the model has; older checkpoints do not say.
         bad_samples: Samples left out so far, on all ranks.
         skipped: Steps that changed nothing, because loss or gradient was not finite.
     """
@@ -47,6 +49,8 @@ class Progress:
     num_samples: int
     seed: int
     blend: str = ""
+    schedule: str = ""
+    experts: str = ""
     bad_samples: int = 0
     skipped: int = 0
 

@@ -6,7 +6,6 @@ allowed.  Nothing here reads the disk except ``check_paths``.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -175,11 +174,6 @@ def _check_experts(config: RunConfig) -> None:
         raise ValueError(
             f"moe.aux_loss is pooled but parallel.pipeline is {parallel.pipeline}: pooling needs "
             "all MoE layers on one stage, use per_layer or parallel.pipeline=1."
-        )
-    if config.moe.dispatcher == "flex" and importlib.util.find_spec("deep_ep") is None:
-        raise ValueError(
-            "moe.dispatcher is flex, which needs the package deep_ep, and it is not installed: "
-            "install it or use moiie, alltoall or allgather."
         )
     if config.moe.dispatcher == "allgather" and config.data.padding != "sequence_length":
         raise ValueError(

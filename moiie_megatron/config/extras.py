@@ -13,6 +13,15 @@ def check_extras(config: RunConfig) -> None:
     Raises:
         ValueError: The first missing package, with the key that needs it.
     """
+    if (
+        config.moe_layers
+        and config.moe.dispatcher == "flex"
+        and importlib.util.find_spec("deep_ep") is None
+    ):
+        raise ValueError(
+            "moe.dispatcher is flex, which needs the package deep_ep, and it is not installed: "
+            "install it or use moiie, alltoall or allgather."
+        )
     if config.log.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"log.wandb_project is {config.log.wandb_project!r} but the package wandb is not "

@@ -38,6 +38,12 @@ from megatron.energon import (  # type: ignore[import-not-found]
 )
 from megatron.energon.epathlib import EPath  # type: ignore[import-not-found]
 from megatron.energon.errors import FatalSampleError  # type: ignore[import-not-found]
+from megatron.energon.flavors.webdataset.empty_dataset_error import (  # type: ignore[import-not-found]
+    EmptyDatasetError,
+)
+from megatron.energon.flavors.webdataset.metadata import (  # type: ignore[import-not-found]
+    WebdatasetMeta,
+)
 
 from moiie_megatron.data.batch import Batch as MicroBatch
 from moiie_megatron.data.batch import Example
@@ -290,17 +296,18 @@ def _cause(error: BaseException) -> str:
 
 
 def _num_samples(path: str) -> int:
-    """Samples in the shards at ``path``, as energon has counted them.
+    """Samples in the training part of the shards at ``path``, as energon has counted them.
 
     Raises:
         ValueError: It has not.
     """
-    for name in (".info.json", ".info.yaml"):
-        info = EPath(path if "://" in path else str(Path(path).absolute())) / ".nv-meta" / name
-        if info.is_file():
-            counts = yaml.safe_load(info.read_text())["shard_counts"]
-            return sum(counts.values())
-    raise ValueError(
-        f"{path} holds no shards with energon's index: make them with tools/prepare_data.py "
-        "webdataset where megatron-energon is installed, or run energon prepare there."
-    )
+    folder = EPath(path if "://" in path else str(Path(path).absolute()))
+    try:
+        meta = WebdatasetMeta.from_config(folder, split_part="train")
+    except (ValueError, OSError, EmptyDatasetError) as error:
+        raise ValueError(
+            f"{path} holds no shards with energon's index ({error}): make them with "
+            "tools/prepare_data.py webdataset where megatron-energon is installed, or run energon "
+            "prepare --split-ratio 1,0,0 there."
+        ) from error
+    return sum(shard.count for shard in meta.shards)

@@ -55,8 +55,8 @@ class SampleOrder:
 
     An epoch lists its samples source by source and permutes the list.  A source is gone through
     round by round: entry j of epoch e is number ``m = e * count + j`` of its source, which is
-    place ``m % size`` of round ``m // size``.  So no sample comes a second time before all others
-    of its source came once.
+    place ``m % size`` of round ``m // size``.  So no epoch is given a sample a second time before
+    all others of its source came once; rounds that share an epoch are mixed by its permutation.
 
     Args:
         blend: The samples of an epoch; a number stands for one source of that many.

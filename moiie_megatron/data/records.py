@@ -147,7 +147,9 @@ def parse_record(value: Any, default_id: str = "") -> Record:
         turns[first] = replace(turns[first], text=text)
     elif placeholders != len(images):
         raise BadRecord(f"{placeholders} {PLACEHOLDER} placeholders but {len(images)} images")
-    return Record(str(value.get("id", default_id)), images, tuple(turns))
+    # Half of a surrogate pair, which JSON can express, could not be printed.
+    name = str(value.get("id", default_id)).encode(errors="backslashreplace").decode()
+    return Record(name, images, tuple(turns))
 
 
 def _parse_turns(value: Any) -> list[Turn]:
@@ -163,7 +165,7 @@ def _parse_turns(value: Any) -> list[Turn]:
                 f"turn {i} must have from (human, gpt or a leading system) and value (text), "
                 f"not {str(item)[:80]}"
             )
-        turns.append(Turn(_ROLES[speaker], text))
+        turns.append(Turn(_ROLES[speaker], _proper(text, f"turn {i}")))
     spoken = turns[1:] if turns[0].role == "system" else turns
     for i, turn in enumerate(spoken):
         expected: Role = "assistant" if i % 2 else "user"
@@ -178,4 +180,14 @@ def _parse_images(value: Any) -> tuple[str, ...]:
     paths = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(p, str) and p for p in paths):
         raise BadRecord(f"image must be a path or a list of paths, not {str(value)[:80]}")
-    return tuple(paths)
+    return tuple(_proper(path, "image") for path in paths)
+
+
+def _proper(text: str, where: str) -> str:
+    """The text, if it is Unicode: tokenizers and file systems refuse half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise BadRecord(f"{where} holds half of a surrogate pair ({half})") from error
+    return text

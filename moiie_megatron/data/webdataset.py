@@ -82,7 +82,9 @@ def _members(source: Source, i: int) -> list[tuple[str, bytes]]:
     members = [(f"{key}.json", record)]
     for number, path in enumerate(images):
         middle = f".{number}" if len(images) > 1 else ""
-        suffix = Path(path).suffix.lower() or ".img"
+        # Decoders look into the file.  A name that a tar header cannot hold needs no other.
+        suffix = Path(path).suffix.lower()
+        suffix = suffix if suffix.isascii() and 1 < len(suffix) <= 10 else ".img"
         try:
             content = source.images.locate(path).read_bytes()
         except OSError as error:

@@ -55,6 +55,8 @@ def measure_routing(
         router.counts_in_eval = True
     counters = RoutingCounters(config, world, model)
     counts = torch.zeros(2, dtype=torch.int64)  # samples read, samples that could not be read
+    # Without packing: other rows than in training, the same tokens.
+    unpacked = config.model_copy(update={"data": config.data.model_copy(update={"packing": False})})
     size, samples = config.train.micro_batch_size, min(samples, len(dataset))
     # Every rank makes the same number of passes: dispatchers wait for all ranks.
     for start in range(0, samples, size * world.dp_size):
@@ -62,7 +64,7 @@ def measure_routing(
         examples, bad = _read(dataset, range(first, min(first + size, samples)))
         counts += torch.tensor([len(examples), bad])
         batch = _batch(config, dataset, examples)
-        run_schedule(config, world, model, [batch], loss_scale=1.0, forward_only=True)
+        run_schedule(unpacked, world, model, [batch], loss_scale=1.0, forward_only=True)
     for router in routers:
         router.counts_in_eval = False
     counts = counts.to(world.device.torch_device)
@@ -71,7 +73,10 @@ def measure_routing(
     if not read:
         raise ValueError(f"None of the first {samples} samples can be read: check the data.")
     record = counters.record()
-    return None if record is None else {**record, "samples": read, "bad_samples": bad}
+    if record is None:
+        return None
+    del record["steps"]  # there were none
+    return {**record, "samples": read, "bad_samples": bad}
 
 
 def _read(dataset: LlavaDataset, indices: range) -> tuple[list[Example], int]:
@@ -85,11 +90,12 @@ def _read(dataset: LlavaDataset, indices: range) -> tuple[list[Example], int]:
 
 
 def _batch(config: RunConfig, dataset: LlavaDataset, examples: list[Example]) -> Batch:
-    """The examples as one batch; padding alone, which is not counted, where there are none."""
+    """The examples as one batch, with rows of padding, which is not counted, up to the size of a
+    micro-batch: some dispatchers want ranks of one size."""
     parallel = config.parallel
     full = config.data.sequence_length if config.data.padding == "sequence_length" else None
     return collate(
-        examples or [_nothing(dataset)],
+        [*examples, *[_nothing(dataset)] * (config.train.micro_batch_size - len(examples))],
         pad_id=dataset.pad_id,
         num_image_tokens=dataset.num_image_tokens,
         pad_to=full,

@@ -6,7 +6,6 @@ the same on both.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import Any
 from rich.progress import track
 
 from moiie_megatron.data.images import ImageLoader
-from moiie_megatron.data.records import BadRecord, Record, parse_record
+from moiie_megatron.data.records import Record, RecordFile
 from moiie_megatron.evaluation.generate import Generator, Prompt
 
 
@@ -98,30 +97,18 @@ def same_answer(answer: str, expected: str) -> bool:
 
 
 def read_questions(path: str | Path) -> list[TestQuestion]:
-    """The questions of a LLaVA ``.jsonl``; the optional key ``kind`` groups them.
+    """The questions of a LLaVA record file; the optional key ``kind`` groups them.
 
     Raises:
         ValueError: The file cannot be read, is empty, or holds a record without an answer.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The question file {path} cannot be read ({error}).") from error
+    file = RecordFile(path)
     questions = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-            record = parse_record(value, default_id=str(number))
-        except (json.JSONDecodeError, BadRecord) as error:
-            raise ValueError(f"{path}, line {number}: {error}.") from error
+    for i in range(len(file)):
+        record = file[i]
         if record.turns[-1].role != "assistant":
-            raise ValueError(f"{path}, line {number}: the last turn must be the expected answer.")
-        questions.append(TestQuestion(record, str(value.get("kind", "all"))))
-    if not questions:
-        raise ValueError(f"The question file {path} holds no questions.")
+            raise ValueError(f"{path}[{i}]: the last turn must be the expected answer.")
+        questions.append(TestQuestion(record, str(file.value(i).get("kind", "all"))))
     return questions
 
 

@@ -157,6 +157,10 @@ class MoIIEModel(MegatronModule):
             text = torch.where(token_types == TEXT, tokens, 0)
             merged = self.language_model.embedding(input_ids=text, position_ids=position_ids)
             merged = self._add_images(merged, token_types, images)
+        if torch.is_grad_enabled() and not merged.requires_grad:
+            # Nothing before the decoder trains.  Megatron's recompute checkpoints give their
+            # output a gradient only if an input has one: without it the experts would not train.
+            merged = merged.detach().requires_grad_()
         if self.config.sequence_parallel:
             merged = scatter_to_sequence_parallel_region(merged, group=self.groups.tp)
         return merged

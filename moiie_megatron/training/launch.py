@@ -55,9 +55,9 @@ def check_run(config: RunConfig, launch: Launch) -> None:
     check_config(config, world_size=launch.world_size)
     check_extras(config)
     check_paths(config)
-    from moiie_megatron.backend.megatron import check_passthrough
+    from moiie_megatron.backend.megatron import passthrough_fields
 
-    check_passthrough(config)
+    passthrough_fields(config)
 
 
 def check_runs(configs: Sequence[RunConfig], launch: Launch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch.distributed as dist
 
 from moiie_megatron.backend.parallel import World
 from moiie_megatron.checkpoint.async_save import CheckpointSaver
-from moiie_megatron.checkpoint.folder import latest_checkpoint
 from moiie_megatron.checkpoint.from_hf import load_pretrained
 from moiie_megatron.checkpoint.newest import agree_on_newest
 from moiie_megatron.checkpoint.store import Progress, load_checkpoint, load_common
@@ -59,31 +59,40 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> P
     dataset = build_dataset(config)
     steps = total_steps(config, dataset.blend.epoch_size)
     resume_from = agree_on_newest(config.output, world)
-    if resume_from is not None and load_common(resume_from)["progress"]["step"] >= steps:
-        if world.rank == 0:
-            print(f"{resume_from} already is the end of this run: nothing to do.", flush=True)
-        return resume_from
     progress = Progress(
         0,
         0,
         num_samples=dataset.blend.epoch_size,
         seed=config.train.seed,
         blend=dataset.describe_order(world.dp_size),
+        schedule=_describe_schedule(config, steps),
+        experts=_describe_experts(config),
     )
     if resume_from is not None:
         saved = Progress(**load_common(resume_from)["progress"])
-        _check_same_order(saved, progress, resume_from)
+        _check_same_run(saved, progress, resume_from)
+        if saved.step >= steps:
+            if world.rank == 0:
+                print(f"{resume_from} already is the end of this run: nothing to do.", flush=True)
+            return resume_from
+    _check_output(config, world)
     model = build_model(config, world)
     if resume_from is None:
         _load_initial_weights(config, world, model)
     trainee = prepare_training(config, world, model, steps)
-    watch = StepWatch(config, world, SampleOrder(dataset.blend, config.train.seed))
+    is_energon = config.data.backend == "energon"  # which has an order of its own
+    order = None if is_energon else SampleOrder(dataset.blend, config.train.seed)
+    watch = StepWatch(config, world, order)
     stream = StreamState()
     parts = trainee.state_parts() | {"counters": {"watch": watch}}
-    if config.data.backend == "energon":
+    if is_energon:
         parts["stream"] = stream
     if resume_from is not None:
-        progress = load_checkpoint(resume_from, world, parts)
+        progress = replace(
+            load_checkpoint(resume_from, world, parts),
+            schedule=progress.schedule,
+            experts=progress.experts,
+        )
     _announce(config, world, resume_from, progress, steps)
     if world.rank == 0:
         print(dataset.describe_epoch(), flush=True)
@@ -128,7 +137,8 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> P
             *(progress.step, result, learning_rates, losses),
             *(faults.bad, progress.skipped, watch.spike),
         )
-        saver.poll()
+        with log.paused():
+            saver.poll()
         if problem is not None:
             saver.drain()
             raise ValueError(problem)
@@ -137,7 +147,8 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> P
         if saves or progress.step % config.log.routing_interval == 0:
             log.routing(progress.step, counters.record())
         if saves:
-            saver.save(progress)
+            with log.paused():
+                saver.save(progress)
     saver.drain()
     faults.close()
     log.close()
@@ -165,28 +176,68 @@ def _load_initial_weights(config: RunConfig, world: World, model: torch.nn.Modul
     if config.checkpoint.init_from is not None:
         folder = Path(config.checkpoint.init_from)
         # A run's output folder stands for its newest checkpoint.
-        source = latest_checkpoint(folder) or folder
+        source = agree_on_newest(folder, world) or folder
         load_weights(source, world, model, new_connector=config.checkpoint.new_connector)
         return
     load_pretrained(model, config)
 
 
-def _check_same_order(saved: Progress, now: Progress, folder: Path) -> None:
-    """The order of samples is a function of the seed and of the sources' sizes and weights.
+def _describe_schedule(config: RunConfig, steps: int) -> str:
+    """What the learning rates and the weight decay of all steps depend on."""
+    optimizer = config.optimizer
+    rates = ", ".join(f"{part} {rate:g}" for part, rate in config.stage.learning_rates.items())
+    return (
+        f"{steps} steps with train.steps or epochs, learning rates {rates}, warmup_ratio "
+        f"{optimizer.warmup_ratio:g}, min_lr_ratio {optimizer.min_lr_ratio:g}, weight_decay "
+        f"{optimizer.weight_decay:g}"
+    )
+
+
+def _describe_experts(config: RunConfig) -> str:
+    """Which experts the model has."""
+    if not config.moe_layers:
+        return "no experts"
+    layout = config.moe.layout
+    return (
+        f"{config.moe.variant} with {layout.num_vision} vision, {layout.num_shared} shared and "
+        f"{layout.num_text} text experts in layers {config.moe_layers}"
+    )
+
+
+def _check_output(config: RunConfig, world: World) -> None:
+    """Before the model is built, see whether the output folder can be written."""
+    if world.rank == 0:
+        try:
+            Path(config.output).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=config.output):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"output is {config.output}, which cannot be written ({error}): name another "
+                "folder, or see to its permissions."
+            ) from error
+
+
+def _check_same_run(saved: Progress, now: Progress, folder: Path) -> None:
+    """The order of samples is a function of the seed and of the sources' sizes and weights, the
+    learning rates are one of the schedule.
 
     Raises:
-        ValueError: One of them has changed, so samples would be repeated and others left out.
+        ValueError: One of them has changed, so samples would be repeated and others left out, or
+            the rates would jump; or the checkpoint is of another model.
     """
     for key, name in (
         ("num_samples", "the number of samples per epoch"),
         ("blend", "the choice of samples per epoch, source by source,"),
         ("seed", "train.seed"),
+        ("schedule", "the schedule"),
+        ("experts", "the model"),
     ):
         before, after = getattr(saved, key), getattr(now, key)
-        if before != after and (key != "blend" or before):  # older checkpoints name no blend
+        if before != after and before != "":  # what older checkpoints do not name
             raise ValueError(
                 f"{folder} was saved when {name} was {before}, now it is {after}: restore it, or "
-                "start a new run in another output folder."
+                "start a new run in another output folder (checkpoint.init_from takes the weights)."
             )
 
 
@@ -196,7 +247,6 @@ def _announce(
     """Leave the resolved configuration in the output folder and say what is about to happen."""
     if world.rank == 0:
         output = Path(config.output)
-        output.mkdir(parents=True, exist_ok=True)
         beside = output / "config.yaml.writing"
         beside.write_text(dump_config(config))
         os.replace(beside, output / "config.yaml")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ class RunLog:
         now: float,
     ) -> str:
         per_step = (now - self.start_time) / (step - self.start_step)
-        left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.total_steps - step)))
+        minutes, seconds = divmod(round(per_step * (self.total_steps - step)), 60)
+        left = f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
         aux = " ".join(f"{k[4:]} {v:.3f}" for k, v in values.items() if k.startswith("aux_"))
         return (
             f"step {step}/{self.total_steps} | loss {result.lm_loss:.4f} | "
@@ -117,12 +119,15 @@ class RunLog:
             + (f" | SPIKE: {values['spike']:.1f} x the usual loss" if "spike" in values else "")
         )
 
-    def saved(self, checkpoint: Path, seconds: float) -> None:
-        """Report a checkpoint that is complete; the time it took since its save began.
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count as the next step's time."""
+        begin = time.monotonic()
+        yield
+        self.last_time += time.monotonic() - begin
 
-        The time since the last step does not count as the next step's.
-        """
-        self.last_time = time.monotonic()
+    def saved(self, checkpoint: Path, seconds: float) -> None:
+        """Report a checkpoint that is complete; the time it took since its save began."""
         if self.active:
             print(f"saved {checkpoint} in {seconds:.1f} s", flush=True)
 

@@ -108,12 +108,30 @@ def _gather(kind: str, pieces: Iterator[_Piece], world: World) -> dict[str, Any]
     """Full tensors on rank 0, an empty dictionary elsewhere.
 
     Raises:
-        ValueError: Two ranks hold different values of the same piece.
+        ValueError: Two ranks hold different values of the same piece; on all ranks.
     """
     received: list[list[_Piece]] | None = [[]] * world.size if world.rank == 0 else None
     dist.gather_object(list(pieces), received)
     full: dict[str, Tensor] = {}
-    for rank_pieces in received or []:
+    problem = [""]
+    try:
+        full = _whole(kind, received or [])
+    except ValueError as error:
+        problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise ValueError(problem[0])
+    return full
+
+
+def _whole(kind: str, received: list[list[_Piece]]) -> dict[str, Tensor]:
+    """Full tensors from the pieces of all ranks.
+
+    Raises:
+        ValueError: Two ranks hold different values of the same piece, or none holds some part.
+    """
+    full: dict[str, Tensor] = {}
+    for rank_pieces in received:
         for name, shape, offset, part in rank_pieces:
             whole = full.setdefault(f"{kind}/{name}", torch.full(shape, float("nan")))
             place = whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))]

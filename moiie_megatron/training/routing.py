@@ -114,16 +114,14 @@ def row_bytes(config: RunConfig) -> int:
     Hidden states go there and back in the dtype of the run, with them the fp32 probabilities of
     the destination's experts (``alltoall``: of one expert); the backward pass sends gradients of
     the same shapes the other way.  ``allgather`` sends all probabilities with a byte of routing
-    map for each and combines in the dtype of the probabilities.
+    map for each and combines in fp32, the dtype of the probabilities.
     """
     moe, width = config.moe, config.language.hidden_size
     dtype = torch_dtype(config)
     there = back = width * dtype.itemsize
     if moe.dispatcher == "allgather":
-        probs = _FP32_BYTES if moe.router_dtype == "fp32" else dtype.itemsize
-        return 2 * (there + moe.layout.num_experts * _FP32_BYTES + width * probs) + (
-            moe.layout.num_experts
-        )
+        experts = moe.layout.num_experts
+        return 2 * (there + experts * _FP32_BYTES + width * _FP32_BYTES) + experts
     per_row = (
         1
         if moe.dispatcher == "alltoall"

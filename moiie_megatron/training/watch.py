@@ -53,14 +53,14 @@ class StepWatch:
     """Looks at every step of a run; every rank calls it alike and comes to the same results.
 
     Args:
-        order: Gives the dataset index of every sample.
+        order: Gives the dataset index of every sample; None where nobody knows it.
 
     Attributes:
         bad_in_a_row: Steps up to now whose loss or gradient was not finite.
         spike: The last step's loss as a multiple of the usual one, if it was a spike.
     """
 
-    def __init__(self, config: RunConfig, world: World, order: SampleOrder) -> None:
+    def __init__(self, config: RunConfig, world: World, order: SampleOrder | None) -> None:
         self.bad_in_a_row = 0
         self.spike: float | None = None
         self._config = config
@@ -125,16 +125,21 @@ class StepWatch:
         if world.rank != 0:
             return
         parts = sorted(filter(None, ranks), key=lambda part: part[0]["data_parallel_rank"])
-        samples = range(first_sample, first_sample + self._config.train.global_batch_size)
         line = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "step": step,
             "consumed_samples": first_sample,
             "lm_loss": result.lm_loss,
             "grad_norm": result.grad_norm,
-            "dataset_indices": [self._order.sample_at(n) for n in samples],
+            **self._indices(first_sample),
             # In turns of the ranks; packed rows hold the samples of a rank in another order.
             "micro_batches": [batch for turn in zip(*parts, strict=True) for batch in turn],
         }
         with (Path(self._config.output) / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _indices(self, first_sample: int) -> dict[str, list[int]]:
+        if self._order is None:
+            return {}
+        samples = range(first_sample, first_sample + self._config.train.global_batch_size)
+        return {"dataset_indices": [self._order.sample_at(n) for n in samples]}

@@ -28,6 +28,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "world": (["parallel.expert=2"], ["1 ranks", "parallel.expert is 2"]),
     "megatron_unknown": (["megatron.recompute_granularit=full"], ["did you mean recompute_gran"]),
     "megatron_owned": (["megatron.num_layers=2"], ["megatron.num_layers is 2", "language.num_l"]),
+    "megatron_unsupported": (["megatron.mtp_num_layers=1"], ["mtp_num_layers is 1", "not support"]),
+    "megatron_type": (["megatron.hidden_dropout=oops"], ["hidden_dropout", "oops"]),
     "no_override": (["train.steps"], ["train.steps", "name a YAML file"]),
     "no_records": (["data.sources.0.records=x"], ["data.sources"]),
     "records": (["data.sources=[{records: FOLDER/no.jsonl, images: FOLDER}]"], ["FOLDER/no.jsonl"]),
@@ -43,6 +45,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["checkpoint.init_from=FOLDER/good", "language.ffn_hidden_size=256"],
         ["(256, 64)", "(512, 64)"],
     ),
+    "output": (["output=FOLDER/torn.json/run"], ["FOLDER/torn.json/run", "cannot be written"]),
     "cuda": (["train.device=cuda"], ["train.device is cuda", "0 GPU(s)"]),
 }
 

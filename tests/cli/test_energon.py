@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
@@ -117,6 +119,17 @@ def test_samples_are_those_of_the_plain_loader(
             seen.add(name)
     # Not all: a sample may wait in the shuffle buffer while others come again.
     assert seen <= set(examples) and len(seen) > 60
+
+
+def test_an_epoch_is_the_training_part(shards: dict[str, Path], tmp_path: Path) -> None:
+    from moiie_megatron.data.energon_stream import _num_samples
+
+    folder = shutil.copytree(shards["good"], tmp_path / "good")
+    split = folder / ".nv-meta" / "split.yaml"
+    parts = yaml.safe_load(split.read_text())
+    parts["split_parts"] = {"train": ["shard_00000.tar"], "val": ["shard_00001.tar"], "test": []}
+    split.write_text(yaml.safe_dump(parts))
+    assert _num_samples(str(folder)) == 30
 
 
 @pytest.mark.parametrize(

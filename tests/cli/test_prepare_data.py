@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import runpy
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -62,7 +63,8 @@ def test_validate_a_run(digits: Path, damaged: DamagedData, tmp_path: Path) -> N
     assert good["lengths"]["max"] <= 160 and good["lengths"]["beyond_sequence_length"] == 0
     assert good["rows"]["packed"] < good["rows"]["one_sample_each"] == 71
     assert "broken" in finished.stdout and "train.jsonl" in finished.stdout
-    allowed = prepare("validate", config, "data.max_bad_share=0.1", "--workers", "1")
+    # Overrides may stand anywhere.
+    allowed = prepare("validate", config, "--workers", "1", "data.max_bad_share=0.1")
     assert allowed.code == 0 and allowed.stderr == ""
     assert not (tmp_path / "run").exists()
 
@@ -73,6 +75,9 @@ def test_validate_records_alone(damaged: DamagedData, tmp_path: Path) -> None:
     assert finished.code == 0 and "records.jsonl" in finished.stdout
     both = prepare("validate", "run.yaml", *words)
     assert both.code == 1 and "Give the configuration of a run, or --records" in both.stderr
+    for share in ("nan", "5", "-1", "x"):
+        refused = prepare("validate", *words, "--max-bad-share", share)
+        assert refused.code == 2 and f"{share!r} is no number from 0 to 1" in refused.stderr
     none = prepare("validate", "--records", damaged.records)
     assert none.code == 1 and "both --records and --images" in none.stderr
 
@@ -91,6 +96,17 @@ def test_lengths(digits: Path, tmp_path: Path) -> None:
     assert (described["template"], described["num_image_tokens"]) == ("phi3", 16)
     assert described["tokens"] == lengths.sum()
     assert "71 samples fill " in finished.stdout and "rows of 160 tokens" in finished.stdout
+    other_folder = tmp_path / "other"
+    other_folder.mkdir()
+    values = tiny_values(digits, tmp_path / "run")
+    other = {
+        "records": str(shutil.copy(data / "train.jsonl", other_folder)),
+        "images": str(data / "images"),
+    }
+    values["data"]["sources"].append(other)
+    config = write_config(tmp_path / "run.yaml", values)
+    refused = prepare("lengths", config, "--out", tmp_path)
+    assert refused.code == 1 and "Several sources would write" in refused.stderr
     refused = prepare("lengths", *words, "--out", tmp_path)
     assert refused.code == 1 and "give it with --tokenizer" in refused.stderr
 
@@ -119,5 +135,23 @@ def test_webdataset(damaged: DamagedData, digits: Path, tmp_path: Path) -> None:
     assert "CrudeWebdataset" in (out / ".nv-meta" / "dataset.yaml").read_text()
     with tarfile.open(out / "shard_00001.tar") as tar:
         assert sum(name.endswith(".json") for name in tar.getnames()) == 21
+    (tmp_path / "file").touch()
+    impossible = prepare("webdataset", *words, "--out", tmp_path / "file" / "wds")
+    assert impossible.code == 1 and "cannot be made" in impossible.stderr
     again = prepare("webdataset", *words, "--out", out)
     assert again.code == 1 and "exists: name another folder" in again.stderr
+
+
+def test_a_long_image_suffix(digits: Path, tmp_path: Path) -> None:
+    """Longer than what the header of a tar file holds."""
+    data = digits / "data"
+    picture = next(file for file in (data / "images").rglob("*") if file.is_file())
+    name = "photo." + "x" * 110
+    shutil.copy(picture, tmp_path / name)
+    turns = [{"from": "human", "value": "<image>\na"}, {"from": "gpt", "value": "b"}]
+    record = {"id": "1", "image": name, "conversations": turns}
+    (tmp_path / "r.jsonl").write_text(json.dumps(record) + "\n")
+    words = ("--records", tmp_path / "r.jsonl", "--images", tmp_path)
+    prepare("webdataset", *words, "--out", tmp_path / "wds").check()
+    with tarfile.open(tmp_path / "wds" / "shard_00000.tar") as tar:
+        assert tar.getnames() == ["000000000.json", "000000000.img"]

@@ -81,11 +81,17 @@ def test_a_checkpoint_is_measured_alike_on_one_and_two_ranks(
         ("run", ["--records", "a.jsonl", "--images", "."], "name a folder for the result with"),
         ("run", ["--last", "0"], "--last is 0: use 1 or more."),
         ("dense", ["--last", "5"], "holds no routing records"),
-        ("nothing", ["--out", "unused"], "is no checkpoint"),
+        ("nothing", ["--out", "unused"], "does not exist: name a run"),
+        (
+            "run",
+            ["--records", "a.jsonl", "--images", ".", "--out", "RUN"],
+            "is the folder of a run, whose routing.jsonl would be replaced",
+        ),
     ],
 )
 def test_plot_refuses(target: str, options: list[str], message: str, trained: Path) -> None:
-    finished = run(command(PLOT, [trained / target, *options]), timeout=60)
+    words = [str(trained / target) if word == "RUN" else word for word in options]
+    finished = run(command(PLOT, [trained / target, *words]), timeout=60)
     assert finished.code == 1 and "Traceback" not in finished.stderr
     assert message in finished.stderr.splitlines()[-1]
 

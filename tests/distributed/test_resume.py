@@ -106,6 +106,28 @@ def test_finished_run_is_left_alone(tmp_path: Path, single: Path, digits: Path) 
     assert read_metrics(output) == read_metrics(single / "dense")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=9", "the schedule was 6 steps with"),
+        ("stage.learning_rates.connector=1e-5", "connector 0.001, language"),
+        ("moe.variant=vanilla", "the model was moiie with 1 vision, 2 shared and 1 text experts"),
+    ],
+)
+def test_another_run_is_not_taken_for_this_one(
+    override: str, message: str, single: Path, tmp_path: Path
+) -> None:
+    """Whether it has come to its end or not."""
+    output = shutil.copytree(single / "moiie", tmp_path / "moiie")
+    words = [single / "moiie.yaml", f"output={output}", override]
+    if "variant" in override:
+        words += [f"moe.num_{group}_experts=null" for group in ("vision", "shared", "text")]
+    refused = run(command(TRAIN, words), timeout=60)
+    assert refused.code == 1
+    (error,) = (line for line in refused.stderr.splitlines() if line.startswith("error: "))
+    assert message in error and "start a new run in another output folder" in error
+
+
 def test_connector_stage_whose_last_rank_has_nothing_to_train(single: Path, pair: Path) -> None:
     """Stage 1: only the connector changes, everything else keeps every bit."""
     steps = read_metrics(pair / "connector")

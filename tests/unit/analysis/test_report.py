@@ -63,6 +63,7 @@ def test_everything_is_there(tmp_path: Path) -> None:
         '{"file": "a.jsonl", "index": 3, "reason": "image <x> is gone"}\n'
     )
     (run / "bad_steps.jsonl").write_text('{"step": 2, "lm_loss": 9.87654321}\n')
+    (run / "loss_spikes.jsonl").write_text('{"step": 1, "lm_loss": 8.7654321}\n')
     page = write_report([run], run / "report.html", scores=make_scores(tmp_path)).read_text()
     for heading in ("overview", "loss", "speed", "routing", "answers", "problems", "checkpoints"):
         assert f'<h2 id="{heading}">' in page and f'href="#{heading}"' in page
@@ -78,6 +79,7 @@ def test_everything_is_there(tmp_path: Path) -> None:
     )
     assert "moiie: 1 vision, 2 shared, 1 text, top-2, 2 layers" in page
     assert "image &lt;x&gt; is gone" in page and "9.8765" in page
+    assert "Spikes of the loss" in page and "8.7654" in page
     assert "step_0000003" in page and "latest" in page
     # 15 rows in each of 2 layers over 5 steps; 7 of them to another rank, 100 bytes each.
     assert ">6<" in page and ">3<" in page

@@ -263,7 +263,7 @@ def test_an_error_in_the_middle_leaves_nothing(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(CheckpointWriter, "write_expert", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError, match="No space left"):
         upcycle_checkpoint(llm, vision, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

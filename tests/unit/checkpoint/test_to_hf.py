@@ -259,7 +259,7 @@ def test_an_error_in_the_middle_leaves_nothing(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(SafetensorsWriter, "finish", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError, match="No space left"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

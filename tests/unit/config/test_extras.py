@@ -22,3 +22,13 @@ def test_wandb_is_only_needed_where_a_project_is_named(
         check_extras(named)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     check_extras(named)
+
+
+def test_flex_is_asked_for_its_package_by_a_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configuration can be read where the package is not: for a report, say."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = load_minimal(tmp_path, ["moe.dispatcher=flex"])
+    with pytest.raises(ValueError, match="needs the package deep_ep"):
+        check_extras(config)

@@ -66,6 +66,11 @@ def test_placeholders_stay_where_they_are() -> None:
         ({"conversations": ["hello"]}, "turn 0 must have"),
         ({"image": 7, "conversations": [HUMAN, GPT]}, "not 7"),
         ({"image": "", "conversations": [HUMAN, GPT]}, "image must be"),
+        ({"image": "\ud83d.png", "conversations": [HUMAN, GPT]}, "half of a surrogate pair"),
+        (
+            {"conversations": [HUMAN, {"from": "gpt", "value": "a\udc00"}]},
+            r"turn 1 holds half of a surrogate pair \(.udc00\)",
+        ),
         (
             {"image": ["a", "b"], "conversations": [{"from": "human", "value": "<image>"}, GPT]},
             "1 <image> placeholders but 2 images",

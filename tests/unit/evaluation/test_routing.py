@@ -54,6 +54,7 @@ def test_the_tokens_of_the_samples_are_counted(
         for part in (layer["vision"], layer["text"]):
             assert sum(part["load"]) == 2 * part["tokens"]
             assert sum(part["prob"]) == pytest.approx(1.0, abs=1e-6)
+        assert "steps" not in record
     # A second look counts afresh, and the batches change no choice.
     assert measure(generator, dataset, world, config, batch=3)["layers"].keys() == {"1", "3"}
     again = measure(generator, dataset, world, config, batch=SAMPLES)

@@ -82,10 +82,10 @@ def test_missing_image_names_the_question(generator: Generator, digits: Path) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no questions"),
-        ("{", "line 1: "),
+        ("", "holds no records"),
+        ("{", r"\[0\]: not valid JSON"),
         (json.dumps({"conversations": [{"from": "human", "value": "a"}]}), "the expected answer"),
-        (json.dumps({"conversations": []}), "line 1: conversations must be"),
+        (json.dumps({"conversations": []}), r"\[0\]: conversations must be"),
     ],
 )
 def test_bad_question_files(tmp_path: Path, text: str, message: str) -> None:
@@ -93,8 +93,18 @@ def test_bad_question_files(tmp_path: Path, text: str, message: str) -> None:
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_questions(file)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="Cannot read"):
         read_questions(tmp_path / "none.jsonl")
+
+
+def test_line_separators_inside_a_question(tmp_path: Path) -> None:
+    """They are no ends of lines in JSON; the converter to JSON lines leaves them as they are."""
+    text = "a\u2028b\u0085c"
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "d"}]
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps({"conversations": turns}, ensure_ascii=False) + "\n")
+    (question,) = read_questions(file)
+    assert question.record.turns[0].text == text
 
 
 def test_no_questions(generator: Generator, digits: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from moiie_megatron.checkpoint.store import Progress
 from moiie_megatron.data.order import Blend
-from moiie_megatron.training.loop import _check_same_order, total_steps
+from moiie_megatron.training.loop import _check_same_run, total_steps
 from tests.unit.config.minimal import load_minimal
 
 FOLDER = Path("runs/checkpoints/step_0000002")
@@ -17,16 +17,17 @@ FOLDER = Path("runs/checkpoints/step_0000002")
 
 def progress(sizes: tuple[int, ...], *weights: float) -> Progress:
     blend = Blend.weighted(sizes, weights)
-    return Progress(2, 8, num_samples=blend.epoch_size, seed=7, blend=blend.describe())
+    size = blend.epoch_size
+    return Progress(2, 8, num_samples=size, seed=7, blend=blend.describe(), schedule="a")
 
 
 def test_the_same_order_goes_on() -> None:
     saved = progress((40, 20), 1.0, 0.5)
-    _check_same_order(saved, replace(saved, step=0, consumed_samples=0, bad_samples=3), FOLDER)
+    _check_same_run(saved, replace(saved, step=0, consumed_samples=0, bad_samples=3), FOLDER)
     # 0.51 of 20 is 10 as well: the same samples.
-    _check_same_order(saved, progress((40, 20), 1.0, 0.51), FOLDER)
+    _check_same_run(saved, progress((40, 20), 1.0, 0.51), FOLDER)
     # Written before there were weights.
-    _check_same_order(replace(saved, blend=""), saved, FOLDER)
+    _check_same_run(replace(saved, blend=""), saved, FOLDER)
 
 
 @pytest.mark.parametrize(
@@ -40,11 +41,12 @@ def test_the_same_order_goes_on() -> None:
         ),
         (progress((20, 40), 0.5, 1.0), "was 40 of 40, 10 of 20, now it is 10 of 20, 40 of 40"),
         (replace(progress((40, 20), 1.0, 0.5), seed=8), "train.seed was 7, now it is 8"),
+        (replace(progress((40, 20), 1.0, 0.5), schedule="b"), "the schedule was a, now it is b"),
     ],
 )
 def test_another_order_is_refused(now: Progress, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{FOLDER} was saved when .*{message}"):
-        _check_same_order(progress((40, 20), 1.0, 0.5), now, FOLDER)
+        _check_same_run(progress((40, 20), 1.0, 0.5), now, FOLDER)
 
 
 def test_epochs_count_what_an_epoch_has(tmp_path: Path) -> None:

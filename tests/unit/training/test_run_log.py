@@ -113,3 +113,18 @@ def test_routing_reaches_tensorboard(tmp_path: Path) -> None:
     assert set(events.Tags()["scalars"]) == set(scalars)
     (event,) = events.Scalars("expert_share_text/layer_11/shared.0")
     assert (event.step, event.value) == (3, 0.5)
+
+
+def test_a_pause_is_no_time_of_a_step(tmp_path: Path) -> None:
+    """Neither the pause counts nor do the steps before it get lost."""
+    log = open_log(tmp_path)
+    report(log, 2)
+    report(log, 3)
+    time.sleep(0.2)
+    with log.paused():
+        time.sleep(1.0)
+    report(log, 4)
+    log.close()
+    line = lines(tmp_path, "metrics.jsonl")[-1]
+    assert line["step"] == 4 and 0.2 <= line["seconds"] < 1.0
+    assert line["tokens_per_second"] == pytest.approx(200 / line["seconds"])
