@@ -187,7 +187,7 @@ def _describe_schedule(config: RunConfig, steps: int) -> str:
     optimizer = config.optimizer
     rates = ", ".join(f"{part} {rate:g}" for part, rate in config.stage.learning_rates.items())
     return (
-        f"{steps} steps with train.steps or epochs, learning rates {rates}, warmup_ratio "
+        f"{steps} steps (train.steps or train.epochs), learning rates {rates}, warmup_ratio "
         f"{optimizer.warmup_ratio:g}, min_lr_ratio {optimizer.min_lr_ratio:g}, weight_decay "
         f"{optimizer.weight_decay:g}"
     )

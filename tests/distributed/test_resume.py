@@ -109,7 +109,7 @@ def test_finished_run_is_left_alone(tmp_path: Path, single: Path, digits: Path) 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.steps=9", "the schedule was 6 steps with"),
+        ("train.steps=9", "the schedule was 6 steps (train.steps"),
         ("stage.learning_rates.connector=1e-5", "connector 0.001, language"),
         ("moe.variant=vanilla", "the model was moiie with 1 vision, 2 shared and 1 text experts"),
     ],

@@ -15,7 +15,7 @@ from moiie_megatron.data.build import build_dataset
 from moiie_megatron.data.dataset import LlavaDataset
 from moiie_megatron.data.records import BadRecord
 from moiie_megatron.evaluation.generate import Generator, checkpoint_config
-from moiie_megatron.evaluation.routing import measure_routing
+from moiie_megatron.evaluation.routing import _batch, measure_routing
 from moiie_megatron.experts.token_types import IMAGE, TEXT
 from moiie_megatron.moe.router import ModalityRouter
 
@@ -92,6 +92,18 @@ def test_unreadable_samples_are_left_out(
     assert record["layers"]["1"]["text"]["tokens"] == (types == TEXT).sum()
     with pytest.raises(ValueError, match="None of the first 5 samples can be read"):
         measure(generator, Damaged(set(range(SAMPLES))), world, config)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_every_pass_has_a_whole_micro_batch(
+    dataset: LlavaDataset, config: RunConfig, number: int
+) -> None:
+    """The allgather dispatcher wants ranks with equally many tokens."""
+    train = config.train.model_copy(update={"micro_batch_size": 2})
+    batch = _batch(
+        config.model_copy(update={"train": train}), dataset, [dataset[i] for i in range(number)]
+    )
+    assert len(batch.tokens) == 2
 
 
 def test_a_dense_model_routes_nothing(
