@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "tools/train.py"
 QUICK_PYTHON = "TEST_PYTHON"  # the variable that names the fork server's executable
@@ -102,14 +104,10 @@ def descendants(root: int) -> dict[int, int]:
     """
     children: dict[int, list[tuple[int, int]]] = {}
     clients = _clients()
-    for entry in sorted(Path("/proc").glob("[0-9]*"), key=lambda entry: int(entry.name)):
-        try:
-            # After the name in brackets: state, parent, process group.
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parent = clients.get(entry.name) or fields[1]
-        children.setdefault(int(parent), []).append((int(entry.name), int(fields[2])))
+    for process in psutil.process_iter(["ppid"]):
+        with suppress(ProcessLookupError):
+            parent = clients.get(process.pid) or process.info["ppid"]
+            children.setdefault(parent, []).append((process.pid, os.getpgid(process.pid)))
     found: dict[int, int] = {}
     waiting = [root]
     while waiting:
@@ -125,16 +123,16 @@ def fork_of(process: subprocess.Popen[bytes], timeout: float = 60) -> int:
     deadline = time.monotonic() + timeout  # the server may still be importing
     while QUICK_PYTHON in os.environ and process.poll() is None and time.monotonic() < deadline:
         for fork, client in _clients().items():
-            if client == str(process.pid):
-                return int(fork)
+            if client == process.pid:
+                return fork
         time.sleep(0.002)
     return process.pid
 
 
-def _clients() -> dict[str, str]:
+def _clients() -> dict[int, int]:
     """The clients of the fork server's forks, by process id."""
     found = {}
     for link in Path(python()).parent.glob("forks/*"):
         with suppress(FileNotFoundError):  # it has just ended
-            found[link.name] = link.readlink().name
+            found[int(link.name)] = int(link.readlink().name)
     return found

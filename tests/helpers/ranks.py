@@ -7,9 +7,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from torch.distributed import TCPStore
 
 from tests.helpers.launch import ROOT, TRAIN, environment, fork_of, kill_group, python
@@ -55,11 +57,13 @@ class Job:
 
     def left_behind(self) -> list[int]:
         """Processes that these ranks have started, directly or not, and that still live."""
-        return [
-            int(entry.name)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and _session(entry) in self.pids
-        ]
+        found = []
+        for process in psutil.process_iter(["status"]):
+            with suppress(ProcessLookupError):
+                is_ours = os.getsid(process.pid) in self.pids
+                if is_ours and process.info["status"] != psutil.STATUS_ZOMBIE:
+                    found.append(process.pid)
+        return found
 
 
 def start_ranks(
@@ -120,13 +124,3 @@ def in_writing(output: Path) -> list[Path]:
     """Checkpoints of a run that do not have their name yet and hold something."""
     found = (output / "checkpoints").glob("*.writing")
     return [folder for folder in found if any(folder.iterdir())]
-
-
-def _session(entry: Path) -> int | None:
-    """The session that a process belongs to, by its folder in /proc; None for a dead one."""
-    try:
-        # After the name in brackets: state, parent, process group, session.
-        state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-    except (OSError, ValueError):
-        return None
-    return None if state == "Z" else int(session)
