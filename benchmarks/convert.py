@@ -108,8 +108,8 @@ def timed_copy(source: Path, target: Path) -> dict[str, float]:
 
 def run_step(step: str, folder: Path, sizes: argparse.Namespace) -> dict[str, float]:
     """In the process of the step: imports first, then the clock."""
-    from moiie_megatron.checkpoint.offline_upcycle import upcycle_checkpoint
-    from moiie_megatron.checkpoint.to_hf import export_checkpoint
+    from moiie_megatron.convert.export import export_checkpoint
+    from moiie_megatron.convert.upcycle import upcycle_checkpoint
 
     begin = time.perf_counter()
     if step == "generate":
@@ -129,13 +129,13 @@ def generate(folder: Path, sizes: argparse.Namespace) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from moiie_megatron.checkpoint.hf_files import text_config, vision_config
-    from moiie_megatron.checkpoint.safetensors_writer import SafetensorsWriter
-    from moiie_megatron.checkpoint.shapes import language_shape, vision_shape
-    from moiie_megatron.checkpoint.tables import LANGUAGE, VISION, language_rows, vision_rows
-    from moiie_megatron.checkpoint.tensors import TensorInfo
     from moiie_megatron.config.schema import LanguageConfig, VisionConfig
-    from moiie_megatron.experts.layout import ExpertLayout
+    from moiie_megatron.convert.hf.export_files import text_config, vision_config
+    from moiie_megatron.convert.hf.safetensors_writer import SafetensorsWriter
+    from moiie_megatron.families.shapes import language_shape, vision_shape
+    from moiie_megatron.families.transforms import TensorInfo
+    from moiie_megatron.families.weight_map import LANGUAGE, VISION, language_rows, vision_rows
+    from moiie_megatron.layout.experts import ExpertLayout
 
     language = LanguageConfig(
         family="llama",
@@ -171,7 +171,7 @@ def generate(folder: Path, sizes: argparse.Namespace) -> None:
         tensors = []
         for row in rows:
             shape = shape_of(section, row.megatron.removeprefix(prefix))
-            made = row.surgery.to_hf(TensorInfo(shape, torch.bfloat16).meta())
+            made = row.transform.to_hf(TensorInfo(shape, torch.bfloat16).meta())
             tensors += [(hf, TensorInfo.of(part)) for hf, part in zip(row.hf, made, strict=True)]
         with SafetensorsWriter(folder / name, tensors) as writer:
             for hf, info in tensors:

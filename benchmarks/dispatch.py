@@ -23,26 +23,31 @@ from layer import Case
 from timing import interleave, slower_rank
 from torch import Tensor
 
-from moiie_megatron.backend.parallel import World, start_world, stop_world
 from moiie_megatron.config.schema import ParallelConfig
-from moiie_megatron.experts.layout import ExpertLayout
-from moiie_megatron.experts.placement import Placement, balanced, contiguous
+from moiie_megatron.layout.experts import ExpertLayout
+from moiie_megatron.layout.placement import Placement, balanced, contiguous
+from moiie_megatron.mcore.dist_env import dist_env_from
+from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
 from moiie_megatron.moe.layer import MoIIELayer, moiie_module
 from moiie_megatron.moe.router import RouterSettings
-from moiie_megatron.training.launch import launch_from
 
 LAYOUTS = {4: ExpertLayout(1, 2, 1), 8: ExpertLayout(2, 4, 2)}
 
 
 def build(
-    case: Case, layout: ExpertLayout, placement: Placement, world: World, *, moiie: bool = True
+    case: Case,
+    layout: ExpertLayout,
+    placement: Placement,
+    context: ParallelContext,
+    *,
+    moiie: bool = True,
 ) -> MoIIELayer:
     """A layer with this project's dispatcher or Megatron's alltoall."""
     settings = RouterSettings(layout, {"vision": 0.001, "text": 0.001}, init_std=0.02)
     spec = moiie_module(
         settings,
-        world.groups,
+        context.groups,
         dispatcher=MoIIETokenDispatcher if moiie else None,
         order=None if placement.is_identity else placement.order,
     )
@@ -69,51 +74,53 @@ def step(case: Case, layer: MoIIELayer) -> Callable[[], None]:
     return together
 
 
-def count_rows(case: Case, layer: MoIIELayer, world: World) -> tuple[float, float]:
+def count_rows(case: Case, layer: MoIIELayer, context: ParallelContext) -> tuple[float, float]:
     """Rows that left this rank per token: as dispatched, and as distinct pairs."""
     with torch.no_grad():
         layer(case.hidden, padding_mask=case.token_types)
         _, map_TE = layer.router(case.hidden, case.token_types.transpose(0, 1))
     order = layer.order or range(map_TE.shape[1])
     place = {expert: number for number, expert in enumerate(order)}
-    size = map_TE.shape[1] // world.size
+    size = map_TE.shape[1] // context.size
     pairs = {(t, place[e] // size) for t, e in map_TE.nonzero().tolist()}
-    remote = sum(rank != world.rank for _, rank in pairs)
+    remote = sum(rank != context.rank for _, rank in pairs)
     plan = layer.token_dispatcher.plan
-    sent = sum(plan.send) - plan.send[world.rank]
+    sent = sum(plan.send) - plan.send[context.rank]
     counts = torch.tensor([sent, remote, len(map_TE)], dtype=torch.float64)
     dist.all_reduce(counts)
     return float(counts[0] / counts[2]), float(counts[1] / counts[2])
 
 
-def loads(case: Case, layer: MoIIELayer, world: World) -> float:
+def loads(case: Case, layer: MoIIELayer, context: ParallelContext) -> float:
     """Largest over mean number of rows that the ranks' experts process."""
     with torch.no_grad():
         layer(case.hidden, padding_mask=case.token_types)
     mine = layer.token_dispatcher.plan.tokens_per_expert.sum().double().reshape(1)
-    every = [torch.zeros_like(mine) for _ in range(world.size)]
+    every = [torch.zeros_like(mine) for _ in range(context.size)]
     dist.all_gather(every, mine)
     rows: Tensor = torch.cat(every)
     return float(rows.max() / rows.mean())
 
 
-def compare(experts: int, world: World, options: argparse.Namespace) -> dict[str, object]:
+def compare(
+    experts: int, context: ParallelContext, options: argparse.Namespace
+) -> dict[str, object]:
     """All figures for one number of experts."""
-    layout, ep = LAYOUTS[experts], world.size
+    layout, ep = LAYOUTS[experts], context.size
 
-    def case(image_share: float) -> Case:
+    def case(image_fraction: float) -> Case:
         made = Case.make(
-            options.hidden, options.ffn, torch.float32, options.tokens, image_share, layout
+            options.hidden, options.ffn, torch.float32, options.tokens, image_fraction, layout
         )
         made.config.expert_model_parallel_size = ep
-        generator = torch.Generator().manual_seed(world.rank)
+        generator = torch.Generator().manual_seed(context.rank)
         made.hidden.copy_(torch.randn(made.hidden.shape, generator=generator))
         return made
 
     mixed, plain = case(0.71), contiguous(layout, ep)
-    ours, theirs = (build(mixed, layout, plain, world, moiie=m) for m in (True, False))
+    ours, theirs = (build(mixed, layout, plain, context, moiie=m) for m in (True, False))
     theirs.load_state_dict(ours.state_dict())
-    rows, distinct = count_rows(mixed, ours, world)
+    rows, distinct = count_rows(mixed, ours, context)
     both = {"moiie": step(mixed, ours), "alltoall": step(mixed, theirs)}
     against = slower_rank(interleave(both, rounds=options.rounds))
     for layer in (ours, theirs):
@@ -121,17 +128,21 @@ def compare(experts: int, world: World, options: argparse.Namespace) -> dict[str
     moving = slower_rank(interleave(both, rounds=options.rounds))
     images = case(0.8)
     layers = {
-        "balanced": build(images, layout, balanced(layout, ep, image_share=0.8), world),
-        "contiguous": build(images, layout, plain, world),
+        "balanced": build(images, layout, balanced(layout, ep, image_fraction=0.8), context),
+        "contiguous": build(images, layout, plain, context),
     }
     placed = slower_rank(
         interleave({n: step(images, layer) for n, layer in layers.items()}, rounds=options.rounds)
     )
     load = {
-        share: {name: loads(at, build(at, layout, p, world), world) for name, p in orders.items()}
+        share: {
+            name: loads(at, build(at, layout, p, context), context) for name, p in orders.items()
+        }
         for share in (0.2, 0.5, 0.8)
         for at in (case(share),)
-        for orders in ({"balanced": balanced(layout, ep, image_share=share), "contiguous": plain},)
+        for orders in (
+            {"balanced": balanced(layout, ep, image_fraction=share), "contiguous": plain},
+        )
     }
     result = {
         "experts": experts,
@@ -143,7 +154,7 @@ def compare(experts: int, world: World, options: argparse.Namespace) -> dict[str
         "balanced_over_contiguous": placed.ratio("balanced", "contiguous"),
         "max_over_mean_load": {str(share): values for share, values in load.items()},
     }
-    if world.rank == 0:
+    if context.rank == 0:
         print(
             f"experts {experts}  EP {ep}  rows per token {rows:.3f} (distinct {distinct:.3f})  "
             f"time over alltoall {result['moiie_over_alltoall']:.3f} "
@@ -166,12 +177,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    launch = launch_from(os.environ)
-    world = start_world(ParallelConfig(expert=launch.world_size), launch, device="cpu")
-    cases = [compare(n, world, options) for n in LAYOUTS if n % world.size == 0]
-    if world.rank == 0 and options.json:
+    dist_env = dist_env_from(os.environ)
+    context = init_parallel(ParallelConfig(expert=dist_env.world_size), dist_env, device="cpu")
+    cases = [compare(n, context, options) for n in LAYOUTS if n % context.size == 0]
+    if context.rank == 0 and options.json:
         options.json.write_text(json.dumps({"cases": cases}, indent=2) + "\n")
-    stop_world()
+    destroy_parallel()
 
 
 if __name__ == "__main__":

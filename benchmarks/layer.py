@@ -28,10 +28,10 @@ from reference_model import LoopOverExperts
 from timing import interleave
 from torch import Tensor
 
-from moiie_megatron.backend.parallel import Launch, start_world, stop_world
 from moiie_megatron.config.schema import ParallelConfig
-from moiie_megatron.experts.layout import ExpertLayout
-from moiie_megatron.experts.token_types import IMAGE, TEXT
+from moiie_megatron.layout.experts import ExpertLayout
+from moiie_megatron.layout.token_types import IMAGE, TEXT
+from moiie_megatron.mcore.parallel import DistEnv, destroy_parallel, init_parallel
 from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
 from moiie_megatron.moe.layer import MoIIELayer, moiie_module
 from moiie_megatron.moe.router import RouterSettings
@@ -57,7 +57,7 @@ class Case:
         ffn: int,
         dtype: torch.dtype,
         tokens: int,
-        image_share: float,
+        image_fraction: float,
         layout: ExpertLayout = LAYOUT,
     ) -> Case:
         config = TransformerConfig(
@@ -80,7 +80,9 @@ class Case:
             use_cpu_initialization=True,
         )
         generator = torch.Generator().manual_seed(0)
-        types = torch.where(torch.rand(1, tokens, generator=generator) < image_share, IMAGE, TEXT)
+        types = torch.where(
+            torch.rand(1, tokens, generator=generator) < image_fraction, IMAGE, TEXT
+        )
         shape = (tokens, 1, hidden)
         return cls(
             config,
@@ -150,7 +152,7 @@ def compare(
     hidden: int, ffn: int, dtype: str, groups: ProcessGroupCollection, options: argparse.Namespace
 ) -> dict[str, object]:
     """Time all systems on one shape."""
-    case = Case.make(hidden, ffn, DTYPES[dtype], options.tokens, options.image_share)
+    case = Case.make(hidden, ffn, DTYPES[dtype], options.tokens, options.image_fraction)
     peers = {
         "megatron alltoall": case.step(megatron(case, groups, "alltoall")),
         "megatron allgather": case.step(megatron(case, groups, "allgather")),
@@ -179,17 +181,17 @@ def compare(
 def case_of_its_own(shape: tuple[int, int, str], options: argparse.Namespace) -> dict[str, object]:
     """One case, in the process that it gets for itself."""
     torch.set_num_threads(options.threads)
-    world = start_world(ParallelConfig(), Launch(), device="cpu")
+    context = init_parallel(ParallelConfig(), DistEnv(), device="cpu")
     try:
-        return compare(*shape, world.groups, options)
+        return compare(*shape, context.groups, options)
     finally:
-        stop_world()
+        destroy_parallel()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--image-share", type=float, default=0.71)
+    parser.add_argument("--image-fraction", type=float, default=0.71)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the result here")

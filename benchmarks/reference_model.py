@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from moiie_megatron.checkpoint.hf_files import text_config
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.batch import Batch
-from moiie_megatron.data.images import normalize, pixel_statistics
-from moiie_megatron.experts.layout import ExpertLayout
-from moiie_megatron.experts.token_types import IMAGE, PADDING
-from moiie_megatron.multimodal.vision import build_vision_model
+from moiie_megatron.convert.hf.export_files import text_config
+from moiie_megatron.data.encode.images import normalize, pixel_statistics
+from moiie_megatron.data.stream.batch import Batch
+from moiie_megatron.layout.experts import ExpertLayout
+from moiie_megatron.layout.token_types import IMAGE, PADDING
+from moiie_megatron.vlm.vision import build_vision_model
 
 
 class LoopOverExperts(torch.nn.Module):

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from timing import interleave, slower_rank
 
-from moiie_megatron.backend.parallel import World
 from moiie_megatron.config.schema import (
     DataConfig,
     LanguageConfig,
@@ -34,16 +33,18 @@ from moiie_megatron.config.schema import (
     TrainConfig,
     VisionConfig,
 )
-from moiie_megatron.data.batch import Batch
-from moiie_megatron.experts.token_types import IMAGE
+from moiie_megatron.data.stream.batch import Batch
+from moiie_megatron.layout.token_types import IMAGE
+from moiie_megatron.mcore.dist_env import dist_env_from
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.mcore.run import run_distributed
 from moiie_megatron.moe.layer import MoIIELayer
-from moiie_megatron.multimodal.build import build_model
-from moiie_megatron.training.launch import launch_from, run_in_world
+from moiie_megatron.training.logging.router_stats import RoutingCounters
+from moiie_megatron.training.logging.run_log import RunLog
 from moiie_megatron.training.loop import current_learning_rates
-from moiie_megatron.training.metrics import RunLog
-from moiie_megatron.training.routing import RoutingCounters
-from moiie_megatron.training.setup import Trainee, prepare_training
+from moiie_megatron.training.state import TrainState, prepare_training
 from moiie_megatron.training.step import StepResult, train_step
+from moiie_megatron.vlm.build import build_model
 
 VOCABULARY = 512
 IMAGE_SIZE, PATCH = 84, 7  # 144 image tokens
@@ -113,20 +114,20 @@ def make_batch(config: RunConfig, seed: int) -> Batch:
 class Run:
     """The three kinds of step of one model."""
 
-    def __init__(self, config: RunConfig, world: World) -> None:
-        self.config, self.world = config, world
-        model = build_model(config, world)
+    def __init__(self, config: RunConfig, context: ParallelContext) -> None:
+        self.config, self.context = config, context
+        model = build_model(config, context)
         self.layers = [m for m in model.modules() if isinstance(m, MoIIELayer)]
-        self.trainee: Trainee = prepare_training(config, world, model, steps=1000)
-        self.trainee.ddp.train()
-        self.counters = RoutingCounters(config, world, model)
-        self.log = RunLog(config, world, start_step=0, total_steps=1000)
-        self.batches = [make_batch(config, 10 * world.rank + number) for number in range(2)]
+        self.train_state: TrainState = prepare_training(config, context, model, steps=1000)
+        self.train_state.ddp.train()
+        self.counters = RoutingCounters(config, context, model)
+        self.log = RunLog(config, context, start_step=0, total_steps=1000)
+        self.batches = [make_batch(config, 10 * context.rank + number) for number in range(2)]
         self.number = 0
 
     def train(self) -> StepResult:
         dist.barrier()
-        result = train_step(self.config, self.world, self.trainee, self.batches)
+        result = train_step(self.config, self.context, self.train_state, self.batches)
         self.number += 1
         return result
 
@@ -148,8 +149,8 @@ class Run:
 
     def logged(self) -> None:
         result = self.train()
-        self.counters.count_step(len(self.batches) * self.world.dp_size)
-        rates = current_learning_rates(self.config, self.trainee)
+        self.counters.count_step(len(self.batches) * self.context.dp_size)
+        rates = current_learning_rates(self.config, self.train_state)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             self.log.step(self.number, result, rates, self.counters.losses(), 0, 0, None)
         self.log.routing(self.number, self.counters.record())
@@ -163,7 +164,7 @@ def measure(run: Run, rounds: int) -> dict[str, object]:
     }
     timings = slower_rank(interleave(kinds, rounds=rounds))
     return {
-        "processes": run.world.size,
+        "processes": run.context.size,
         "moe_layers": len(run.layers),
         "step_ms": 1e3 * timings.median("silent"),
         "counting_overhead": timings.ratio("counted", "silent") - 1,
@@ -181,16 +182,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    launch = launch_from(os.environ)
+    dist_env = dist_env_from(os.environ)
 
     with tempfile.TemporaryDirectory() as output:
-        config = make_config(options, launch.world_size, output)
+        config = make_config(options, dist_env.world_size, output)
 
-        def body(world: World) -> None:
-            run = Run(config, world)
+        def body(context: ParallelContext) -> None:
+            run = Run(config, context)
             result = measure(run, options.rounds)
             run.log.close()
-            if world.rank != 0:
+            if context.rank != 0:
                 return
             print(
                 f"{result['processes']} process(es), {result['moe_layers']} MoE layers, step "
@@ -201,7 +202,7 @@ def main() -> None:
             if options.json:
                 options.json.write_text(json.dumps(result, indent=2) + "\n")
 
-        run_in_world(config, launch, body)
+        run_distributed(config, dist_env, body)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,6 @@ import torch.distributed as dist
 from reference_model import ReferenceModel
 from timing import Timings, interleave, slower_rank
 
-from moiie_megatron.backend.parallel import World, start_world, stop_world
-from moiie_megatron.backend.quiet import quiet_megatron
 from moiie_megatron.config.schema import (
     DataConfig,
     LanguageConfig,
@@ -39,14 +37,16 @@ from moiie_megatron.config.schema import (
     TrainConfig,
     VisionConfig,
 )
-from moiie_megatron.data.batch import Example, collate
-from moiie_megatron.data.encode import IGNORE, Encoded
-from moiie_megatron.data.packing import RowShape, pack, spread
-from moiie_megatron.experts.token_types import IMAGE, TEXT
-from moiie_megatron.multimodal.build import build_model
-from moiie_megatron.training.launch import launch_from
-from moiie_megatron.training.setup import prepare_training
+from moiie_megatron.data.encode.encoder import IGNORE, Encoded
+from moiie_megatron.data.stream.batch import Example, collate
+from moiie_megatron.data.stream.packing import PackingSpec, pack, split_rows_to_count
+from moiie_megatron.layout.token_types import IMAGE, TEXT
+from moiie_megatron.mcore.dist_env import dist_env_from
+from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.patches.warning_filters import filter_megatron_warnings
+from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
+from moiie_megatron.vlm.build import build_model
 
 MICRO_BATCH = 8  # samples
 LONGEST = 512  # tokens of a sample
@@ -134,29 +134,29 @@ def natural_samples(config: RunConfig, seed: int, count: int) -> list[Example]:
 Step = Callable[[], object]
 
 
-def ours(config: RunConfig, world: World, samples: list[Example]) -> Step:
+def ours(config: RunConfig, context: ParallelContext, samples: list[Example]) -> Step:
     """This project's step, with packing where the configuration says so."""
-    trainee = prepare_training(config, world, build_model(config, world), steps=1000)
-    trainee.ddp.train()
+    train_state = prepare_training(config, context, build_model(config, context), steps=1000)
+    train_state.ddp.train()
     image_tokens = config.vision.num_image_tokens
-    shape = RowShape(config.micro_batch_shape[1], LONGEST, image_tokens, pad_id=0)
+    shape = PackingSpec(config.micro_batch_shape[1], LONGEST, image_tokens, pad_id=0)
 
     def step() -> None:
         if config.data.packing:
             rows = pack(samples, shape)
-            batches = spread(rows, world.most(len(rows)), shape)
+            batches = split_rows_to_count(rows, context.most(len(rows)), shape)
         else:
             batches = padded(samples, image_tokens)
-        train_step(config, world, trainee, batches)
+        train_step(config, context, train_state, batches)
 
     return step
 
 
-def reference(config: RunConfig, world: World, samples: list[Example]) -> Step:
+def reference(config: RunConfig, context: ParallelContext, samples: list[Example]) -> Step:
     """The plain implementation's step; padding to the longest sample of a micro-batch."""
     model: torch.nn.Module = ReferenceModel(config)
     weights = [p for p in model.parameters() if p.requires_grad]
-    if world.size > 1:
+    if context.size > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0, fused=True)
 
@@ -164,7 +164,7 @@ def reference(config: RunConfig, world: World, samples: list[Example]) -> Step:
         optimizer.zero_grad()
         batches = padded(samples, config.vision.num_image_tokens)
         for number, batch in enumerate(batches, start=1):
-            if world.size > 1:  # gradients are reduced with the last micro-batch
+            if context.size > 1:  # gradients are reduced with the last micro-batch
                 model.require_backward_grad_sync = number == len(batches)
             (model(batch) / len(batches)).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -191,15 +191,18 @@ def together(step: Step) -> Step:
     return run
 
 
-def compare(case: str, world: World, options: argparse.Namespace) -> Timings:
+def compare(case: str, context: ParallelContext, options: argparse.Namespace) -> Timings:
     """Both systems on the same samples; rank r has its own."""
-    config = run_config(world.size, packing=case == "natural")
+    config = run_config(context.size, packing=case == "natural")
     draw = natural_samples if case == "natural" else equal_samples
-    samples = draw(config, world.rank, options.samples)
-    runs = {"ours": ours(config, world, samples), "reference": reference(config, world, samples)}
+    samples = draw(config, context.rank, options.samples)
+    runs = {
+        "ours": ours(config, context, samples),
+        "reference": reference(config, context, samples),
+    }
     steps = {name: together(step) for name, step in runs.items()}
     timings = slower_rank(interleave(steps, rounds=options.rounds))
-    if world.rank == 0:
+    if context.rank == 0:
         real = sum(len(s.encoded.tokens) for s in samples)
         batches = padded(samples, config.vision.num_image_tokens)
         share = real / sum(batch.tokens.numel() for batch in batches)
@@ -212,25 +215,25 @@ def compare(case: str, world: World, options: argparse.Namespace) -> Timings:
     return timings
 
 
-def scaling(world: World, options: argparse.Namespace) -> None:
+def scaling(context: ParallelContext, options: argparse.Namespace) -> None:
     """How the time of our step grows; relative to the first of each row, tokens per step equal."""
     tokens = options.samples * 256
     steps: dict[str, Step] = {}
     for experts in ((1, 2, 1), (2, 4, 2)):
-        config = run_config(world.size, experts=experts)
-        samples = equal_samples(config, world.rank, options.samples)
-        steps[f"{sum(experts)} experts"] = together(ours(config, world, samples))
+        config = run_config(context.size, experts=experts)
+        samples = equal_samples(config, context.rank, options.samples)
+        steps[f"{sum(experts)} experts"] = together(ours(config, context, samples))
     for length in (128, 256, 512):
-        config = run_config(world.size)
-        samples = equal_samples(config, world.rank, tokens // length, length)
-        steps[f"sequence {length}"] = together(ours(config, world, samples))
+        config = run_config(context.size)
+        samples = equal_samples(config, context.rank, tokens // length, length)
+        steps[f"sequence {length}"] = together(ours(config, context, samples))
     timings = slower_rank(interleave(steps, rounds=options.rounds))
-    if world.rank == 0:
+    if context.rank == 0:
         for first, *others in (list(steps)[:2], list(steps)[2:]):
             ratios = "  ".join(f"{name} {timings.ratio(name, first):.2f}" for name in others)
             milliseconds = timings.median(first) * 1e3
             print(
-                f"{world.size} process(es)  {first} {milliseconds:.0f} ms, times that: {ratios}",
+                f"{context.size} process(es)  {first} {milliseconds:.0f} ms, times that: {ratios}",
                 flush=True,
             )
 
@@ -242,10 +245,10 @@ def peak_memory(system: str, options: argparse.Namespace) -> float:
     return float(done.stdout.split()[-1])
 
 
-def only(system: str, world: World, options: argparse.Namespace) -> None:
+def only(system: str, context: ParallelContext, options: argparse.Namespace) -> None:
     config = run_config(1)
     build = ours if system == "ours" else reference
-    step = build(config, world, equal_samples(config, 0, options.samples))
+    step = build(config, context, equal_samples(config, 0, options.samples))
     for _ in range(3):
         step()
     # Not ru_maxrss, which begins with what the parent had.
@@ -264,31 +267,31 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--only", choices=("ours", "reference"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    quiet_megatron()
-    launch = launch_from(os.environ)
-    torch.set_num_threads(options.threads or max(1, 2 // launch.world_size))
-    world = start_world(ParallelConfig(expert=launch.world_size), launch, device="cpu")
+    filter_megatron_warnings()
+    dist_env = dist_env_from(os.environ)
+    torch.set_num_threads(options.threads or max(1, 2 // dist_env.world_size))
+    context = init_parallel(ParallelConfig(expert=dist_env.world_size), dist_env, device="cpu")
     if options.only:
-        only(options.only, world, options)
+        only(options.only, context, options)
     elif options.scaling:
-        scaling(world, options)
+        scaling(context, options)
     else:
         ratios = {
-            name: compare(case, world, options).ratio("reference", "ours")
+            name: compare(case, context, options).ratio("reference", "ours")
             for name, case in (
                 ("equal_work_over_reference", "equal"),
                 ("packed_over_reference", "natural"),
             )
         }
-        if world.rank == 0:
-            result: dict[str, object] = {"processes": world.size, **ratios}
-            if world.size == 1:
+        if context.rank == 0:
+            result: dict[str, object] = {"processes": context.size, **ratios}
+            if context.size == 1:
                 peaks = {name: peak_memory(name, options) for name in ("ours", "reference")}
                 print("peak memory  " + "  ".join(f"{n} {gb:.2f} GB" for n, gb in peaks.items()))
                 result["peak_rss_gb"] = peaks
             if options.json:
                 options.json.write_text(json.dumps(result, indent=2) + "\n")
-    stop_world()
+    destroy_parallel()
 
 
 if __name__ == "__main__":

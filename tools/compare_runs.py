@@ -20,12 +20,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from moiie_megatron.backend.process import find_store
-from moiie_megatron.config.arguments import parse_with_overrides
-from moiie_megatron.config.checks import check_config
+from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.cli.overrides import parse_with_overrides
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.training.launch import exit_code, launch_from
+from moiie_megatron.config.validate import check_config
+from moiie_megatron.mcore.dist_env import connect_store, dist_env_from
+from moiie_megatron.utils.errors import UserError
 
 RECOMPUTE = {
     "off": [],
@@ -171,25 +172,27 @@ def probe(job_file: str) -> int:
     import torch
     import torch.distributed as dist
 
-    from moiie_megatron.backend.parallel import start_world, stop_world
-    from moiie_megatron.data.build import build_dataset, build_train_loader
-    from moiie_megatron.training.probe import differences, record_step
+    from moiie_megatron.data.stream.build import build_dataset, build_train_loader
+    from moiie_megatron.evaluation.layout_equivalence import differences, record_step
+    from moiie_megatron.mcore.parallel import destroy_parallel, init_parallel
 
     job = json.loads(Path(job_file).read_text())
-    launch = launch_from(os.environ)
-    store = find_store(launch)
+    dist_env = dist_env_from(os.environ)
+    store = connect_store(dist_env)
     for number, values in enumerate(job["layouts"]):
         layout = Layout(**values)
         config: RunConfig = load_config(job["config"], [*job["overrides"], *layout.overrides()])
         keys = dist.PrefixStore(f"layout{number}", store)
-        world = start_world(config.active_parallel, launch, device=config.train.device, store=keys)
+        context = init_parallel(
+            config.active_parallel, dist_env, device=config.train.device, store=keys
+        )
         loader = build_train_loader(
             config,
             build_dataset(config),
             consumed_samples=0,
-            dp_rank=world.dp_rank,
-            dp_size=world.dp_size,
-            most=world.most,
+            dp_rank=context.dp_rank,
+            dp_size=context.dp_size,
+            most=context.most,
         )
         batches = next(loader)
         reference_file = Path(job["references"]) / f"{layout.variant}.pt"
@@ -200,11 +203,11 @@ def probe(job_file: str) -> int:
             return whole if expert is None else whole[expert]
 
         try:
-            record = record_step(config, world, batches, weights if reference else None)
+            record = record_step(config, context, batches, weights if reference else None)
             problem = ""
         except ValueError as error:
             record, problem = None, str(error)
-        if world.rank == 0:
+        if context.rank == 0:
             worst = {}
             if record is not None and reference is None:
                 torch.save(record, reference_file)
@@ -218,7 +221,7 @@ def probe(job_file: str) -> int:
             print(f"{verdict}  {layout.name}: {problem or figures or 'reference'}", flush=True)
             with Path(job["verdicts"]).open("a") as verdicts:
                 verdicts.write(verdict + "\n")
-        stop_world()
+        destroy_parallel()
     return 0
 
 
@@ -229,7 +232,7 @@ def compare_losses(arguments: argparse.Namespace) -> int:
         path = Path(name)
         path = path / "metrics.jsonl" if path.is_dir() else path
         if not path.exists():
-            raise ValueError(f"{path} does not exist: name two runs or two metrics.jsonl files.")
+            raise UserError(f"{path} does not exist: name two runs or two metrics.jsonl files.")
         runs.append({line["step"]: line for line in map(json.loads, path.open())})
     first, second = runs
     common = sorted(first.keys() & second.keys())
@@ -277,7 +280,7 @@ def main() -> int:
         else:
             codes.append(compare_losses(arguments))
 
-    return exit_code(task, launch_from(os.environ)) or codes[0]
+    return exit_code(task, dist_env_from(os.environ)) or codes[0]
 
 
 if __name__ == "__main__":

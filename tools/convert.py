@@ -16,9 +16,10 @@ import json
 import sys
 from typing import Any
 
-from moiie_megatron.backend.process import Launch
-from moiie_megatron.training.launch import exit_code
-from moiie_megatron.training.progress import progress_bar
+from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.cli.progress_bar import progress_bar
+from moiie_megatron.mcore.dist_env import DistEnv
+from moiie_megatron.utils.errors import UserError
 
 
 def add_upcycle(commands: Any) -> None:
@@ -40,9 +41,9 @@ def add_upcycle(commands: Any) -> None:
 
 
 def upcycle(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.checkpoint.folder import CONFIG_FILE
-    from moiie_megatron.checkpoint.offline_upcycle import UpcycleOptions, upcycle_checkpoint
-    from moiie_megatron.config.load import load_config
+    from moiie_megatron.checkpoint.directory import CONFIG_FILE
+    from moiie_megatron.config.load import load_saved_config
+    from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 
     options = UpcycleOptions(
         variant=arguments.variant,
@@ -63,7 +64,7 @@ def upcycle(arguments: argparse.Namespace) -> None:
             progress=progress,
         )
     print(f"{out}: see receipt.json there; train with checkpoint.init_from={out}")
-    if load_config(out / CONFIG_FILE, environ={}).stage.template == "plain":
+    if load_saved_config(out / CONFIG_FILE).stage.template == "plain":
         print(
             "The tokenizer has no chat template, so stage.template is plain, which learns the last "
             "answer without its question: set stage.template for conversations."
@@ -79,7 +80,7 @@ def add_export(commands: Any) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.checkpoint.to_hf import export_checkpoint
+    from moiie_megatron.convert.export import export_checkpoint
 
     with progress_bar("exporting") as progress:
         out = export_checkpoint(
@@ -101,7 +102,7 @@ def add_import(commands: Any) -> None:
         "--experts", metavar="V,S,T", help="where a checkpoint of the reference does not tell"
     )
     parser.add_argument(
-        "--reference-mask",
+        "--last-image-token-as-text",
         action="store_true",
         help="the last image token of every run counts as text, as in the reference's code",
     )
@@ -110,7 +111,7 @@ def add_import(commands: Any) -> None:
 
 
 def import_(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.checkpoint.import_hf import import_checkpoint
+    from moiie_megatron.convert.import_hf import import_checkpoint
 
     with progress_bar("importing") as progress:
         result = import_checkpoint(
@@ -118,7 +119,7 @@ def import_(arguments: argparse.Namespace) -> None:
             arguments.out,
             vision=arguments.vision,
             groups=_experts(arguments.experts),
-            reference_mask=arguments.reference_mask,
+            last_image_token_as_text=arguments.last_image_token_as_text,
             force=arguments.force,
             progress=progress,
         )
@@ -140,7 +141,7 @@ def add_extract(commands: Any) -> None:
 
 
 def extract(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.checkpoint.extract import extract_expert
+    from moiie_megatron.convert.extract import extract_expert
 
     with progress_bar("extracting") as progress:
         out = extract_expert(
@@ -174,9 +175,9 @@ def add_verify(commands: Any) -> None:
 def verify(arguments: argparse.Namespace) -> None:
     tolerance = arguments.tolerance
     if not tolerance >= 0:
-        raise ValueError(f"--tolerance is {tolerance}: use 0 or more.")
-    from moiie_megatron.checkpoint.verify import compare_tensors
-    from moiie_megatron.checkpoint.weights import open_weights
+        raise UserError(f"--tolerance is {tolerance}: use 0 or more.")
+    from moiie_megatron.convert.open_model import open_weights
+    from moiie_megatron.convert.verify import compare_tensors
 
     a, b = open_weights(arguments.a), open_weights(arguments.b)
     print(f"A  {a.describe()}\nB  {b.describe()}", flush=True)
@@ -222,8 +223,8 @@ def add_reshard(commands: Any) -> None:
 
 
 def reshard(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.checkpoint.reshard import reshard_checkpoint
     from moiie_megatron.config.schema import ParallelConfig
+    from moiie_megatron.convert.reshard import reshard_checkpoint
 
     parallel = ParallelConfig(
         tensor=arguments.tp,
@@ -249,7 +250,7 @@ def add_inspect(commands: Any) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.checkpoint.inspection import describe, format_description
+    from moiie_megatron.convert.inspect_checkpoint import describe, format_description
 
     description = describe(arguments.ckpt)
     print(json.dumps(description) if arguments.json else format_description(description))
@@ -261,7 +262,7 @@ def _experts(text: str | None) -> tuple[int, int, int] | None:
     try:
         vision, shared, number_of_text = (int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"--experts is {text!r}: give the numbers of vision, shared and text experts as 1,2,1."
         ) from None
     return vision, shared, number_of_text
@@ -279,7 +280,7 @@ def _layers(text: str) -> str | list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"--layers is {text!r}: use interleaved, all or layer numbers as 1,3,5."
         ) from None
 
@@ -299,7 +300,7 @@ def main() -> int:
     for add in tasks:
         add(commands)
     arguments = parser.parse_args()
-    return exit_code(lambda: arguments.task(arguments), Launch())
+    return exit_code(lambda: arguments.task(arguments), DistEnv())
 
 
 if __name__ == "__main__":

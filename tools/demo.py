@@ -102,7 +102,7 @@ def run(plan: Plan) -> int:
 
 
 def write_data(plan: Plan) -> None:
-    from moiie_megatron.data.digits import write_digits
+    from moiie_megatron.data.digits.dataset import write_digits
 
     train, test = (64, 4) if plan.quick else (TRAIN_PICTURES, TEST_PICTURES)
     heading(f"Data: {train} training and {test} test pictures in {plan.data}")

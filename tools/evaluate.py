@@ -8,8 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-from moiie_megatron.config.checks import check_config
-from moiie_megatron.training.launch import exit_code, launch_from, run_in_world
+from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.config.validate import check_config
+from moiie_megatron.mcore.dist_env import dist_env_from
+from moiie_megatron.mcore.run import run_distributed
+from moiie_megatron.utils.errors import UserError
 
 
 def main() -> int:
@@ -26,12 +29,12 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
 
     # Heavy imports after the arguments: --help answers at once.
-    from moiie_megatron.backend.parallel import World
-    from moiie_megatron.checkpoint.folder import find_checkpoint
+    from moiie_megatron.checkpoint.directory import find_checkpoint
     from moiie_megatron.evaluation.generate import Generator, checkpoint_config
     from moiie_megatron.evaluation.score import Score, read_questions, score
+    from moiie_megatron.mcore.parallel import ParallelContext
 
-    launch = launch_from(os.environ)
+    dist_env = dist_env_from(os.environ)
 
     def report(result: Score, folder: Path) -> None:
         for kind, part in [*result.by_kind().items(), ("all", result)]:
@@ -52,27 +55,27 @@ def main() -> int:
         for name in ("limit", "batch_size", "max_new_tokens"):
             value = getattr(arguments, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: use 1 or more.")
+                raise UserError(f"--{name.replace('_', '-')} is {value}: use 1 or more.")
         folder = find_checkpoint(arguments.checkpoint)
         config = checkpoint_config(folder, arguments.overrides)
-        check_config(config, world_size=launch.world_size)
+        check_config(config, world_size=dist_env.world_size)
         questions = read_questions(arguments.records)[: arguments.limit]
 
-        def evaluate(world: World) -> None:
+        def evaluate(context: ParallelContext) -> None:
             result = score(
-                Generator.load(folder, config, world),
+                Generator.load(folder, config, context),
                 questions,
                 arguments.images,
                 batch_size=arguments.batch_size,
                 max_new_tokens=arguments.max_new_tokens,
-                show_progress=world.rank == 0 and sys.stdout.isatty(),
+                show_progress=context.rank == 0 and sys.stdout.isatty(),
             )
-            if world.rank == 0:
+            if context.rank == 0:
                 report(result, folder)
 
-        run_in_world(config, launch, evaluate)
+        run_distributed(config, dist_env, evaluate)
 
-    return exit_code(task, launch)
+    return exit_code(task, dist_env)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-from moiie_megatron.config.checks import check_config
-from moiie_megatron.training.launch import exit_code, launch_from, run_in_world
+from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.config.validate import check_config
+from moiie_megatron.mcore.dist_env import dist_env_from
+from moiie_megatron.mcore.run import run_distributed
+from moiie_megatron.utils.errors import UserError
 
 
 def main() -> int:
@@ -24,25 +27,25 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
 
     # Heavy imports after the arguments: --help answers at once.
-    from moiie_megatron.backend.parallel import World
-    from moiie_megatron.checkpoint.folder import find_checkpoint
-    from moiie_megatron.data.records import PLACEHOLDER, Turn
+    from moiie_megatron.checkpoint.directory import find_checkpoint
+    from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
     from moiie_megatron.evaluation.generate import Generator, checkpoint_config
+    from moiie_megatron.mcore.parallel import ParallelContext
 
-    launch = launch_from(os.environ)
+    dist_env = dist_env_from(os.environ)
 
     def task() -> None:
         if arguments.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}: use 1 or more.")
+            raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}: use 1 or more.")
         for image in arguments.image:
             if not Path(image).is_file():
-                raise ValueError(f"The image {image} does not exist.")
+                raise UserError(f"The image {image} does not exist.")
         folder = find_checkpoint(arguments.checkpoint)
         config = checkpoint_config(folder, arguments.overrides)
-        check_config(config, world_size=launch.world_size)
+        check_config(config, world_size=dist_env.world_size)
 
-        def answer(world: World) -> None:
-            generator = Generator.load(folder, config, world)
+        def answer(context: ParallelContext) -> None:
+            generator = Generator.load(folder, config, context)
             files = [Path(image) for image in arguments.image]
             images = [generator.image_loader(file.parent).load(file.name) for file in files]
             text = arguments.prompt
@@ -50,12 +53,12 @@ def main() -> int:
                 text = f"{PLACEHOLDER}\n" * len(images) + text
             prompt = generator.prompt([Turn("user", text)], images)
             (reply,) = generator.answer([prompt], arguments.max_new_tokens)
-            if world.rank == 0:
+            if context.rank == 0:
                 print(reply)
 
-        run_in_world(config, launch, answer)
+        run_distributed(config, dist_env, answer)
 
-    return exit_code(task, launch)
+    return exit_code(task, dist_env)
 
 
 if __name__ == "__main__":

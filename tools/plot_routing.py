@@ -15,9 +15,11 @@ import os
 import sys
 from pathlib import Path
 
-from moiie_megatron.backend.process import Launch
-from moiie_megatron.config.checks import check_config
-from moiie_megatron.training.launch import exit_code, launch_from, run_in_world
+from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.config.validate import check_config
+from moiie_megatron.mcore.dist_env import DistEnv, dist_env_from
+from moiie_megatron.mcore.run import run_distributed
+from moiie_megatron.utils.errors import UserError
 
 LOG = "routing.jsonl"
 
@@ -41,36 +43,36 @@ def main() -> int:
     )
     # Options and overrides may come in any order.
     arguments = parser.parse_intermixed_args()
-    launch = launch_from(os.environ)
+    dist_env = dist_env_from(os.environ)
     target = Path(arguments.target)
     log = target / LOG
     measures = arguments.records is not None or not log.exists()
 
     def task() -> None:
         if not target.exists():
-            raise ValueError(f"{target} does not exist: name a run or a checkpoint.")
+            raise UserError(f"{target} does not exist: name a run or a checkpoint.")
         for name in ("last", "samples"):
             if getattr(arguments, name) < 1:
-                raise ValueError(f"--{name} is {getattr(arguments, name)}: use 1 or more.")
+                raise UserError(f"--{name} is {getattr(arguments, name)}: use 1 or more.")
         if (arguments.records is None) != (arguments.images is None):
-            raise ValueError("--records and --images belong together: give both or neither.")
+            raise UserError("--records and --images belong together: give both or neither.")
         if measures and arguments.out is None:
-            raise ValueError(
+            raise UserError(
                 f"{target} has no {LOG} to draw or is to read other records: name a folder for "
                 "the result with --out."
             )
         out = Path(arguments.out) if arguments.out else target / "routing"
         if measures and (out / "metrics.jsonl").exists():
-            raise ValueError(
+            raise UserError(
                 f"{out} is the folder of a run, whose {LOG} would be replaced: name another one "
                 "with --out."
             )
         if measures:
-            measure(arguments, launch, out)
-        if launch.rank == 0:
+            measure(arguments, dist_env, out)
+        if dist_env.rank == 0:
             draw(out / LOG if measures else log, out, arguments.last)
 
-    return exit_code(task, launch)
+    return exit_code(task, dist_env)
 
 
 def draw(file: Path, out: Path, last: int) -> None:
@@ -82,35 +84,35 @@ def draw(file: Path, out: Path, last: int) -> None:
         print(picture)
 
 
-def measure(arguments: argparse.Namespace, launch: Launch, out: Path) -> None:
+def measure(arguments: argparse.Namespace, dist_env: DistEnv, out: Path) -> None:
     """Write the record of a checkpoint on a data set to ``out/routing.jsonl``."""
     # Heavy imports where they are needed: drawing a log does without Megatron.
-    from moiie_megatron.backend.parallel import World
-    from moiie_megatron.checkpoint.folder import find_checkpoint
-    from moiie_megatron.checkpoint.upcycle import load_weights
-    from moiie_megatron.data.build import build_dataset
+    from moiie_megatron.checkpoint.directory import find_checkpoint
+    from moiie_megatron.checkpoint.load_weights import load_weights
+    from moiie_megatron.data.stream.build import build_dataset
     from moiie_megatron.evaluation.generate import checkpoint_config
     from moiie_megatron.evaluation.routing import measure_routing
-    from moiie_megatron.multimodal.build import build_model
+    from moiie_megatron.mcore.parallel import ParallelContext
+    from moiie_megatron.vlm.build import build_model
 
     folder = find_checkpoint(arguments.target)
     overrides = list(arguments.overrides)
     if arguments.records is not None:
         source = {"records": arguments.records, "images": arguments.images}
-        overrides += [f"data.sources={json.dumps([source])}", "data.backend=plain"]
+        overrides += [f"data.sources={json.dumps([source])}", "data.loader=plain"]
     config = checkpoint_config(folder, overrides)
-    if config.data.backend != "plain":
-        raise ValueError(
-            f"{folder} was trained on shards (data.backend is {config.data.backend}): name records "
+    if config.data.loader != "plain":
+        raise UserError(
+            f"{folder} was trained on shards (data.loader is {config.data.loader}): name records "
             "and their pictures with --records and --images."
         )
-    check_config(config, world_size=launch.world_size)
+    check_config(config, world_size=dist_env.world_size)
     dataset = build_dataset(config)
 
-    def body(world: World) -> None:
-        model = build_model(config, world)
-        load_weights(folder, world, model)
-        record = measure_routing(config, world, model, dataset, arguments.samples)
+    def body(context: ParallelContext) -> None:
+        model = build_model(config, context)
+        load_weights(folder, context, model)
+        record = measure_routing(config, context, model, dataset, arguments.samples)
         if record is None:
             return
         sources = [source.model_dump() for source in config.data.sources]
@@ -119,9 +121,12 @@ def measure(arguments: argparse.Namespace, launch: Launch, out: Path) -> None:
         beside = out / f"{LOG}.writing"
         beside.write_text(json.dumps(record) + "\n")
         os.replace(beside, out / LOG)
-        print(f"{record['samples']} samples routed, {record['bad_samples']} unreadable", flush=True)
+        print(
+            f"{record['samples']} samples routed, {record['skipped_samples']} unreadable",
+            flush=True,
+        )
 
-    run_in_world(config, launch, body)
+    run_distributed(config, dist_env, body)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moiie_megatron.backend.process import Launch
-from moiie_megatron.config.arguments import parse_with_overrides
-from moiie_megatron.training.launch import exit_code
-from moiie_megatron.training.progress import progress_bar
+from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.cli.overrides import parse_with_overrides
+from moiie_megatron.cli.progress_bar import progress_bar
+from moiie_megatron.mcore.dist_env import DistEnv
+from moiie_megatron.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from moiie_megatron.data.dataset import Source
-    from moiie_megatron.data.faults import Fault
-    from moiie_megatron.data.survey import Encoding
+    from moiie_megatron.data.audit.audit import Encoding
+    from moiie_megatron.data.stream.dataset import Source
+    from moiie_megatron.data.stream.skipped_samples import SkippedSample
 
 SHOWN_FAULTS = 20
 
@@ -42,15 +43,15 @@ def add_validate(commands: Any) -> None:
 
 
 def validate(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.data.survey import survey
-    from moiie_megatron.data.survey_report import summarize
+    from moiie_megatron.data.audit.audit import audit
+    from moiie_megatron.data.audit.report import summarize
 
-    sources, encoding, max_bad_share = _sources(arguments, needs_encoding=False)
+    sources, encoding, max_skipped_fraction = _sources(arguments, needs_encoding=False)
     summaries: list[dict[str, Any]] = []
-    faults: list[Fault] = []
+    skipped_samples: list[SkippedSample] = []
     for source in sources:
         with progress_bar(f"reading {source.label}", unit="records") as progress:
-            found = survey(
+            found = audit(
                 source,
                 encoding,
                 decode_images=not arguments.skip_images,
@@ -58,13 +59,13 @@ def validate(arguments: argparse.Namespace) -> None:
                 progress=progress,
             )
         summaries.append(summarize(found, encoding))
-        faults += found.faults
+        skipped_samples += found.skipped_samples
     samples = sum(len(source.records) for source in sources)
     _print_table(summaries)
     if arguments.json:
-        report = {"samples": samples, "bad": len(faults), "sources": summaries}
+        report = {"samples": samples, "bad": len(skipped_samples), "sources": summaries}
         _write_json(Path(arguments.json), report)
-    _judge(faults, samples, max_bad_share)
+    _judge(skipped_samples, samples, max_skipped_fraction)
 
 
 def add_lengths(commands: Any) -> None:
@@ -75,9 +76,9 @@ def add_lengths(commands: Any) -> None:
 
 
 def lengths(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.data.length_index import LengthKey, length_files, write_lengths
-    from moiie_megatron.data.survey import survey
-    from moiie_megatron.data.survey_report import summarize
+    from moiie_megatron.data.audit.audit import audit
+    from moiie_megatron.data.audit.lengths import LengthKey, length_files, write_lengths
+    from moiie_megatron.data.audit.report import summarize
 
     sources, encoding, _ = _sources(arguments, needs_encoding=True)
     assert encoding is not None
@@ -85,7 +86,7 @@ def lengths(arguments: argparse.Namespace) -> None:
     records = {source.records.path.absolute() for source in sources}
     files = Counter(length_files(path, folder)[0] for path in records)
     if twice := [str(file) for file, number in files.items() if number > 1]:
-        raise ValueError(
+        raise UserError(
             f"Several sources would write {', '.join(twice)}: leave out --out, so that every index "
             "lies beside its records."
         )
@@ -99,7 +100,7 @@ def lengths(arguments: argparse.Namespace) -> None:
             num_image_tokens=encoding.num_image_tokens,
         )
         with progress_bar(f"measuring {source.label}", unit="records") as progress:
-            found = survey(
+            found = audit(
                 source,
                 encoding,
                 decode_images=False,
@@ -127,7 +128,7 @@ def add_jsonl(commands: Any) -> None:
 
 
 def jsonl(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.data.convert_records import array_to_lines
+    from moiie_megatron.data.records.convert import array_to_lines
 
     records = Path(arguments.records)
     out = Path(arguments.out) if arguments.out else records.with_suffix(".jsonl")
@@ -148,25 +149,25 @@ def add_webdataset(commands: Any) -> None:
 
 
 def webdataset(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.checkpoint.folder import new_folder
-    from moiie_megatron.data.energon_index import DATASET_FILE, index_shards
-    from moiie_megatron.data.webdataset import write_shards
+    from moiie_megatron.checkpoint.directory import new_directory
+    from moiie_megatron.data.records.energon_index import DATASET_FILE, index_shards
+    from moiie_megatron.data.records.webdataset import write_shards
 
     source = _plain_source(arguments.records, arguments.images, "square")
     final = Path(arguments.out)
-    limit = 0.01 if arguments.max_bad_share is None else arguments.max_bad_share
+    limit = 0.01 if arguments.max_skipped_fraction is None else arguments.max_skipped_fraction
     size = source.records.path.stat().st_size
-    with new_folder(final, num_bytes=size, force=arguments.force, ours=DATASET_FILE) as folder:
+    with new_directory(final, num_bytes=size, force=arguments.force, ours=DATASET_FILE) as folder:
         with progress_bar(f"writing {final.name}", unit="records") as progress:
-            names, faults = write_shards(
+            names, skipped_samples = write_shards(
                 source,
                 folder,
                 samples_per_shard=arguments.samples_per_shard,
                 progress=progress,
             )
-        _judge(faults, len(source.records), limit)
+        _judge(skipped_samples, len(source.records), limit)
         indexed = index_shards(folder, names)
-    samples = len(source.records) - len(faults)
+    samples = len(source.records) - len(skipped_samples)
     print(f"{final}: {samples:,} samples in {len(names)} shard(s)")
     if not indexed:
         print(
@@ -195,7 +196,7 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_limit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--max-bad-share",
+        "--max-skipped-fraction",
         type=_share,
         metavar="X",
         help="fail above this share of broken records; default: the run's, else 0.01",
@@ -209,37 +210,37 @@ def _sources(
 
     Fills in the arguments of the tokenizer from a run's configuration.
     """
-    limit = getattr(arguments, "max_bad_share", None)
+    limit = getattr(arguments, "max_skipped_fraction", None)
     if arguments.config is not None:
         if arguments.records or arguments.images or arguments.tokenizer:
-            raise ValueError("Give the configuration of a run, or --records and --images.")
+            raise UserError("Give the configuration of a run, or --records and --images.")
         from moiie_megatron.config.load import load_config
-        from moiie_megatron.data.build import build_encoding, build_sources
+        from moiie_megatron.data.stream.build import build_encoding, build_sources
 
         config = load_config(arguments.config, arguments.overrides)
         if not config.data.sources:
-            raise ValueError(f"data.sources is empty in {arguments.config}: nothing to read.")
-        if config.data.backend != "plain":
-            raise ValueError(
-                f"data.backend is {config.data.backend} in {arguments.config}: look at the records "
+            raise UserError(f"data.sources is empty in {arguments.config}: nothing to read.")
+        if config.data.loader != "plain":
+            raise UserError(
+                f"data.loader is {config.data.loader} in {arguments.config}: look at the records "
                 "that the shards were made from, with --records and --images."
             )
         arguments.tokenizer = config.data.tokenizer
         arguments.image_token = config.data.image_token
         arguments.template = config.stage.template
-        limit = config.data.max_bad_share if limit is None else limit
+        limit = config.data.max_skipped_fraction if limit is None else limit
         return build_sources(config), build_encoding(config), limit
     if not arguments.records or not arguments.images:
-        raise ValueError("Give the configuration of a run, or both --records and --images.")
+        raise UserError("Give the configuration of a run, or both --records and --images.")
     source = _plain_source(arguments.records, arguments.images, arguments.image_mode)
     limit = 0.01 if limit is None else limit
     if arguments.tokenizer is None:
         if needs_encoding:
-            raise ValueError("Lengths depend on the tokenizer: give it with --tokenizer.")
+            raise UserError("Lengths depend on the tokenizer: give it with --tokenizer.")
         return [source], None, limit
-    from moiie_megatron.data.survey import Encoding
-    from moiie_megatron.data.templates import load_template
-    from moiie_megatron.data.tokenizers import load_tokenizer
+    from moiie_megatron.data.audit.audit import Encoding
+    from moiie_megatron.data.encode.templates import load_template
+    from moiie_megatron.data.encode.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.image_token)
     template = load_template(arguments.template, tokenizer)
@@ -248,9 +249,9 @@ def _sources(
 
 
 def _plain_source(records: str, images: str, mode: Any) -> Source:
-    from moiie_megatron.data.dataset import Source
-    from moiie_megatron.data.images import SIGLIP_STATISTICS, ImageLoader
-    from moiie_megatron.data.records import RecordFile
+    from moiie_megatron.data.encode.images import SIGLIP_STATISTICS, ImageLoader
+    from moiie_megatron.data.records.llava import RecordFile
+    from moiie_megatron.data.stream.dataset import Source
 
     # Images are decoded to see whether they can be: the size of the result does not matter.
     loader = ImageLoader(images, 32, mode, SIGLIP_STATISTICS.mean, SIGLIP_STATISTICS.std)
@@ -260,26 +261,29 @@ def _plain_source(records: str, images: str, mode: Any) -> Source:
 def _print_table(summaries: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
 
-    from moiie_megatron.data.survey_report import table
+    from moiie_megatron.data.audit.report import table
 
     # A file or a pipe gets the whole table, a terminal what fits.
     Console(width=None if sys.stdout.isatty() else 160).print(table(summaries))
 
 
-def _judge(faults: Sequence[Fault], samples: int, max_bad_share: float) -> None:
+def _judge(
+    skipped_samples: Sequence[SkippedSample], samples: int, max_skipped_fraction: float
+) -> None:
     """Print what is broken.
 
     Raises:
-        ValueError: It is too much.
+        UserError: It is too much.
     """
-    for fault in faults[:SHOWN_FAULTS]:
+    for fault in skipped_samples[:SHOWN_FAULTS]:
         print(f"{fault.file}[{fault.index}]: {fault.reason}")
-    if len(faults) > SHOWN_FAULTS:
-        print(f"... and {len(faults) - SHOWN_FAULTS:,} more")
-    if len(faults) > max_bad_share * samples:
-        raise ValueError(
-            f"{len(faults):,} of {samples:,} records ({len(faults) / samples:.2%}) cannot be used, "
-            f"more than {max_bad_share:.2%}: repair them or raise --max-bad-share."
+    if len(skipped_samples) > SHOWN_FAULTS:
+        print(f"... and {len(skipped_samples) - SHOWN_FAULTS:,} more")
+    if len(skipped_samples) > max_skipped_fraction * samples:
+        raise UserError(
+            f"{len(skipped_samples):,} of {samples:,} records "
+            f"({len(skipped_samples) / samples:.2%}) cannot be used, more than "
+            f"{max_skipped_fraction:.2%}: repair them or raise --max-skipped-fraction."
         )
 
 
@@ -289,7 +293,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
         beside.write_text(json.dumps(values, indent=1) + "\n")
         os.replace(beside, path)
     except OSError as error:
-        raise ValueError(f"Cannot write --json {path}: {error.strerror or error}.") from error
+        raise UserError(f"Cannot write --json {path}: {error.strerror or error}.") from error
 
 
 def _positive(text: str) -> int:
@@ -314,7 +318,7 @@ def main() -> int:
     for add in (add_validate, add_lengths, add_jsonl, add_webdataset):
         add(commands)
     arguments = parse_with_overrides(parser)
-    return exit_code(lambda: arguments.task(arguments), Launch())
+    return exit_code(lambda: arguments.task(arguments), DistEnv())
 
 
 if __name__ == "__main__":

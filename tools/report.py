@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from moiie_megatron.backend.process import Launch
-from moiie_megatron.training.launch import exit_code
+from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.mcore.dist_env import DistEnv
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
             scores = last / "scores.json"
         print(write_report(arguments.runs, arguments.out or last / "report.html", scores=scores))
 
-    return exit_code(task, Launch())
+    return exit_code(task, DistEnv())
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from moiie_megatron.cli.launch import check_runs, exit_code
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.mcore.dist_env import dist_env_from
+from moiie_megatron.mcore.run import run_sequentially
 from moiie_megatron.planning.parameters import count_parameters, format_parameters
-from moiie_megatron.training.launch import check_runs, exit_code, launch_from, run_in_turn
-from moiie_megatron.training.signals import StopRequest
+from moiie_megatron.training.stop import StopRequest
 
 UNFINISHED = 3  # exit code of --is-done; 1 is an error, 2 a mistake in the arguments
 
@@ -40,7 +42,7 @@ def main() -> int:
         help=f"train nothing: exit code 0 if all runs have come to their end, {UNFINISHED} if not",
     )
     arguments = parser.parse_intermixed_args()
-    launch = launch_from(os.environ)
+    dist_env = dist_env_from(os.environ)
     stop = StopRequest()
     if not (arguments.dry_run or arguments.is_done):
         stop.listen()
@@ -52,20 +54,20 @@ def main() -> int:
             for file, overrides in split_runs([arguments.config, *arguments.more])
         ]
         if arguments.dry_run:
-            for config in configs if launch.rank == 0 else ():
+            for config in configs if dist_env.rank == 0 else ():
                 print(format_parameters(count_parameters(config)))
             return
         if arguments.is_done:
             nonlocal unfinished
             unfinished = report_progress(configs)
             return
-        check_runs(configs, launch)
+        check_runs(configs, dist_env)
         # Megatron takes seconds to import: only after the checks.
         from moiie_megatron.training.loop import train
 
-        run_in_turn(configs, launch, partial(train, stop=stop), lambda: stop.reason is None)
+        run_sequentially(configs, dist_env, partial(train, stop=stop), lambda: stop.reason is None)
 
-    return exit_code(task, launch) or (UNFINISHED if unfinished else 0)
+    return exit_code(task, dist_env) or (UNFINISHED if unfinished else 0)
 
 
 def report_progress(configs: Sequence[RunConfig]) -> bool:

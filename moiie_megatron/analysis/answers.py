@@ -12,8 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from moiie_megatron.data.images import SIGLIP_STATISTICS, ImageLoader
-from moiie_megatron.data.records import PLACEHOLDER, BadRecord
+from moiie_megatron.data.encode.images import SIGLIP_STATISTICS, ImageLoader
+from moiie_megatron.data.records.llava import PLACEHOLDER, BadRecord
+from moiie_megatron.utils.errors import UserError
 
 _SHOWN = 24
 _SIDE = 192  # pixels of a picture
@@ -57,7 +58,7 @@ def read_answers(path: str | Path) -> Answers:
     """What ``tools/evaluate.py --out`` wrote; questions are taken from all parts of the file.
 
     Raises:
-        ValueError: The file cannot be read or is none of that tool's.
+        UserError: The file cannot be read or is none of that tool's.
     """
     try:
         scores = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -71,9 +72,9 @@ def read_answers(path: str | Path) -> Answers:
             scores["questions"], scores["accuracy"], scores["blanked_accuracy"], kinds, shown
         )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"The scores {path} cannot be read ({error}).") from error
+        raise UserError(f"The scores {path} cannot be read ({error}).") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} does not hold scores ({error!r}): name what tools/evaluate.py --out wrote."
         ) from error
 
@@ -107,7 +108,7 @@ def _picture(root: str, path: str) -> str:
     """A small PNG of the picture on white, as a data URI.
 
     Raises:
-        ValueError: The folder is gone, or the picture cannot be read.
+        UserError: The folder is gone, or the picture cannot be read.
     """
     loader = ImageLoader(root, _SIDE, "pad", _WHITE, SIGLIP_STATISTICS.std)
     image = Image.fromarray(loader.load(path).permute(1, 2, 0).numpy())

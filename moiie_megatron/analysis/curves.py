@@ -12,6 +12,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from moiie_megatron.analysis.figure import COLOURS, GROUP_COLOURS, INK, new_figure, save_png, tidy
 from moiie_megatron.analysis.records import Records
+from moiie_megatron.utils.errors import UserError
 
 _SIZE = (9.0, 7.0)  # inches
 _PARTS = {
@@ -35,10 +36,10 @@ def plot_curves(stages: Mapping[str, Records], out: str | Path) -> Path:
         out: PNG file.
 
     Raises:
-        ValueError: No stage, or one without steps.
+        UserError: No stage, or one without steps.
     """
     if not stages or not all(stages.values()):
-        raise ValueError(f"There are no steps to plot in the stages {list(stages)}: train first.")
+        raise UserError(f"There are no steps to plot in the stages {list(stages)}: train first.")
     figure = curves_figure(stages)
     return save_png(figure, out)
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moiie_megatron.analysis.records import Records
-from moiie_megatron.experts.token_types import MODALITIES
+from moiie_megatron.layout.token_types import MODALITIES
+from moiie_megatron.utils.errors import UserError
 
 MODALITY_TITLES: Mapping[str, str] = {"vision": "image tokens", "text": "text tokens"}
 
@@ -38,14 +39,14 @@ class ExpertUse:
             records: Of one model, at least one (``read_routing``).
 
         Raises:
-            ValueError: No record, or records of different experts or layers.
+            UserError: No record, or records of different experts or layers.
         """
         if not records:
-            raise ValueError("There are no routing records to add up.")
+            raise UserError("There are no routing records to add up.")
         first = records[0]
         for record in records:
             if (record["experts"], [*record["layers"]]) != (first["experts"], [*first["layers"]]):
-                raise ValueError(
+                raise UserError(
                     "The routing records come from models with different experts or layers: "
                     "draw the records of one run."
                 )

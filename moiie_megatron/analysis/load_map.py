@@ -13,7 +13,8 @@ from matplotlib.patches import Rectangle
 from moiie_megatron.analysis.expert_use import groups_of, short_name
 from moiie_megatron.analysis.figure import GROUP_COLOURS, INK, group_legend, new_figure, save_png
 from moiie_megatron.analysis.records import Records
-from moiie_megatron.experts.token_types import MODALITIES
+from moiie_megatron.layout.token_types import MODALITIES
+from moiie_megatron.utils.errors import UserError
 
 _MAX_NAMED_ROWS = 40  # beyond, names of experts would touch
 
@@ -22,7 +23,7 @@ def plot_load_map(records: Records, out: str | Path) -> Path:
     """Write the picture as PNG.
 
     Raises:
-        ValueError: See ``relative_loads``.
+        UserError: See ``relative_loads``.
     """
     return save_png(load_map_figure(records), out)
 
@@ -33,11 +34,11 @@ def relative_loads(records: Records) -> np.ndarray:
     1 is an equal share, 0 an expert without tokens; 1 everywhere in a layer without tokens.
 
     Raises:
-        ValueError: No record, or records of different experts or layers.
+        UserError: No record, or records of different experts or layers.
     """
     shapes = {(tuple(record["experts"]), tuple(record["layers"])) for record in records}
     if len(shapes) != 1:
-        raise ValueError(
+        raise UserError(
             f"The load map needs the routing records of one model, these come from {len(shapes)}."
         )
     loads = np.array(

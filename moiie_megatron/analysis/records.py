@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moiie_megatron.experts.routing_record import VERSION
+from moiie_megatron.routing_stats.record import VERSION
+from moiie_megatron.utils.errors import UserError
 
 Records = list[dict[str, Any]]  # in the order of training
 
@@ -15,26 +16,26 @@ def read_metrics(path: str | Path) -> Records:
     """The lines of ``metrics.jsonl``, in order; a last line cut off by a kill is left out.
 
     Raises:
-        ValueError: The file cannot be read, holds no step, or is damaged before its end.
+        UserError: The file cannot be read, holds no step, or is damaged before its end.
     """
     records = read_lines(path)
     if not records:
-        raise ValueError(f"{path} holds no steps yet: train first.")
+        raise UserError(f"{path} holds no steps yet: train first.")
     return records
 
 
 def read_routing(path: str | Path) -> Records:
-    """The records of ``routing.jsonl`` (``experts/routing_record.py``), in order.
+    """The records of ``routing.jsonl`` (``routing_stats/record.py``), in order.
 
     Raises:
-        ValueError: As ``read_metrics``, or a record of another version.
+        UserError: As ``read_metrics``, or a record of another version.
     """
     records = read_lines(path)
     if not records:
-        raise ValueError(f"{path} holds no routing records: only runs with experts write some.")
+        raise UserError(f"{path} holds no routing records: only runs with experts write some.")
     for record in records:
         if record.get("version") != VERSION:
-            raise ValueError(
+            raise UserError(
                 f"{path} has a routing record of version {record.get('version')}, this program "
                 f"reads version {VERSION}: use the program that wrote it."
             )
@@ -54,18 +55,18 @@ def read_lines(path: str | Path) -> Records:
     """One JSON object per line; a last line cut off by a kill is left out.
 
     Raises:
-        ValueError: The file cannot be read, or is damaged before its end.
+        UserError: The file cannot be read, or is damaged before its end.
     """
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The log {path} cannot be read ({error}).") from error
+        raise UserError(f"The log {path} cannot be read ({error}).") from error
     records: Records = []
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number} is no JSON ({error}).") from error
+                raise UserError(f"{path}, line {number} is no JSON ({error}).") from error
     return records

@@ -26,9 +26,10 @@ from moiie_megatron.analysis.records import (
     read_metrics,
     read_routing,
 )
-from moiie_megatron.checkpoint.folder import CONFIG_FILE, checkpoints_folder, latest_checkpoint
-from moiie_megatron.config.load import load_config
+from moiie_megatron.checkpoint.directory import CONFIG_FILE, checkpoints_folder, latest_checkpoint
+from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.utils.errors import UserError
 
 _ROWS = 100  # of a table of problems; what is beyond is counted
 _AVERAGED_STEPS = 50  # of the routing pictures
@@ -37,8 +38,8 @@ _WIDE, _TALL, _LOW = 6.4, 6.2, 4.2  # inches: letters stay legible where a phone
 
 # What a run may leave besides its metrics: file, heading, what it means.
 _PROBLEMS = (
-    ("faults.jsonl", "Samples left out", "Records or images that could not be used."),
-    ("bad_steps.jsonl", "Skipped steps", "Their loss or gradient was not finite."),
+    ("skipped_samples.jsonl", "Samples left out", "Records or images that could not be used."),
+    ("skipped_steps.jsonl", "Skipped steps", "Their loss or gradient was not finite."),
     ("loss_spikes.jsonl", "Spikes of the loss", "Steps far above the losses before them."),
 )
 
@@ -57,11 +58,11 @@ def write_report(
         scores: What ``tools/evaluate.py --out`` wrote about the last run; None for no answers.
 
     Raises:
-        ValueError: A folder holds no run, or one of its files cannot be read.
+        UserError: A folder holds no run, or one of its files cannot be read.
     """
     folders = [Path(run) for run in runs]
     if not folders:
-        raise ValueError("There is no run to report on: name an output folder.")
+        raise UserError("There is no run to report on: name an output folder.")
     names = _names(folders)
     stages = {name: _stage(name, folder) for name, folder in zip(names, folders, strict=True)}
     answers = None if scores is None else read_answers(scores)
@@ -102,8 +103,8 @@ def _render(stages: Mapping[str, dict[str, Any]], answers: Answers | None) -> st
 def _stage(name: str, folder: Path) -> dict[str, Any]:
     """What the page says about one run."""
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is not the output folder of a run: it has no config.yaml.")
-    config = load_config(folder / "config.yaml", environ={})
+        raise UserError(f"{folder} is not the output folder of a run: it has no config.yaml.")
+    config = load_saved_config(folder / "config.yaml")
     metrics = read_metrics(folder / "metrics.jsonl")
     routing = folder / "routing.jsonl"
     has_routing = routing.exists() and routing.stat().st_size > 0
@@ -118,7 +119,7 @@ def _stage(name: str, folder: Path) -> dict[str, Any]:
         "metrics": metrics,
         "routing": read_routing(routing) if has_routing else [],
         "problems": _problems(folder),
-        "bad_samples": metrics[-1].get("bad_samples", 0),
+        "skipped_samples": metrics[-1].get("skipped_samples", 0),
         "checkpoints": _checkpoints(folder),
     }
 

@@ -20,7 +20,7 @@ def plot_routing(records: Records, out: str | Path, *, last: int = 50) -> list[P
         last: Optimizer steps at the end that the first two pictures cover.
 
     Raises:
-        ValueError: Records of several models, or none.
+        UserError: Records of several models, or none.
     """
     out = Path(out)
     use = ExpertUse.from_records(newest(records, last))

@@ -22,8 +22,9 @@ from matplotlib.ticker import (
 from moiie_megatron.analysis.curves import running_median
 from moiie_megatron.analysis.figure import COLOURS, INK, save_png, tidy
 from moiie_megatron.analysis.records import Records, read_metrics
-from moiie_megatron.config.load import load_config
+from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.planning.parameters import count_parameters
+from moiie_megatron.utils.errors import UserError
 
 NAMES = {"dense": "Dense", "vanilla": "Vanilla MoE", "modality": "Modality MoE", "moiie": "MoIIE"}
 SCORES_FILE = "scores.json"
@@ -64,14 +65,14 @@ def read_run(output: str | Path) -> VariantRun:
     """A run's output folder, which also holds the scores of ``tools/evaluate.py``.
 
     Raises:
-        ValueError: Something is missing or damaged there.
+        UserError: Something is missing or damaged there.
     """
     output = Path(output)
-    config = load_config(output / "config.yaml", environ={})
+    config = load_saved_config(output / "config.yaml")
     try:
         scores = json.loads((output / SCORES_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"The scores {output / SCORES_FILE} cannot be read ({error}): evaluate the run first."
         ) from None
     count = count_parameters(config)
@@ -91,12 +92,12 @@ def by_variant(runs: Sequence[VariantRun]) -> dict[str, list[VariantRun]]:
     """The runs of each variant, in the paper's order, all with the same seeds and budget.
 
     Raises:
-        ValueError: No run, or runs that cannot be compared.
+        UserError: No run, or runs that cannot be compared.
     """
     groups = {v: [run for run in runs if run.variant == v] for v in NAMES}
     groups = {variant: group for variant, group in groups.items() if group}
     if not groups:
-        raise ValueError("There are no runs to compare: train first.")
+        raise UserError("There are no runs to compare: train first.")
     first = next(iter(groups.values()))
     for variant, group in groups.items():
         for what, values in (
@@ -107,7 +108,7 @@ def by_variant(runs: Sequence[VariantRun]) -> dict[str, list[VariantRun]]:
             ("tokens", [_tokens(g) for g in (first, group)]),
         ):
             if values[0] != values[1]:
-                raise ValueError(
+                raise UserError(
                     f"{NAMES[variant]} and {NAMES[first[0].variant]} differ in their {what}: "
                     "compare runs with the same budget, seeds and data."
                 )

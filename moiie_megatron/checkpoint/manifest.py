@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moiie_megatron.checkpoint.digest import file_digest
+from moiie_megatron.utils.digest import file_digest
 
 MANIFEST_FILE = "manifest.json"
 

@@ -12,9 +12,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from moiie_megatron.config import yaml_text
-from moiie_megatron.config.checks import check_config
 from moiie_megatron.config.messages import first_problem, listed, show
+from moiie_megatron.config.renamed_keys import rename_keys
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.config.validate import check_config
+from moiie_megatron.utils.errors import UserError
 
 # ${NAME} is a variable; $${NAME} is the text ${NAME} (each further $ is kept).
 _VARIABLE = re.compile(r"(\$+)\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -40,12 +42,31 @@ def load_config(
         environ: Variables for ``${NAME}``; default: the process environment.
 
     Raises:
-        ValueError: One sentence that names the key, its value and what is allowed: a file that
+        UserError: One sentence that names the key, its value and what is allowed: a file that
             is missing or broken, a base that leads back to itself, an unknown key, preset or
             variable, a wrong type, or a combination that ``check_config`` refuses.
     """
     environ = os.environ if environ is None else environ
-    data = _read_over_base(Path(path), environ)
+    return _completed(_read_over_base(Path(path), environ), overrides, environ)
+
+
+def load_saved_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The resolved configuration that a run or a checkpoint holds (``dump_config``), of this
+    version or an earlier one whose keys had other names.
+
+    Args:
+        path: ``config.yaml`` of a run, ``run.yaml`` of a checkpoint.
+        overrides: As in ``load_config``.
+
+    Raises:
+        UserError: As ``load_config``.
+    """
+    return _completed(rename_keys(_read(Path(path))), overrides, {})
+
+
+def _completed(
+    data: dict[str, Any], overrides: Sequence[str], environ: Mapping[str, str]
+) -> RunConfig:
     for override in overrides:
         data = _override(data, override)
     data = _read_sources(_expand(data, environ, ()), environ)
@@ -53,7 +74,7 @@ def load_config(
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ValueError(first_problem(error, RunConfig)) from None
+        raise UserError(first_problem(error, RunConfig)) from None
     check_config(config)
     return config
 
@@ -71,7 +92,7 @@ def preset_names(section: str) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     data = yaml_text.parse(_text(path, "The configuration"), where=str(path))
     if not isinstance(data, dict):
-        raise ValueError(
+        raise UserError(
             f"{path} holds {show(data)}: use a mapping with the keys "
             f"{listed(RunConfig.model_fields, 'and')}."
         )
@@ -82,10 +103,10 @@ def _text(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"{what} {path} does not exist: name a YAML file.") from None
+        raise UserError(f"{what} {path} does not exist: name a YAML file.") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ValueError(f"{what} {path} cannot be read: {reason}.") from None
+        raise UserError(f"{what} {path} cannot be read: {reason}.") from None
 
 
 def _read_sources(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -96,7 +117,7 @@ def _read_sources(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str,
     path = Path(section["sources"])
     sources = yaml_text.parse(_text(path, "data.sources"), where=str(path))
     if not isinstance(sources, list):
-        raise ValueError(
+        raise UserError(
             f"data.sources is {str(path)!r}, which holds {show(sources)}: name a YAML file that "
             "holds a list with records and images each."
         )
@@ -113,11 +134,11 @@ def _read_over_base(
         return data
     base = _expand(data.pop("base"), environ, ("base",))
     if not isinstance(base, str) or not base:
-        raise ValueError(f"base is {show(base)} in {path}: name a YAML file.")
+        raise UserError(f"base is {show(base)} in {path}: name a YAML file.")
     above = (*above, path.resolve())
     below = path.parent / base
     if below.resolve() in above:
-        raise ValueError(f"base is {show(base)} in {path}, which leads back to a file above it.")
+        raise UserError(f"base is {show(base)} in {path}, which leads back to a file above it.")
     return _overlay(_read_over_base(below, environ, above), data)
 
 
@@ -126,7 +147,7 @@ def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     keys = key.strip().split(".")
     if not equals or not all(keys):
-        raise ValueError(f"The override {show(override)} is not of the form section.key=value.")
+        raise UserError(f"The override {show(override)} is not of the form section.key=value.")
     return _with_value(data, keys, yaml_text.parse(text, where=f"The override {override}"), "")
 
 
@@ -134,7 +155,7 @@ def _with_value(node: Any, keys: list[str], value: Any, parent: str) -> dict[str
     if node is None:  # a section that is absent, or present but empty
         node = {}
     if not isinstance(node, dict):
-        raise ValueError(
+        raise UserError(
             f"{parent} is {show(node)}, which has no key {keys[0]}: override {parent} as a whole."
         )
     head, rest = keys[0], keys[1:]
@@ -155,7 +176,7 @@ def _expand(node: Any, environ: Mapping[str, str], path: tuple[str, ...]) -> Any
         if len(dollars) > 1:
             return match.group()[1:]
         if name not in environ:
-            raise ValueError(
+            raise UserError(
                 f"{'.'.join(path)} is {show(node)}, but the environment variable {name} is not "
                 f"set: set it, or write $${{{name}}} for the text itself."
             )
@@ -182,8 +203,8 @@ def _apply_preset(section: str, value: Any) -> Any:
     if section not in preset:
         known = preset_names(section)
         if not known:
-            raise ValueError(f"{section}.preset is {show(name)}, but {section} has no presets.")
-        raise ValueError(f"{section}.preset is {show(name)}: use {listed(known)}.")
+            raise UserError(f"{section}.preset is {show(name)}, but {section} has no presets.")
+        raise UserError(f"{section}.preset is {show(name)}: use {listed(known)}.")
     own = {key: v for key, v in value.items() if key != "preset"}
     return _overlay(preset[section], own)
 

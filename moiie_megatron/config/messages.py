@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from moiie_megatron.config.renamed_keys import RENAMED
+
 _MAX_VALUE_LENGTH = 80
 
 
@@ -31,6 +33,8 @@ def unknown_key(key: str, name: str, allowed: Sequence[str]) -> str:
         name: Its last part, compared with ``allowed``.
         allowed: The names that exist there.
     """
+    if key in RENAMED:
+        return f"{key} is not a known key: it is called {RENAMED[key]} now."
     close = difflib.get_close_matches(name, allowed, n=1)
     advice = f"did you mean {close[0]}?" if close else f"use {listed(sorted(allowed))}."
     return f"{key} is not a known key: {advice}"

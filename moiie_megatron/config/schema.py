@@ -1,7 +1,7 @@
 """What a run is: one typed, validated value.
 
 Every section is a frozen pydantic model that refuses unknown keys.  A section says what it
-means alone; conditions that join several sections are in ``config/checks.py``.  Nothing here
+means alone; conditions that join several sections are in ``config/validate.py``.  Nothing here
 imports torch, so a configuration can be checked on any machine.
 """
 
@@ -20,8 +20,8 @@ from pydantic import (
     field_validator,
 )
 
-from moiie_megatron.experts.layout import ExpertLayout, moe_layers
-from moiie_megatron.experts.placement import Placement, balanced, contiguous
+from moiie_megatron.layout.experts import ExpertLayout, moe_layers
+from moiie_megatron.layout.placement import Placement, balanced, contiguous
 
 Part = Literal["vision", "connector", "language", "moe"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -131,13 +131,13 @@ class MoEConfig(Section):
     router_dtype: Literal["fp32", "model"] = "fp32"
     dispatcher: Literal["moiie", "alltoall", "allgather", "flex"] = "moiie"
     placement: Literal["balanced", "contiguous"] = "balanced"
-    image_share: Fraction = Field(
+    image_fraction: Fraction = Field(
         0.7, description="expected share of image tokens, where no placement suits every share"
     )
     expert_loads: list[NonNegativeFloat] | None = Field(
-        None, description="measured tokens by logical expert, to place by instead of image_share"
+        None, description="measured tokens by logical expert, to place by instead of image_fraction"
     )
-    reference_mask: bool = Field(
+    last_image_token_as_text: bool = Field(
         False, description="the last image token of every run counts as text, as in the reference"
     )
 
@@ -146,7 +146,7 @@ class MoEConfig(Section):
         """The expert groups that these numbers mean.
 
         Raises:
-            ValueError: The counts do not fit the variant.
+            UserError: The counts do not fit the variant.
         """
         return ExpertLayout.from_variant(
             self.variant,
@@ -191,7 +191,7 @@ class StageConfig(Section):
 
 class SourceConfig(Section):
     """LLaVA records (.json or .jsonl) and the folder that their image paths are relative to; or,
-    with ``backend: energon``, a folder of tar shards that hold both."""
+    with ``loader: energon``, a folder of tar shards that hold both."""
 
     records: str
     images: str | None = Field(None, description="not needed for shards, which hold the images")
@@ -218,13 +218,13 @@ class DataConfig(Section):
         description="samples share rows of train.micro_batch_size * data.sequence_length tokens; "
         "a micro-batch is one row, and a step has the samples that it has without packing",
     )
-    backend: Literal["plain", "energon"] = Field(
+    loader: Literal["plain", "energon"] = Field(
         "plain",
         description="energon reads tar shards (tools/prepare_data.py webdataset) from disk or "
         "object storage; resumes on the same number of ranks and workers only",
     )
     num_workers: Annotated[int, Field(ge=0)] = 2
-    max_bad_share: Fraction = 0.01
+    max_skipped_fraction: Fraction = 0.01
 
 
 class OptimizerConfig(Section):
@@ -255,7 +255,7 @@ class TrainConfig(Section):
     exit_after_minutes: PositiveFloat | None = Field(
         None, description="save and end after the step in which the program has run this long"
     )
-    max_bad_steps: PositiveInt = Field(
+    max_skipped_steps: PositiveInt = Field(
         3, description="stop after so many steps in a row whose loss or gradient is not finite"
     )
     spike_factor: PositiveFloat = Field(
@@ -340,8 +340,10 @@ class RunConfig(Section):
         """The physical order of the experts over this run's expert-parallel ranks."""
         moe, ep_size = self.moe, self.parallel.expert
         if moe.placement == "contiguous":
-            return contiguous(moe.layout, ep_size, moe.image_share)
-        return balanced(moe.layout, ep_size, image_share=moe.image_share, loads=moe.expert_loads)
+            return contiguous(moe.layout, ep_size, moe.image_fraction)
+        return balanced(
+            moe.layout, ep_size, image_fraction=moe.image_fraction, loads=moe.expert_loads
+        )
 
     @property
     def active_parallel(self) -> ParallelConfig:

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from moiie_megatron.utils.errors import UserError
+
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 _EXPONENT_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z")
 _FLOAT_STARTS = list("-+.0123456789")
@@ -47,18 +49,18 @@ def parse(text: str, where: str) -> Any:
         where: What the text is, for the error message (a file name).
 
     Raises:
-        ValueError: Broken YAML; the sentence names ``where``, the line and the problem.
+        UserError: Broken YAML; the sentence names ``where``, the line and the problem.
     """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{where}{line} is not valid YAML: {error.problem}.") from None
+        raise UserError(f"{where}{line} is not valid YAML: {error.problem}.") from None
     except (yaml.YAMLError, ValueError) as error:
         # Characters that YAML forbids, or a date such as 2024-99-99.
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{where} is not valid YAML: {reason}.") from None
+        raise UserError(f"{where} is not valid YAML: {reason}.") from None
 
 
 def write(value: Any) -> str:

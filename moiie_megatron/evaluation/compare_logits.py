@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moiie_megatron.backend.parallel import World
-from moiie_megatron.backend.process import Launch
-from moiie_megatron.checkpoint.upcycle import load_weights
-from moiie_megatron.checkpoint.weights import Weights
+from moiie_megatron.checkpoint.load_weights import load_weights
+from moiie_megatron.convert.open_model import Weights
 from moiie_megatron.evaluation.generate import checkpoint_config
-from moiie_megatron.experts.token_types import IMAGE, TEXT
-from moiie_megatron.multimodal.build import build_model
-from moiie_megatron.training.launch import run_in_world
+from moiie_megatron.layout.token_types import IMAGE, TEXT
+from moiie_megatron.mcore.dist_env import DistEnv
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.mcore.run import run_distributed
+from moiie_megatron.utils.errors import UserError
+from moiie_megatron.vlm.build import build_model
 
 _SEED = 20
 _ROWS = 2
@@ -83,7 +84,7 @@ def compare_logits(a: Weights, b: Weights) -> tuple[list[LogitDifference], list[
         The differences, and sentences about inputs that were left out.
 
     Raises:
-        ValueError: A model that cannot be loaded.
+        UserError: A model that cannot be loaded.
     """
     inputs, left_out = make_inputs(a, b)
     of_a, of_b = logits(a, inputs), logits(b, inputs)
@@ -125,7 +126,7 @@ def logits(weights: Weights, inputs: Sequence[Inputs]) -> list[Tensor]:
     """Logits ``(b, s, vocabulary)`` in fp32 for each input.
 
     Raises:
-        ValueError: The model cannot be loaded.
+        UserError: The model cannot be loaded.
     """
     run = _megatron_logits if weights.is_megatron else _hf_logits
     return run(weights, inputs)
@@ -149,15 +150,15 @@ def _megatron_logits(weights: Weights, inputs: Sequence[Inputs]) -> list[Tensor]
     results: list[Tensor] = []
 
     @torch.no_grad()
-    def body(world: World) -> None:
-        model = build_model(config, world).eval()
-        load_weights(weights.folder, world, model)
+    def body(context: ParallelContext) -> None:
+        model = build_model(config, context).eval()
+        load_weights(weights.folder, context, model)
         for given in inputs:
             positions = torch.arange(given.tokens.shape[1]).expand_as(given.tokens)
             types = torch.where(given.is_image, IMAGE, TEXT).to(torch.int8)
             results.append(model(given.tokens, positions, types, given.images).float())
 
-    run_in_world(config, Launch(), body)
+    run_distributed(config, DistEnv(), body)
     return results
 
 
@@ -191,13 +192,13 @@ def _hf_model(weights: Weights) -> Any:
         )
     except Exception as error:  # transformers and the code in a directory raise many types
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
+        raise UserError(
             f"transformers cannot load {weights.folder} ({lines[0].rstrip('.')}): repair the "
             "directory, or compare tensors alone with --no-logits."
         ) from error
     if report["missing_keys"]:
         name = sorted(report["missing_keys"])[0]
-        raise ValueError(
+        raise UserError(
             f"transformers finds {len(report['missing_keys'])} weights missing in "
             f"{weights.folder}, {name} first: export the model again."
         )

@@ -17,19 +17,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from moiie_megatron.backend.parallel import World
-from moiie_megatron.checkpoint.folder import CONFIG_FILE
-from moiie_megatron.checkpoint.upcycle import load_weights
-from moiie_megatron.config.load import load_config
+from moiie_megatron.checkpoint.directory import CONFIG_FILE
+from moiie_megatron.checkpoint.load_weights import load_weights
+from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.encode import encode_prompt
-from moiie_megatron.data.images import ImageLoader, normalize, pixel_statistics
-from moiie_megatron.data.records import PLACEHOLDER, Turn
-from moiie_megatron.data.templates import Template, load_template
-from moiie_megatron.data.tokenizers import Tokenizer, load_tokenizer
-from moiie_megatron.experts.token_types import PADDING, TEXT
-from moiie_megatron.multimodal.build import build_model
-from moiie_megatron.multimodal.model import MoIIEModel
+from moiie_megatron.data.encode.encoder import encode_prompt
+from moiie_megatron.data.encode.images import ImageLoader, normalize, pixel_statistics
+from moiie_megatron.data.encode.templates import Template, load_template
+from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
+from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
+from moiie_megatron.layout.token_types import PADDING, TEXT
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.utils.errors import UserError
+from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.model import MoIIEModel
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     whatever layout wrote the checkpoint.
 
     Raises:
-        ValueError: The configuration is broken, or an override is wrong.
+        UserError: The configuration is broken, or an override is wrong.
     """
-    config = load_config(folder / CONFIG_FILE, ["parallel={}", *overrides])
+    config = load_saved_config(folder / CONFIG_FILE, ["parallel={}", *overrides])
     return config.model_copy(
         update={"data": config.data.model_copy(update={"tokenizer": str(folder)})}
     )
@@ -74,17 +75,17 @@ class Generator:
         model: Put into evaluation mode here.
 
     Raises:
-        ValueError: Pipeline parallelism, or the template does not fit the tokenizer.
+        UserError: Pipeline parallelism, or the template does not fit the tokenizer.
     """
 
-    def __init__(self, config: RunConfig, world: World, model: MoIIEModel) -> None:
+    def __init__(self, config: RunConfig, context: ParallelContext, model: MoIIEModel) -> None:
         if config.parallel.pipeline != 1:
-            raise ValueError(
+            raise UserError(
                 f"parallel.pipeline is {config.parallel.pipeline}: generation needs 1, spread the "
                 "model with parallel.tensor or parallel.expert."
             )
         self.config = config
-        self.world = world
+        self.context = context
         self.model = model.eval()
         self.tokenizer = load_tokenizer(config.data.tokenizer, config.data.image_token)
         self.template = load_template(config.stage.template, self.tokenizer)
@@ -92,15 +93,15 @@ class Generator:
         self.stop_ids = stop_ids(self.tokenizer, self.template)
 
     @classmethod
-    def load(cls, folder: Path, config: RunConfig, world: World) -> Generator:
+    def load(cls, folder: Path, config: RunConfig, context: ParallelContext) -> Generator:
         """Build the model of ``config`` and read its weights from the checkpoint ``folder``.
 
         Raises:
-            ValueError: See the constructor and ``load_weights``.
+            UserError: See the constructor and ``load_weights``.
         """
-        model = build_model(config, world)
-        load_weights(folder, world, model)
-        return cls(config, world, model)
+        model = build_model(config, context)
+        load_weights(folder, context, model)
+        return cls(config, context, model)
 
     def image_loader(self, root: str | Path) -> ImageLoader:
         """Reads images below ``root`` as the training data was read."""
@@ -115,12 +116,12 @@ class Generator:
             images: uint8 ``(3, S, S)`` each, one per ``<image>`` in the turns.
 
         Raises:
-            ValueError: Another number of images than of placeholders, or the template cannot
+            UserError: Another number of images than of placeholders, or the template cannot
                 express the conversation.
         """
         placeholders = sum(turn.text.count(PLACEHOLDER) for turn in turns)
         if placeholders != len(images):
-            raise ValueError(
+            raise UserError(
                 f"The prompt has {placeholders} {PLACEHOLDER} placeholders but {len(images)} "
                 "images: give one placeholder per image."
             )
@@ -151,14 +152,14 @@ class Generator:
             New ids per prompt, without the one that ended the answer.
 
         Raises:
-            ValueError: Prompt and answer could exceed the model's positions.
+            UserError: Prompt and answer could exceed the model's positions.
         """
         if not prompts:
             return []
         longest = max(len(prompt.tokens) for prompt in prompts)
         limit = self.config.language.max_position_embeddings
         if longest + max_new_tokens > limit:
-            raise ValueError(
+            raise UserError(
                 f"A prompt of {longest} tokens with {max_new_tokens} new ones exceeds "
                 f"language.max_position_embeddings {limit}: shorten the prompt or the answer."
             )
@@ -189,7 +190,7 @@ class Generator:
                 torch.cat([prompt.token_types, torch.full(new.shape, TEXT).to(torch.int8)])
             )
             lengths.append(len(tokens[-1]))
-        device = self.world.device.torch_device
+        device = self.context.device.torch_device
         images = torch.cat([prompt.images for prompt in prompts])
         logits = self.model(
             tokens=self._padded(tokens, self.tokenizer.pad_id).to(device),
@@ -230,7 +231,7 @@ def stop_ids(tokenizer: Tokenizer, template: Template) -> frozenset[int]:
     """Ids that end an answer: the end of text, and what the template teaches after a turn."""
     sample = "a"
     segments = template.render([Turn("user", sample), Turn("assistant", sample)])
-    learnt = [tokenizer.encode(segment.text) for segment in segments if segment.train]
+    trainable = [tokenizer.encode(segment.text) for segment in segments if segment.train]
     # A chat template without an end-of-turn marker teaches the text alone.
-    markers = [ids[-1] for ids in learnt if ids[-1] not in tokenizer.encode(sample)]
+    markers = [ids[-1] for ids in trainable if ids[-1] not in tokenizer.encode(sample)]
     return frozenset([tokenizer.eos_id, *markers])

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moiie_megatron.backend.parallel import World
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.batch import Batch, Example, collate
-from moiie_megatron.data.dataset import LlavaDataset
-from moiie_megatron.data.encode import IGNORE, Encoded
-from moiie_megatron.data.records import BadRecord
-from moiie_megatron.experts.token_types import PADDING
+from moiie_megatron.data.encode.encoder import IGNORE, Encoded
+from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.stream.batch import Batch, Example, collate
+from moiie_megatron.data.stream.dataset import LlavaDataset
+from moiie_megatron.layout.token_types import PADDING
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.moe.router import ModalityRouter
-from moiie_megatron.multimodal.model import MoIIEModel
-from moiie_megatron.training.routing import RoutingCounters
+from moiie_megatron.training.logging.router_stats import RoutingCounters
 from moiie_megatron.training.step import run_schedule
+from moiie_megatron.utils.errors import UserError
+from moiie_megatron.vlm.model import MoIIEModel
 
 _EMPTY_LENGTH = 8  # tokens of a batch that only keeps other ranks company
 
@@ -28,7 +29,7 @@ _EMPTY_LENGTH = 8  # tokens of a batch that only keeps other ranks company
 @torch.no_grad()
 def measure_routing(
     config: RunConfig,
-    world: World,
+    context: ParallelContext,
     model: MoIIEModel,
     dataset: LlavaDataset,
     samples: int,
@@ -41,42 +42,42 @@ def measure_routing(
         samples: How many; at most all are read.
 
     Returns:
-        On rank 0 a record of ``experts/routing_record.py``, with ``samples`` that were routed and
-        ``bad_samples`` that could not be read; None on other ranks.
+        On rank 0 a record of ``routing_stats/record.py``, with ``samples`` that were routed and
+        ``skipped_samples`` that could not be read; None on other ranks.
 
     Raises:
-        ValueError: The model has no experts, or no sample could be read.
+        UserError: The model has no experts, or no sample could be read.
     """
     if not config.moe_layers:
-        raise ValueError(f"The model of stage {config.stage.name} is dense: it routes nothing.")
+        raise UserError(f"The model of stage {config.stage.name} is dense: it routes nothing.")
     model.eval()
     routers = [m for m in model.modules() if isinstance(m, ModalityRouter)]
     for router in routers:
-        router.counts_in_eval = True
-    counters = RoutingCounters(config, world, model)
+        router.records_in_eval = True
+    counters = RoutingCounters(config, context, model)
     counts = torch.zeros(2, dtype=torch.int64)  # samples read, samples that could not be read
     # Without packing: other rows than in training, the same tokens.
     unpacked = config.model_copy(update={"data": config.data.model_copy(update={"packing": False})})
     size, samples = config.train.micro_batch_size, min(samples, len(dataset))
     # Every rank makes the same number of passes: dispatchers wait for all ranks.
-    for start in range(0, samples, size * world.dp_size):
-        first = start + world.dp_rank * size
+    for start in range(0, samples, size * context.dp_size):
+        first = start + context.dp_rank * size
         examples, bad = _read(dataset, range(first, min(first + size, samples)))
         counts += torch.tensor([len(examples), bad])
         batch = _batch(config, dataset, examples)
-        run_schedule(unpacked, world, model, [batch], loss_scale=1.0, forward_only=True)
+        run_schedule(unpacked, context, model, [batch], loss_scale=1.0, forward_only=True)
     for router in routers:
-        router.counts_in_eval = False
-    counts = counts.to(world.device.torch_device)
-    dist.all_reduce(counts, group=world.groups.dp)
+        router.records_in_eval = False
+    counts = counts.to(context.device.torch_device)
+    dist.all_reduce(counts, group=context.groups.dp)
     read, bad = counts.tolist()
     if not read:
-        raise ValueError(f"None of the first {samples} samples can be read: check the data.")
+        raise UserError(f"None of the first {samples} samples can be read: check the data.")
     record = counters.record()
     if record is None:
         return None
     del record["steps"]  # there were none
-    return {**record, "samples": read, "bad_samples": bad}
+    return {**record, "samples": read, "skipped_samples": bad}
 
 
 def _read(dataset: LlavaDataset, indices: range) -> tuple[list[Example], int]:

@@ -14,9 +14,10 @@ from typing import Any
 
 from rich.progress import track
 
-from moiie_megatron.data.images import ImageLoader
-from moiie_megatron.data.records import Record, RecordFile
+from moiie_megatron.data.encode.images import ImageLoader
+from moiie_megatron.data.records.llava import Record, RecordFile
 from moiie_megatron.evaluation.generate import Generator, Prompt
+from moiie_megatron.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,14 @@ def read_questions(path: str | Path) -> list[TestQuestion]:
     """The questions of a LLaVA record file; the optional key ``kind`` groups them.
 
     Raises:
-        ValueError: The file cannot be read, is empty, or holds a record without an answer.
+        UserError: The file cannot be read, is empty, or holds a record without an answer.
     """
     file = RecordFile(path)
     questions = []
     for i in range(len(file)):
         record = file[i]
         if record.turns[-1].role != "assistant":
-            raise ValueError(f"{path}[{i}]: the last turn must be the expected answer.")
+            raise UserError(f"{path}[{i}]: the last turn must be the expected answer.")
         questions.append(TestQuestion(record, str(file.value(i).get("kind", "all"))))
     return questions
 
@@ -130,10 +131,10 @@ def score(
         batch_size: Questions per forward pass.
 
     Raises:
-        ValueError: An image or a conversation cannot be used (names the record).
+        UserError: An image or a conversation cannot be used (names the record).
     """
     if not questions:
-        raise ValueError("There are no questions to score.")
+        raise UserError("There are no questions to score.")
     loader = generator.image_loader(images)
     outcomes: list[Outcome] = []
     starts = range(0, len(questions), batch_size)
@@ -161,4 +162,4 @@ def _prompt(generator: Generator, loader: ImageLoader, record: Record) -> Prompt
     try:
         return generator.prompt(record.turns[:-1], [loader.load(path) for path in record.images])
     except ValueError as error:
-        raise ValueError(f"Question {record.id}: {error}") from error
+        raise UserError(f"Question {record.id}: {error}") from error

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from moiie_megatron.config.schema import VisionConfig
-from moiie_megatron.data.images import pixel_statistics
+from moiie_megatron.data.encode.images import pixel_statistics
 from moiie_megatron.hf.processing_moiie import MoiieProcessor
 
 

@@ -31,7 +31,7 @@ class MoiieConfig(PreTrainedConfig):
         num_image_tokens: Per image; default: one per patch.
         vision_feature_layer: Index into the vision encoder's hidden states.
         connector_hidden_size: Default: the text model's hidden size.
-        reference_mask: The last image token of every run uses the text router, as in the
+        last_image_token_as_text: The last image token of every run uses the text router, as in the
             reference implementation (commit c614868), which looks at the type of the next token.
         output_router_logits: Return the scores of every MoE layer by default.
         tie_word_embeddings: Default: as ``text_config`` says.
@@ -56,7 +56,7 @@ class MoiieConfig(PreTrainedConfig):
     num_image_tokens: int | None = None
     vision_feature_layer: int = -2
     connector_hidden_size: int | None = None
-    reference_mask: bool = False
+    last_image_token_as_text: bool = False
     output_router_logits: bool = False
     tie_word_embeddings: bool | None = None
 

@@ -118,7 +118,7 @@ class MoiieModel(MoiiePreTrainedModel):
             inputs_embeds = _merge(inputs_embeds, encoded.pooler_output, is_image)
         elif input_ids is not None and input_ids.shape[1] > 1:
             _check_positions(is_image, 0)
-        if self.config.reference_mask:
+        if self.config.last_image_token_as_text:
             is_image = is_image & F.pad(is_image[:, 1:], (0, 1), value=False)
         return self.language_model(
             inputs_embeds=inputs_embeds,

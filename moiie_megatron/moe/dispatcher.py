@@ -25,7 +25,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moiie_megatron.moe.rows import Copies
+from moiie_megatron.moe.permutation import RowPermutation
 
 # Stands in the probabilities of a row at experts that the row does not go to.
 _NOT_ROUTED = -1.0
@@ -107,7 +107,7 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
         if self.ep_size == 1:
             return hidden_TD, probs_TE
         most = min(self.config.moe_router_topk, self.ep_size)
-        self.sent = Copies.from_mask(sent_TN, sum(self.plan.send), most)
+        self.sent = RowPermutation.from_mask(sent_TN, sum(self.plan.send), most)
         # Each (token, rank) block of probabilities is sent at most once.
         block_S = self.sent.row_X * self.ep_size + self.sent.group_X
         probs_Sn = probs_TE.view(-1, self.num_local_experts).index_select(0, block_S)
@@ -138,7 +138,7 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
         tokens_per_expert = self.plan.tokens_per_expert
         most = min(self.config.moe_router_topk, self.num_local_experts)
         routed = probs != _NOT_ROUTED  # also where a probability is NaN: its row was counted
-        self.copies = Copies.from_mask(routed, int(tokens_per_expert.sum()), most)
+        self.copies = RowPermutation.from_mask(routed, int(tokens_per_expert.sum()), most)
         place_X = self.copies.row_X * self.num_local_experts + self.copies.group_X
         probs_X = probs.reshape(-1).index_select(0, place_X)
         return self.copies.expand(hidden_states), tokens_per_expert, probs_X

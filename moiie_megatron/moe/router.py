@@ -16,12 +16,12 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moiie_megatron.experts.layout import ExpertLayout
-from moiie_megatron.experts.token_types import IMAGE, PADDING
-from moiie_megatron.moe.load_stats import LoadStats
+from moiie_megatron.layout.experts import ExpertLayout
+from moiie_megatron.layout.token_types import IMAGE, PADDING
 from moiie_megatron.moe.losses import Balance, balance_losses, routing_sums, z_losses
-from moiie_megatron.moe.pooled import PooledLoads
+from moiie_megatron.moe.reference_aux_loss import PooledLoads
 from moiie_megatron.moe.router_init import fresh_gate
+from moiie_megatron.routing_stats.load_stats import LoadStats
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ModalityRouter(MegatronModule):
         self.layout = settings.layout
         self.layer_number: int | None = None
         # Counting belongs to training; who measures a model that is in evaluation mode sets this.
-        self.counts_in_eval = False
+        self.records_in_eval = False
         # Ranks that hold other parts of the same micro-batch's tokens.
         self.token_group = pg_collection.tp_cp if config.sequence_parallel else None
         device = torch.device("cpu") if config.use_cpu_initialization else None
@@ -117,7 +117,7 @@ class ModalityRouter(MegatronModule):
 
         Args:
             hidden_states: ``(s, b, h)``.
-            token_types: int8 ``(s, b)``, see ``experts/token_types.py``.
+            token_types: int8 ``(s, b)``, see ``layout/token_types.py``.
 
         Returns:
             probs_TE: fp32, the renormalised weights of the chosen experts, 0 elsewhere.
@@ -133,7 +133,7 @@ class ModalityRouter(MegatronModule):
         probs_TE = torch.softmax(chosen_TE, dim=-1)
         if self.training:
             probs_TE = self._losses(probs_TE, scores_TE, routing_map_TE, types_T)
-        elif self.counts_in_eval:
+        elif self.records_in_eval:
             self._count(torch.softmax(scores_TE, dim=-1), routing_map_TE, types_T)
         return probs_TE, routing_map_TE
 
@@ -141,7 +141,7 @@ class ModalityRouter(MegatronModule):
     def is_counting(self) -> bool:
         """Whether the current pass is counted: in training the one with gradients, so that a
         recomputed layer (its first pass has none) counts once."""
-        return torch.is_grad_enabled() if self.training else self.counts_in_eval
+        return torch.is_grad_enabled() if self.training else self.records_in_eval
 
     def _scores(self, hidden_Th: Tensor, types_T: Tensor) -> Tensor:
         """Joint scores fp32 ``(T, E)``: each token's own router, -inf at forbidden experts."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from moiie_megatron.checkpoint.newest import newest_whole
-from moiie_megatron.checkpoint.store import load_common
+from moiie_megatron.checkpoint.find_latest import newest_whole
+from moiie_megatron.checkpoint.save_load import load_common
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.build import build_dataset
+from moiie_megatron.data.stream.build import build_dataset
 from moiie_megatron.training.loop import total_steps
 
 
@@ -13,7 +13,7 @@ def steps_done(config: RunConfig) -> tuple[int, int]:
     """Steps of the newest checkpoint of a run (0 without one), and of the whole run.
 
     Raises:
-        ValueError: The data set, whose size counts in epochs, or every checkpoint is damaged.
+        UserError: The data set, whose size counts in epochs, or every checkpoint is damaged.
     """
     newest, _ = newest_whole(config.output)
     done = 0 if newest is None else int(load_common(newest)["progress"]["step"])

@@ -12,26 +12,27 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moiie_megatron.backend.parallel import World
-from moiie_megatron.checkpoint.async_save import CheckpointSaver
-from moiie_megatron.checkpoint.from_hf import load_pretrained
-from moiie_megatron.checkpoint.newest import agree_on_newest
-from moiie_megatron.checkpoint.store import Progress, load_checkpoint, load_common
-from moiie_megatron.checkpoint.upcycle import load_weights
+from moiie_megatron.checkpoint.find_latest import agree_on_newest
+from moiie_megatron.checkpoint.load_weights import load_weights
+from moiie_megatron.checkpoint.save_load import Progress, load_checkpoint, load_common
+from moiie_megatron.checkpoint.saver import CheckpointSaver
 from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.build import build_dataset, build_train_loader
-from moiie_megatron.data.order import SampleOrder
-from moiie_megatron.data.stream_state import StreamState
-from moiie_megatron.multimodal.build import build_model
-from moiie_megatron.training.fault_log import FaultLog
-from moiie_megatron.training.metrics import RunLog
+from moiie_megatron.convert.load_pretrained import load_pretrained
+from moiie_megatron.data.stream.build import build_dataset, build_train_loader
+from moiie_megatron.data.stream.order import SampleOrder
+from moiie_megatron.data.stream.stream_state import StreamState
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.training.anomalies import AnomalyMonitor
+from moiie_megatron.training.logging.router_stats import RoutingCounters
+from moiie_megatron.training.logging.run_log import RunLog
 from moiie_megatron.training.profiling import StepProfiler
-from moiie_megatron.training.routing import RoutingCounters
-from moiie_megatron.training.setup import Trainee, prepare_training
-from moiie_megatron.training.signals import StopRequest
+from moiie_megatron.training.skipped_samples import SkippedSampleLog
+from moiie_megatron.training.state import TrainState, prepare_training
 from moiie_megatron.training.step import train_step
-from moiie_megatron.training.watch import StepWatch
+from moiie_megatron.training.stop import StopRequest
+from moiie_megatron.utils.errors import UserError
+from moiie_megatron.vlm.build import build_model
 
 
 def total_steps(config: RunConfig, num_samples: int) -> int:
@@ -42,7 +43,7 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
     return max(1, math.ceil(config.train.epochs * num_samples / config.train.global_batch_size))
 
 
-def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> Path:
+def train(config: RunConfig, context: ParallelContext, stop: StopRequest | None = None) -> Path:
     """Train, or go on with a run that was interrupted; every rank calls this.
 
     Args:
@@ -52,19 +53,19 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> P
         The last checkpoint.
 
     Raises:
-        ValueError: Data, weights or checkpoints do not fit the configuration, a checkpoint
+        UserError: Data, weights or checkpoints do not fit the configuration, a checkpoint
             cannot be written, or too many samples or steps are bad.
     """
     stop = StopRequest() if stop is None else stop
     dataset = build_dataset(config)
     steps = total_steps(config, dataset.blend.epoch_size)
-    resume_from = agree_on_newest(config.output, world)
+    resume_from = agree_on_newest(config.output, context)
     progress = Progress(
         0,
         0,
         num_samples=dataset.blend.epoch_size,
         seed=config.train.seed,
-        blend=dataset.describe_order(world.dp_size),
+        blend=dataset.describe_order(context.dp_size),
         schedule=_describe_schedule(config, steps),
         experts=_describe_experts(config),
     )
@@ -72,76 +73,78 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> P
         saved = Progress(**load_common(resume_from)["progress"])
         _check_same_run(saved, progress, resume_from)
         if saved.step >= steps:
-            if world.rank == 0:
+            if context.rank == 0:
                 print(f"{resume_from} already is the end of this run: nothing to do.", flush=True)
             return resume_from
-    _check_output(config, world)
-    model = build_model(config, world)
+    _check_output(config, context)
+    model = build_model(config, context)
     if resume_from is None:
-        _load_initial_weights(config, world, model)
-    trainee = prepare_training(config, world, model, steps)
-    is_energon = config.data.backend == "energon"  # which has an order of its own
+        _load_initial_weights(config, context, model)
+    train_state = prepare_training(config, context, model, steps)
+    is_energon = config.data.loader == "energon"  # which has an order of its own
     order = None if is_energon else SampleOrder(dataset.blend, config.train.seed)
-    watch = StepWatch(config, world, order)
+    watch = AnomalyMonitor(config, context, order)
     stream = StreamState()
-    parts = trainee.state_parts() | {"counters": {"watch": watch}}
+    parts = train_state.state_parts() | {"counters": {"watch": watch}}
     if is_energon:
         parts["stream"] = stream
     if resume_from is not None:
         progress = replace(
-            load_checkpoint(resume_from, world, parts),
+            load_checkpoint(resume_from, context, parts),
             schedule=progress.schedule,
             experts=progress.experts,
         )
-    _announce(config, world, resume_from, progress, steps)
-    if world.rank == 0:
+    _announce(config, context, resume_from, progress, steps)
+    if context.rank == 0:
         print(dataset.describe_epoch(), flush=True)
 
     loader = build_train_loader(
         config,
         dataset,
         consumed_samples=progress.consumed_samples,
-        dp_rank=world.dp_rank,
-        dp_size=world.dp_size,
-        most=world.most,
-        pin_memory=world.device.is_cuda,
+        dp_rank=context.dp_rank,
+        dp_size=context.dp_size,
+        most=context.most,
+        pin_memory=context.device.is_cuda,
         state=stream,
     )
-    log = RunLog(config, world, start_step=progress.step, total_steps=steps)
-    faults = FaultLog(config, world, progress)
-    saver = CheckpointSaver(config, world, parts, log.saved, newest=resume_from)
-    profiler = StepProfiler(config, world)
+    log = RunLog(config, context, start_step=progress.step, total_steps=steps)
+    skipped_samples = SkippedSampleLog(config, context, progress)
+    saver = CheckpointSaver(config, context, parts, log.saved, newest=resume_from)
+    profiler = StepProfiler(config, context)
     exit_after = config.train.exit_after_minutes
-    counters = RoutingCounters(config, world, trainee.model)
-    trainee.ddp.train()
+    counters = RoutingCounters(config, context, train_state.model)
+    train_state.ddp.train()
     while progress.step < steps and stop.reason is None:
         batches = next(loader)
-        faults.add(batches, progress.step + 1)
-        learning_rates = current_learning_rates(config, trainee)
+        skipped_samples.add(batches, progress.step + 1)
+        learning_rates = current_learning_rates(config, train_state)
         profiler.before(progress.step + 1)
-        result = train_step(config, world, trainee, batches, partial(stop.votes, exit_after))
-        stop.decide(result.votes, exit_after)
+        result = train_step(
+            config, context, train_state, batches, partial(stop.stop_flags, exit_after)
+        )
+        stop.decide(result.stop_flags, exit_after)
         problem = watch.look(progress.step + 1, progress.consumed_samples, batches, result)
         progress = replace(
             progress,
             step=progress.step + 1,
             consumed_samples=progress.consumed_samples + config.train.global_batch_size,
-            bad_samples=faults.bad,
+            skipped_samples=skipped_samples.bad,
             skipped=progress.skipped + (not result.updated),
         )
         is_last = progress.step == steps or stop.reason is not None
         profiler.after(progress.step, last=is_last)
-        counters.count_step(len(batches) * world.dp_size)
+        counters.count_step(len(batches) * context.dp_size)
         losses = counters.losses() if log.is_due(progress.step) else None
         log.step(
             *(progress.step, result, learning_rates, losses),
-            *(faults.bad, progress.skipped, watch.spike),
+            *(skipped_samples.bad, progress.skipped, watch.spike),
         )
         with log.paused():
             saver.poll()
         if problem is not None:
             saver.drain()
-            raise ValueError(problem)
+            raise UserError(problem)
         saves = progress.step % config.checkpoint.interval == 0 or is_last
         # Also before a checkpoint: it holds no counters, and a run that goes on loses none.
         if saves or progress.step % config.log.routing_interval == 0:
@@ -150,10 +153,10 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> P
             with log.paused():
                 saver.save(progress)
     saver.drain()
-    faults.close()
+    skipped_samples.close()
     log.close()
     assert saver.newest is not None
-    if stop.reason is not None and world.rank == 0:
+    if stop.reason is not None and context.rank == 0:
         print(
             f"Stopped after step {progress.step} of {steps} because of {stop.reason}: the same "
             f"command goes on from {saver.newest}.",
@@ -162,22 +165,24 @@ def train(config: RunConfig, world: World, stop: StopRequest | None = None) -> P
     return saver.newest
 
 
-def current_learning_rates(config: RunConfig, trainee: Trainee) -> dict[str, float]:
+def current_learning_rates(config: RunConfig, train_state: TrainState) -> dict[str, float]:
     """The learning rate that the next step uses, by part; alike on all ranks."""
     ratio = config.optimizer.min_lr_ratio
     return {
-        part: trainee.scheduler.get_lr({"max_lr": lr, "min_lr": lr * ratio})
+        part: train_state.scheduler.get_lr({"max_lr": lr, "min_lr": lr * ratio})
         for part, lr in config.stage.learning_rates.items()
     }
 
 
-def _load_initial_weights(config: RunConfig, world: World, model: torch.nn.Module) -> None:
+def _load_initial_weights(
+    config: RunConfig, context: ParallelContext, model: torch.nn.Module
+) -> None:
     """Weights from pretrained folders, then (over them) from an earlier stage's checkpoint."""
     if config.checkpoint.init_from is not None:
         folder = Path(config.checkpoint.init_from)
         # A run's output folder stands for its newest checkpoint.
-        source = agree_on_newest(folder, world) or folder
-        load_weights(source, world, model, new_connector=config.checkpoint.new_connector)
+        source = agree_on_newest(folder, context) or folder
+        load_weights(source, context, model, new_connector=config.checkpoint.new_connector)
         return
     load_pretrained(model, config)
 
@@ -204,15 +209,15 @@ def _describe_experts(config: RunConfig) -> str:
     )
 
 
-def _check_output(config: RunConfig, world: World) -> None:
+def _check_output(config: RunConfig, context: ParallelContext) -> None:
     """Before the model is built, see whether the output folder can be written."""
-    if world.rank == 0:
+    if context.rank == 0:
         try:
             Path(config.output).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=config.output):
                 pass
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"output is {config.output}, which cannot be written ({error}): name another "
                 "folder, or see to its permissions."
             ) from error
@@ -223,7 +228,7 @@ def _check_same_run(saved: Progress, now: Progress, folder: Path) -> None:
     learning rates are one of the schedule.
 
     Raises:
-        ValueError: One of them has changed, so samples would be repeated and others left out, or
+        UserError: One of them has changed, so samples would be repeated and others left out, or
             the rates would jump; or the checkpoint is of another model.
     """
     for key, name in (
@@ -235,17 +240,21 @@ def _check_same_run(saved: Progress, now: Progress, folder: Path) -> None:
     ):
         before, after = getattr(saved, key), getattr(now, key)
         if before != after and before != "":  # what older checkpoints do not name
-            raise ValueError(
+            raise UserError(
                 f"{folder} was saved when {name} was {before}, now it is {after}: restore it, or "
                 "start a new run in another output folder (checkpoint.init_from takes the weights)."
             )
 
 
 def _announce(
-    config: RunConfig, world: World, resume_from: Path | None, progress: Progress, steps: int
+    config: RunConfig,
+    context: ParallelContext,
+    resume_from: Path | None,
+    progress: Progress,
+    steps: int,
 ) -> None:
     """Leave the resolved configuration in the output folder and say what is about to happen."""
-    if world.rank == 0:
+    if context.rank == 0:
         output = Path(config.output)
         beside = output / "config.yaml.writing"
         beside.write_text(dump_config(config))
@@ -254,7 +263,7 @@ def _announce(
         start = f"going on from {resume_from}" if resume_from else "starting"
         print(
             f"Stage {config.stage.name}: {start} at step {progress.step} of {steps}; trains "
-            f"{parts}; {world.size} process(es) on {world.device.type}.",
+            f"{parts}; {context.size} process(es) on {context.device.type}.",
             flush=True,
         )
     dist.barrier()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from moiie_megatron.backend.parallel import World
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.mcore.parallel import ParallelContext
 
 
 class StepProfiler:
@@ -17,11 +17,11 @@ class StepProfiler:
     The trace is ``OUTPUT/profile/steps_A-B_rank_R.json`` (chrome://tracing, Perfetto).
     """
 
-    def __init__(self, config: RunConfig, world: World) -> None:
-        self._steps = config.profile.steps if world.rank in config.profile.ranks else None
-        self._rank = world.rank
+    def __init__(self, config: RunConfig, context: ParallelContext) -> None:
+        self._steps = config.profile.steps if context.rank in config.profile.ranks else None
+        self._rank = context.rank
         self._folder = Path(config.output) / "profile"
-        self._cuda = world.device.is_cuda
+        self._cuda = context.device.is_cuda
         self._running: profile | None = None
         self._first = 0
 

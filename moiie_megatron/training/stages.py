@@ -12,7 +12,7 @@ from typing import get_args
 import torch
 
 from moiie_megatron.config.schema import Part, StageConfig
-from moiie_megatron.multimodal.model import MoIIEModel
+from moiie_megatron.vlm.model import MoIIEModel
 
 PARTS: tuple[Part, ...] = get_args(Part)
 

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from moiie_megatron.backend.packed import segments_of
-from moiie_megatron.backend.parallel import World
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.batch import Batch
-from moiie_megatron.data.images import normalize, pixel_statistics
-from moiie_megatron.experts.token_types import IMAGE, PADDING
-from moiie_megatron.multimodal.model import MoIIEModel
-from moiie_megatron.training.setup import Trainee
+from moiie_megatron.data.encode.images import normalize, pixel_statistics
+from moiie_megatron.data.stream.batch import Batch
+from moiie_megatron.layout.token_types import IMAGE, PADDING
+from moiie_megatron.mcore.packed_sequences import segments_of
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.training.state import TrainState
+from moiie_megatron.vlm.model import MoIIEModel
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StepResult:
         image_tokens: How many of them are image tokens.
         positions: Tokens with padding.
         updated: False if loss or gradient was not finite: the step has changed nothing.
-        votes: The sums over all ranks of what they had to say (see ``train_step``).
+        stop_flags: The sums over all ranks of what they had to say (see ``train_step``).
         losses_M: fp32, summed token losses of this rank's micro-batches, 0 before the last
             stage; the only value that differs between ranks.
     """
@@ -46,23 +46,23 @@ class StepResult:
     image_tokens: int
     positions: int
     updated: bool
-    votes: list[float]
+    stop_flags: list[float]
     losses_M: Tensor
 
 
-def forward_inputs(config: RunConfig, batch: Batch, world: World) -> dict[str, Any]:
+def forward_inputs(config: RunConfig, batch: Batch, context: ParallelContext) -> dict[str, Any]:
     """Move what this pipeline stage needs of a micro-batch to the device.
 
     Every stage needs the token types and the segments of a packed row; images and labels go
     where they are used.
     """
-    device = world.device.torch_device
+    device = context.device.torch_device
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
     images = None
-    if world.is_first_stage and len(batch.images):
+    if context.is_first_stage and len(batch.images):
         statistics = pixel_statistics(config.vision.family)
         images = normalize(move(batch.images), statistics.mean, statistics.std)
     return {
@@ -70,17 +70,17 @@ def forward_inputs(config: RunConfig, batch: Batch, world: World) -> dict[str, A
         "position_ids": move(batch.position_ids),
         "token_types": move(batch.token_types),
         "images": images,
-        "labels": move(batch.labels) if world.is_last_stage else None,
-        "label_places": move(batch.label_places) if world.is_last_stage else None,
+        "labels": move(batch.labels) if context.is_last_stage else None,
+        "label_positions": move(batch.label_positions) if context.is_last_stage else None,
         "packed_seq_params": (
-            None if batch.cu_seqlens is None else segments_of(batch.cu_seqlens, world.device)
+            None if batch.cu_seqlens is None else segments_of(batch.cu_seqlens, context.device)
         ),
     }
 
 
 def run_schedule(
     config: RunConfig,
-    world: World,
+    context: ParallelContext,
     model: Any,
     batches: list[Batch],
     *,
@@ -103,7 +103,7 @@ def run_schedule(
         return total * loss_scale, {"loss_sum": total.detach()}
 
     def forward_step(data: Iterator[Batch], module: Any) -> tuple[Tensor, partial[Any]]:
-        inputs = forward_inputs(config, next(data), world)
+        inputs = forward_inputs(config, next(data), context)
         return module(**inputs), partial(loss_function)
 
     rows, length = config.micro_batch_shape
@@ -118,11 +118,11 @@ def run_schedule(
         forward_only=forward_only,
     )
     if not reports:
-        return torch.zeros(len(batches), device=world.device.torch_device)
+        return torch.zeros(len(batches), device=context.device.torch_device)
     return torch.stack([report["loss_sum"] for report in reports])
 
 
-def count_tokens(batches: list[Batch], world: World) -> tuple[int, int, int, int]:
+def count_tokens(batches: list[Batch], context: ParallelContext) -> tuple[int, int, int, int]:
     """Label tokens, tokens, image tokens, and tokens with padding of the global batch (one small
     reduction)."""
     counts = torch.zeros(4, dtype=torch.int64)
@@ -131,18 +131,18 @@ def count_tokens(batches: list[Batch], world: World) -> tuple[int, int, int, int
         counts[1] += (batch.token_types != PADDING).sum()
         counts[2] += (batch.token_types == IMAGE).sum()
         counts[3] += batch.token_types.numel()
-    counts = counts.to(world.device.torch_device)
-    dist.all_reduce(counts, group=world.groups.dp)
+    counts = counts.to(context.device.torch_device)
+    dist.all_reduce(counts, group=context.groups.dp)
     labels, tokens, images, positions = counts.tolist()
     return labels, tokens, images, positions
 
 
 def train_step(
     config: RunConfig,
-    world: World,
-    trainee: Trainee,
+    context: ParallelContext,
+    train_state: TrainState,
     batches: list[Batch],
-    votes: Callable[[], list[float]] = list,
+    stop_flags: Callable[[], list[float]] = list,
 ) -> StepResult:
     """One optimizer step on this rank's micro-batches of the global batch.
 
@@ -150,27 +150,27 @@ def train_step(
     accumulation do not change it.  Megatron divides by the number of micro-batches and averages
     over data parallelism; the factor below undoes both for the token losses and leaves the
     balance losses as means over micro-batches, of which every rank has equally many and none is
-    without samples (packed rows: ``data/packing.py``).
+    without samples (packed rows: ``data/stream/packing.py``).
 
     Args:
-        votes: Asked after the backward pass for numbers of this rank, equally many on all, that
-            are summed over the ranks along with the loss.
+        stop_flags: Called after the backward pass: numbers of this rank, equally many on all ranks,
+            that are summed over the ranks along with the loss.
     """
-    labels, tokens, image_tokens, positions = count_tokens(batches, world)
-    trainee.ddp.zero_grad_buffer()
-    trainee.optimizer.zero_grad()
+    labels, tokens, image_tokens, positions = count_tokens(batches, context)
+    train_state.ddp.zero_grad_buffer()
+    train_state.optimizer.zero_grad()
     losses_M = run_schedule(
         config,
-        world,
-        trainee.ddp,
+        context,
+        train_state.ddp,
         batches,
-        loss_scale=len(batches) * world.dp_size / max(labels, 1),
+        loss_scale=len(batches) * context.dp_size / max(labels, 1),
     )
     # Started before the optimizer, read when it has waited for the gradient anyway.
-    sums = _over_all_ranks(losses_M, votes(), world)
-    updated, grad_norm = trainee.optimizer.step_if(lambda: bool(sums[0].isfinite()))
+    sums = _over_all_ranks(losses_M, stop_flags(), context)
+    updated, grad_norm = train_state.optimizer.step_if(lambda: bool(sums[0].isfinite()))
     if updated:
-        trainee.scheduler.step(increment=1)
+        train_state.scheduler.step(increment=1)
     loss_sum, *voted = sums.tolist()
     return StepResult(
         lm_loss=loss_sum / max(labels, 1),
@@ -180,29 +180,29 @@ def train_step(
         image_tokens=image_tokens,
         positions=positions,
         updated=updated,
-        votes=voted,
+        stop_flags=voted,
         losses_M=losses_M,
     )
 
 
 @torch.no_grad()
 def evaluate_loss(
-    config: RunConfig, world: World, model: MoIIEModel, batches: list[Batch]
+    config: RunConfig, context: ParallelContext, model: MoIIEModel, batches: list[Batch]
 ) -> float:
     """The mean loss per label token over every rank's batches, without training."""
-    labels, *_ = count_tokens(batches, world)
+    labels, *_ = count_tokens(batches, context)
     was_training = model.training
     model.eval()
-    losses_M = run_schedule(config, world, model, batches, loss_scale=1.0, forward_only=True)
+    losses_M = run_schedule(config, context, model, batches, loss_scale=1.0, forward_only=True)
     model.train(was_training)
-    return float(_over_all_ranks(losses_M, [], world)) / max(labels, 1)
+    return float(_over_all_ranks(losses_M, [], context)) / max(labels, 1)
 
 
-def _over_all_ranks(losses_M: Tensor, votes: list[float], world: World) -> Tensor:
-    """fp64 [1 + votes]: the loss summed over the global batch, and the summed votes."""
+def _over_all_ranks(losses_M: Tensor, stop_flags: list[float], context: ParallelContext) -> Tensor:
+    """fp64 [1 + flags]: the loss summed over the global batch, and the summed flags."""
     total = losses_M.double().sum()  # 0 before the last stage
-    if world.groups.tp.rank() != 0:  # its peers have the same losses
+    if context.groups.tp.rank() != 0:  # its peers have the same losses
         total = torch.zeros_like(total)
-    sums = torch.cat([total.reshape(1), total.new_tensor(votes)])
+    sums = torch.cat([total.reshape(1), total.new_tensor(stop_flags)])
     dist.all_reduce(sums)
     return sums

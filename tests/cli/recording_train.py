@@ -13,10 +13,12 @@ def main() -> None:
     plain_step = loop.train_step
     with open(os.environ["RECORD_IDS"], "a") as file:
 
-        def recorded(config: Any, world: Any, trainee: Any, batches: Any, votes: Any) -> Any:
+        def recorded(
+            config: Any, context: Any, train_state: Any, batches: Any, stop_flags: Any
+        ) -> Any:
             for batch in batches:
                 file.write("".join(f"{name}\n" for name in batch.record_ids))
-            return plain_step(config, world, trainee, batches, votes)
+            return plain_step(config, context, train_state, batches, stop_flags)
 
         loop.train_step = recorded
         runpy.run_path("tools/train.py", run_name="__main__")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from moiie_megatron.config.checks import check_config
 from moiie_megatron.config.load import load_config
+from moiie_megatron.config.validate import check_config
 from moiie_megatron.planning.parameters import count_parameters
 from tests.helpers.launch import ROOT, TRAIN, command, environment, python, run
 from tests.helpers.shared import made_once, session_folder

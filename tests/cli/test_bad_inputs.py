@@ -146,7 +146,7 @@ def test_bad_data_on_one_rank_alone(digits: Path, tmp_path: Path) -> None:
     values = tiny_values(digits, tmp_path / "run")
     values["train"] |= {"global_batch_size": 16, "micro_batch_size": 8, "steps": 50}
     lines = (digits / "data" / "train.jsonl").read_text().splitlines()[:16]
-    from moiie_megatron.data.loader import SampleOrder
+    from moiie_megatron.data.stream.loader import SampleOrder
 
     order = SampleOrder(len(lines), seed=1234)
     records = [json.loads(line) for line in lines]
@@ -157,9 +157,9 @@ def test_bad_data_on_one_rank_alone(digits: Path, tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     values["data"]["sources"][0]["records"] = str(file)
     finished, errors = two_processes(
-        tmp_path, write_config(tmp_path / "run.yaml", values), "data.max_bad_share=0.2"
+        tmp_path, write_config(tmp_path / "run.yaml", values), "data.max_skipped_fraction=0.2"
     )
     assert finished.code != 0
     sentence = the_error(*errors)
-    assert "could not be read" in sentence and "data.max_bad_share" in sentence
+    assert "could not be read" in sentence and "data.max_skipped_fraction" in sentence
     assert "no.png" in sentence

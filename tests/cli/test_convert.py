@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from moiie_megatron.checkpoint.dcp_writer import CheckpointWriter, Place
+from moiie_megatron.convert.dcp.writer import CheckpointWriter, Place
 from tests.helpers.launch import ROOT, TRAIN, Finished, command, run
 from tests.helpers.tiny_hf import write_language, write_vision
 
@@ -124,8 +124,8 @@ def test_no_process_group_and_no_megatron() -> None:
     """A machine without Megatron-Core's dependencies converts, too."""
     program = (
         "import sys\n"
-        "import moiie_megatron.checkpoint.offline_upcycle, moiie_megatron.checkpoint.to_hf\n"
-        "import moiie_megatron.checkpoint.inspection, moiie_megatron.training.launch\n"
+        "import moiie_megatron.convert.upcycle, moiie_megatron.convert.export\n"
+        "import moiie_megatron.convert.inspect_checkpoint, moiie_megatron.cli.launch\n"
         "sys.exit('megatron' in sys.modules)"
     )
     run([sys.executable, "-c", program], timeout=60).check()

@@ -48,12 +48,12 @@ def test_import_then_extract(trained: Path, tmp_path: Path) -> None:
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "dense"
     first = _convert("import", "--hf", trained, "--out", checkpoint).check()
     assert first.stdout.startswith(f"{checkpoint}: see receipt.json")
-    assert "import it with --reference-mask" in first.stdout
+    assert "import it with --last-image-token-as-text" in first.stdout
     again = _convert(
-        "import", "--hf", trained, "--out", checkpoint, "--reference-mask", "--force"
+        "import", "--hf", trained, "--out", checkpoint, "--last-image-token-as-text", "--force"
     ).check()
-    assert "--reference-mask" not in again.stdout
-    assert "reference_mask: true" in (checkpoint / "run.yaml").read_text()
+    assert "--last-image-token-as-text" not in again.stdout
+    assert "last_image_token_as_text: true" in (checkpoint / "run.yaml").read_text()
 
     _convert("extract", "--ckpt", checkpoint, "--expert", "text.0", "--out", out).check()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

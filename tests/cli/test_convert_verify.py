@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from moiie_megatron.checkpoint.offline_upcycle import upcycle_checkpoint
-from moiie_megatron.checkpoint.to_hf import export_checkpoint
+from moiie_megatron.convert.export import export_checkpoint
+from moiie_megatron.convert.upcycle import upcycle_checkpoint
 from tests.helpers.launch import Finished, command, run
 from tests.helpers.tiny_hf import write_language, write_vision
 

@@ -19,7 +19,9 @@ STEPS = SAMPLES // GLOBAL
 
 
 def read_faults(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "faults.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (output / "skipped_samples.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def values_of(data: DamagedData, digits: Path, output: Path) -> dict[str, Any]:
     values["vision"] |= {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 16}
     values["vision"] |= {"num_attention_heads": 2, "image_size": 14}
     values["data"]["sources"] = [{"records": str(data.records), "images": str(data.images)}]
-    values["data"] |= {"max_bad_share": 0.2, "sequence_length": 96}
+    values["data"] |= {"max_skipped_fraction": 0.2, "sequence_length": 96}
     values["train"] |= {"global_batch_size": GLOBAL, "micro_batch_size": 20, "epochs": 1}
     values["train"]["steps"] = None
     values["checkpoint"] = {"interval": 10, "keep": 10}
@@ -58,9 +60,9 @@ def test_exactly_the_broken_records_are_reported(
     epoch: tuple[Path, Finished], data: DamagedData
 ) -> None:
     output, finished = epoch
-    faults = read_faults(output)
-    assert sorted(fault["index"] for fault in faults) == sorted(data.damage)
-    for fault in faults:
+    skipped_samples = read_faults(output)
+    assert sorted(fault["index"] for fault in skipped_samples) == sorted(data.damage)
+    for fault in skipped_samples:
         assert fault["file"] == str(data.records)
         assert DAMAGES[data.damage[fault["index"]]] in fault["reason"]
         assert 1 <= fault["step"] <= STEPS
@@ -82,12 +84,14 @@ def test_a_resumed_run_lists_the_same(epoch: tuple[Path, Finished], data: Damage
     whole, steps = read_faults(output), read_metrics(output)
     (output / "checkpoints" / "latest").write_text("step_0000020\n")
     kept = [json.dumps(fault) + "\n" for fault in whole if fault["step"] <= 23]
-    (output / "faults.jsonl").write_text("".join(kept) + '{"step": 24, "fi')
+    (output / "skipped_samples.jsonl").write_text("".join(kept) + '{"step": 24, "fi')
     run(command("tools/train.py", [output.parent / "run.yaml"]), timeout=200).check()
     assert read_faults(output) == whole
     again = read_metrics(output)
-    assert [line["bad_samples"] for line in again] == [line["bad_samples"] for line in steps]
-    assert again[-1]["bad_samples"] >= BAD  # a replacement may be broken as well
+    assert [line["skipped_samples"] for line in again] == [
+        line["skipped_samples"] for line in steps
+    ]
+    assert again[-1]["skipped_samples"] >= BAD  # a replacement may be broken as well
     assert again[-1]["seconds"] != steps[-1]["seconds"]
 
 
@@ -102,12 +106,12 @@ def test_counted_over_all_ranks(
     words = [config, "train.epochs=null", "train.steps=3"]
     run(command("tools/train.py", words, processes=2), timeout=200).check()
     steps = read_metrics(output)[:3]
-    assert [line["bad_samples"] for line in read_metrics(tmp_path / "run")] == [
-        line["bad_samples"] for line in steps
+    assert [line["skipped_samples"] for line in read_metrics(tmp_path / "run")] == [
+        line["skipped_samples"] for line in steps
     ]
     first = [fault for fault in read_faults(output) if fault["step"] <= 3]
 
-    def by_index(faults: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return sorted(faults, key=lambda fault: fault["index"])
+    def by_index(skipped_samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return sorted(skipped_samples, key=lambda fault: fault["index"])
 
     assert by_index(read_faults(tmp_path / "run")) == by_index(first)

@@ -15,9 +15,9 @@ import yaml
 
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.batch import Batch
-from moiie_megatron.data.build import build_dataset, build_train_loader
-from moiie_megatron.data.stream_state import StreamState
+from moiie_megatron.data.stream.batch import Batch
+from moiie_megatron.data.stream.build import build_dataset, build_train_loader
+from moiie_megatron.data.stream.stream_state import StreamState
 from tests.helpers.damaged_data import DAMAGES, DamagedData, write_damaged
 from tests.helpers.launch import TRAIN, command, run
 from tests.helpers.tiny_run import read_metrics, tiny_values, write_config
@@ -45,7 +45,7 @@ def shards(
     before = sys.argv
     for name, (records, images) in sets.items():
         words = ["--records", records, "--images", images, "--out", folder / name]
-        words += ["--samples-per-shard", 30, "--max-bad-share", 1]
+        words += ["--samples-per-shard", 30, "--max-skipped-fraction", 1]
         sys.argv = ["prepare_data.py", "webdataset", *map(str, words)]
         with pytest.raises(SystemExit) as ended:
             runpy.run_path("tools/prepare_data.py", run_name="__main__")
@@ -59,9 +59,9 @@ def values_of(
 ) -> dict[str, Any]:
     values = tiny_values(digits, output)
     values["data"] |= {
-        "backend": "energon",
+        "loader": "energon",
         "num_workers": workers,
-        "max_bad_share": 0.3,
+        "max_skipped_fraction": 0.3,
         "sources": [{"records": str(shards[name]), "name": name} for name in names],
     }
     return values
@@ -91,7 +91,7 @@ def take(stream: Iterator[list[Batch]], count: int) -> list[list[Batch]]:
 
 def assert_same(got: list[list[Batch]], expected: list[list[Batch]]) -> None:
     for a, b in zip(sum(got, []), sum(expected, []), strict=True):
-        assert (a.record_ids, a.faults) == (b.record_ids, b.faults)
+        assert (a.record_ids, a.skipped_samples) == (b.record_ids, b.skipped_samples)
         for name in ("tokens", "labels", "position_ids", "token_types", "images"):
             assert torch.equal(getattr(a, name), getattr(b, name)), name
 
@@ -107,7 +107,7 @@ def test_samples_are_those_of_the_plain_loader(
     assert dataset.describe_epoch().startswith("71 samples per epoch: good 71")
     seen = set()
     for batch in sum(take(steps(config, StreamState()), 30), []):
-        assert batch.tokens.shape[0] == 2 and not batch.faults
+        assert batch.tokens.shape[0] == 2 and not batch.skipped_samples
         images = 0
         for row, name in enumerate(batch.record_ids):
             example = examples[name]
@@ -122,7 +122,7 @@ def test_samples_are_those_of_the_plain_loader(
 
 
 def test_an_epoch_is_the_training_part(shards: dict[str, Path], tmp_path: Path) -> None:
-    from moiie_megatron.data.energon_stream import _num_samples
+    from moiie_megatron.data.stream.energon import _num_samples
 
     folder = shutil.copytree(shards["good"], tmp_path / "good")
     split = folder / ".nv-meta" / "split.yaml"
@@ -165,11 +165,11 @@ def test_broken_samples_are_named(
 ) -> None:
     values = values_of(shards, digits, tmp_path / "run", "broken", workers=1)
     batches = sum(take(steps(load(tmp_path, values), StreamState()), 40), [])
-    faults = {fault.index: fault for batch in batches for fault in batch.faults}
+    skipped_samples = {fault.index: fault for batch in batches for fault in batch.skipped_samples}
     # Missing pictures and malformed records were left out when the shards were made.
     kinds = {"truncated", "empty", "bomb"}
-    assert set(faults) == {i for i, kind in damaged.damage.items() if kind in kinds}
-    for index, fault in faults.items():
+    assert set(skipped_samples) == {i for i, kind in damaged.damage.items() if kind in kinds}
+    for index, fault in skipped_samples.items():
         assert DAMAGES[damaged.damage[index]] in fault.reason
         assert fault.file.startswith(f"{shards['broken']}/shard_0")
     names = {name for batch in batches for name in batch.record_ids}
@@ -205,7 +205,7 @@ def test_training_resumes_from_the_checkpoint(
     (output / "checkpoints" / "latest").write_text("step_0000003\n")
     run(command(TRAIN, words, processes=2), timeout=200).check()
     again = read_metrics(output)
-    for key in ("step", "lm_loss", "grad_norm", "tokens", "bad_samples"):
+    for key in ("step", "lm_loss", "grad_norm", "tokens", "skipped_samples"):
         assert [line[key] for line in again] == [line[key] for line in whole], key
     assert again[-1]["seconds"] != whole[-1]["seconds"]
     (output / "checkpoints" / "latest").write_text("step_0000003\n")

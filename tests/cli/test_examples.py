@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moiie_megatron.config.checks import check_config
 from moiie_megatron.config.load import load_config
+from moiie_megatron.config.validate import check_config
 from tests.helpers.launch import ROOT, python
 
 EXAMPLES = ROOT / "examples"

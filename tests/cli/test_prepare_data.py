@@ -64,19 +64,19 @@ def test_validate_a_run(digits: Path, damaged: DamagedData, tmp_path: Path) -> N
     assert good["rows"]["packed"] < good["rows"]["one_sample_each"] == 71
     assert "broken" in finished.stdout and "train.jsonl" in finished.stdout
     # Overrides may stand anywhere.
-    allowed = prepare("validate", config, "--workers", "1", "data.max_bad_share=0.1")
+    allowed = prepare("validate", config, "--workers", "1", "data.max_skipped_fraction=0.1")
     assert allowed.code == 0 and allowed.stderr == ""
     assert not (tmp_path / "run").exists()
 
 
 def test_validate_records_alone(damaged: DamagedData, tmp_path: Path) -> None:
     words = ("--records", damaged.records, "--images", damaged.images)
-    finished = prepare("validate", *words, "--max-bad-share", "0.5", "--skip-images")
+    finished = prepare("validate", *words, "--max-skipped-fraction", "0.5", "--skip-images")
     assert finished.code == 0 and "records.jsonl" in finished.stdout
     both = prepare("validate", "run.yaml", *words)
     assert both.code == 1 and "Give the configuration of a run, or --records" in both.stderr
     for share in ("nan", "5", "-1", "x"):
-        refused = prepare("validate", *words, "--max-bad-share", share)
+        refused = prepare("validate", *words, "--max-skipped-fraction", share)
         assert refused.code == 2 and f"{share!r} is no number from 0 to 1" in refused.stderr
     none = prepare("validate", "--records", damaged.records)
     assert none.code == 1 and "both --records and --images" in none.stderr

@@ -39,7 +39,7 @@ def loads(folder: Path) -> Any:
     """Load by layer and modality of a measured checkpoint."""
     (line,) = (folder / "routing.jsonl").read_text().splitlines()
     record = json.loads(line)
-    assert (record["samples"], record["bad_samples"]) == (SAMPLES, 0)
+    assert (record["samples"], record["skipped_samples"]) == (SAMPLES, 0)
     assert record["checkpoint"].endswith("step_0000003")
     return {
         (number, modality): layer[modality]["load"]

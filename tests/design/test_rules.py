@@ -17,17 +17,22 @@ MAX_LINES = 400
 
 # A file imports its own folder or folders of an earlier row, never its row or a later one.
 LEVELS = (
-    ("experts",),
+    ("utils",),
+    ("layout",),
     ("config",),
-    ("planning", "backend"),
+    ("families",),
+    ("planning", "mcore"),
+    ("routing_stats",),
     ("moe", "data"),
-    ("multimodal", "hf"),
+    ("vlm", "hf"),
     ("checkpoint",),
+    ("convert",),
     ("training",),
     ("evaluation", "analysis"),
+    ("cli",),
 )
 LEVEL = {folder: level for level, row in enumerate(LEVELS) for folder in row}
-WITHOUT_TORCH = ("config", "experts", "planning")
+WITHOUT_TORCH = ("config", "layout", "planning")
 
 
 def _python_files(*folders: str) -> list[Path]:
@@ -116,15 +121,15 @@ def test_imports_point_down() -> None:
     [
         ("moiie_megatron/moe/a.py", "import moiie_megatron.config.load", []),
         ("moiie_megatron/moe/a.py", "from moiie_megatron.moe import router", []),
-        ("moiie_megatron/moe/a.py", "from .router import x\nfrom ..backend.cpu import y", []),
+        ("moiie_megatron/moe/a.py", "from .router import x\nfrom ..mcore.device import y", []),
         ("moiie_megatron/moe/a.py", "from moiie_megatron import __version__", []),
-        ("moiie_megatron/config/a.py", "from moiie_megatron.experts.layout import x", []),
+        ("moiie_megatron/config/a.py", "from moiie_megatron.layout.experts import x", []),
         ("tools/train.py", "from moiie_megatron.training.loop import train", []),
         ("tests/unit/test_a.py", "from tests.helpers import x\nimport torch", []),
         (
             "moiie_megatron/moe/a.py",
-            "import moiie_megatron.multimodal.merge as m",
-            ["moiie_megatron.multimodal.merge"],
+            "import moiie_megatron.vlm.merge as m",
+            ["moiie_megatron.vlm.merge"],
         ),
         (
             "moiie_megatron/moe/a.py",
@@ -137,7 +142,7 @@ def test_imports_point_down() -> None:
             ["moiie_megatron.training"],
         ),
         (
-            "moiie_megatron/experts/a.py",
+            "moiie_megatron/layout/a.py",
             "from ..config import load",
             ["moiie_megatron.config.load"],
         ),

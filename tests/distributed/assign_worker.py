@@ -12,9 +12,9 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from moiie_megatron.backend.parallel import Launch, start_world, stop_world
-from moiie_megatron.checkpoint.from_hf import load_pretrained
 from moiie_megatron.config.schema import MoEConfig, ParallelConfig
+from moiie_megatron.convert.load_pretrained import load_pretrained
+from moiie_megatron.mcore.parallel import DistEnv, destroy_parallel, init_parallel
 from tests.parity import golden, tiny
 
 LAYOUTS = {
@@ -45,12 +45,12 @@ def _step(batches: Any, model: Any) -> tuple[Tensor, Any]:
     return losses, mean
 
 
-def _losses(parallel: ParallelConfig, directory: str, launch: Launch, moe: MoEConfig) -> list[Any]:
+def _losses(parallel: ParallelConfig, directory: str, launch: DistEnv, moe: MoEConfig) -> list[Any]:
     """The losses of both cases; empty on ranks that are not on the last pipeline stage."""
-    world = start_world(parallel, launch, device="cpu", seed=1)
+    context = init_parallel(parallel, launch, device="cpu", seed=1)
     language = tiny.language("llama", pretrained=directory)
     config = tiny.run_config(language, moe, parallel=parallel)
-    model = tiny.build(config, world)
+    model = tiny.build(config, context)
     load_pretrained(model, config)
     inputs = golden.tensors("tiny_llama_moiie/inputs")
     result = get_forward_backward_func()(
@@ -70,7 +70,7 @@ def main() -> None:
     """Arguments: a folder for the results, the directory of the dense parent."""
     folder, dense = sys.argv[1:]
     torch.set_num_threads(1)
-    launch = Launch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    launch = DistEnv(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     moiie = str(golden.ROOT / "tiny_llama_moiie")
     results = {}
     for name, parallel in LAYOUTS.items():
@@ -79,7 +79,7 @@ def main() -> None:
         results[f"{name}-upcycled"] = _losses(parallel, dense, launch, upcycled)
     with open(f"{folder}/rank{launch.rank}.json", "w") as file:
         json.dump(results, file)
-    stop_world()
+    destroy_parallel()
 
 
 if __name__ == "__main__":

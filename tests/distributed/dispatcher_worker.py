@@ -14,12 +14,11 @@ from megatron.core.transformer.moe.token_dispatcher import (
 )
 from torch import Tensor
 
-from moiie_megatron.backend.parallel import World, start_world, stop_world
-from moiie_megatron.backend.process import find_store
 from moiie_megatron.config.schema import ParallelConfig
+from moiie_megatron.mcore.dist_env import connect_store, dist_env_from
+from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher, destinations
 from moiie_megatron.moe.layer import MoIIELayer
-from moiie_megatron.training.launch import launch_from
 from tests.parity import golden
 from tests.parity.test_blocks import BLOCKS, MOIIE_8, build_layer, reference_names
 
@@ -48,22 +47,26 @@ def through(
     return dispatcher.combine_postprocess(output)
 
 
-def make(cls: type[MoETokenDispatcher], layer: MoIIELayer, world: World) -> MoETokenDispatcher:
-    return cls(layer.num_local_experts, layer.local_expert_indices, layer.config, world.groups)
+def make(
+    cls: type[MoETokenDispatcher], layer: MoIIELayer, context: ParallelContext
+) -> MoETokenDispatcher:
+    return cls(layer.num_local_experts, layer.local_expert_indices, layer.config, context.groups)
 
 
-def check_bitwise(layer: MoIIELayer, world: World, dtype: torch.dtype, top_k: int = 2) -> None:
+def check_bitwise(
+    layer: MoIIELayer, context: ParallelContext, dtype: torch.dtype, top_k: int = 2
+) -> None:
     """Outputs and all gradients equal those of ``alltoall`` to the last bit."""
     layer.experts.to(dtype)
-    tokens = 24 + 8 * world.rank  # ranks hold different numbers of tokens
+    tokens = 24 + 8 * context.rank  # ranks hold different numbers of tokens
     results = []
     for cls in (MoEAlltoAllTokenDispatcher, MoIIETokenDispatcher):
-        scores, probs, map_ = routing(tokens, layer.config.num_moe_experts, top_k, world.rank)
-        generator = torch.Generator().manual_seed(100 + world.rank)
+        scores, probs, map_ = routing(tokens, layer.config.num_moe_experts, top_k, context.rank)
+        generator = torch.Generator().manual_seed(100 + context.rank)
         hidden = torch.randn(tokens, 1, HIDDEN, generator=generator).to(dtype).requires_grad_()
         upstream = torch.randn(tokens, 1, HIDDEN, generator=generator).to(dtype)
         layer.experts.zero_grad()
-        output = through(make(cls, layer, world), layer, hidden, probs, map_)
+        output = through(make(cls, layer, context), layer, hidden, probs, map_)
         output.backward(upstream)
         weights = [parameter.grad for parameter in layer.experts.parameters()]
         results.append([output, hidden.grad, scores.grad, *weights])
@@ -72,24 +75,24 @@ def check_bitwise(layer: MoIIELayer, world: World, dtype: torch.dtype, top_k: in
     layer.experts.float()
 
 
-def check_any_number_of_experts(layer: MoIIELayer, world: World) -> None:
+def check_any_number_of_experts(layer: MoIIELayer, context: ParallelContext) -> None:
     """0 to 3 experts per token, one rank without any: equal to a loop over gathered experts."""
     experts = layer.config.num_moe_experts
     tokens = 20
-    scores, probs, map_ = routing(tokens, experts, 3, seed=7 + world.rank)
+    scores, probs, map_ = routing(tokens, experts, 3, seed=7 + context.rank)
     fewer = torch.arange(tokens).unsqueeze(1) % 4  # keep the first 0, 1, 2 or 3 by expert id
     map_ = map_ & (map_.cumsum(dim=1) <= fewer)
-    if world.rank == world.size - 1:
+    if context.rank == context.size - 1:
         map_ = torch.zeros_like(map_)
     probs = probs * map_
-    hidden = torch.randn(tokens, 1, HIDDEN, generator=torch.Generator().manual_seed(world.rank))
+    hidden = torch.randn(tokens, 1, HIDDEN, generator=torch.Generator().manual_seed(context.rank))
     hidden.requires_grad_()
     layer.experts.zero_grad()
-    output = through(make(MoIIETokenDispatcher, layer, world), layer, hidden, probs, map_)
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(50 + world.rank))
+    output = through(make(MoIIETokenDispatcher, layer, context), layer, hidden, probs, map_)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(50 + context.rank))
     (grad,) = torch.autograd.grad(output, hidden, upstream)
 
-    full = [_gather_experts(weight.detach(), world) for weight in layer.experts.parameters()]
+    full = [_gather_experts(weight.detach(), context) for weight in layer.experts.parameters()]
     plain = hidden.detach().clone().requires_grad_()
     flat, want = plain.view(tokens, HIDDEN), []
     for token in range(tokens):
@@ -106,17 +109,17 @@ def check_any_number_of_experts(layer: MoIIELayer, world: World) -> None:
     assert torch.equal(output[~map_.any(dim=1)], torch.zeros_like(output[~map_.any(dim=1)]))
 
 
-def _gather_experts(weight: Tensor, world: World) -> Tensor:
-    parts = [torch.empty_like(weight) for _ in range(world.groups.ep.size())]
-    dist.all_gather(parts, weight, group=world.groups.ep)
+def _gather_experts(weight: Tensor, context: ParallelContext) -> Tensor:
+    parts = [torch.empty_like(weight) for _ in range(context.groups.ep.size())]
+    dist.all_gather(parts, weight, group=context.groups.ep)
     return torch.cat(parts)
 
 
-def check_rows_sent(layer: MoIIELayer, world: World) -> None:
+def check_rows_sent(layer: MoIIELayer, context: ParallelContext) -> None:
     """As many rows travel as there are distinct (token, rank) pairs; counted with sets."""
-    experts, size = layer.config.num_moe_experts, world.groups.ep.size()
-    _, probs, map_ = routing(64, experts, 2, seed=world.rank)
-    dispatcher = make(MoIIETokenDispatcher, layer, world)
+    experts, size = layer.config.num_moe_experts, context.groups.ep.size()
+    _, probs, map_ = routing(64, experts, 2, seed=context.rank)
+    dispatcher = make(MoIIETokenDispatcher, layer, context)
     rows, row_probs = dispatcher.dispatch_preprocess(torch.randn(64, 1, HIDDEN), map_, probs)
     pairs = {(t, e * size // experts) for t, e in map_.nonzero().tolist()}
     assert int(destinations(map_, size).sum()) == len(pairs)
@@ -125,11 +128,13 @@ def check_rows_sent(layer: MoIIELayer, world: World) -> None:
         assert len(pairs) < map_.sum(), "no token has two experts on one rank"
 
 
-def check_golden(name: str, moe: dict[str, object], run: str, world: World, ep: int) -> None:
+def check_golden(
+    name: str, moe: dict[str, object], run: str, context: ParallelContext, ep: int
+) -> None:
     """The reference's block, its tokens and experts spread over the ranks."""
     data, digests = golden.tensors(name), golden.numbers(name)[run]
-    layer, case = build_layer(moe, "moiie", world, ParallelConfig(expert=ep)), run.split(".")[0]
-    rank, first = world.rank, world.groups.ep.rank() * layer.num_local_experts
+    layer, case = build_layer(moe, "moiie", context, ParallelConfig(expert=ep)), run.split(".")[0]
+    rank, first = context.rank, context.groups.ep.rank() * layer.num_local_experts
     places = layer.order or range(layer.config.num_moe_experts)
     here = places[first : first + layer.num_local_experts]  # logical experts of this rank
     names = reference_names(layer)
@@ -142,7 +147,7 @@ def check_golden(name: str, moe: dict[str, object], run: str, world: World, ep: 
 
     def mine(tensor: Tensor) -> Tensor:
         """This rank's part of ``(2, 24, ...)`` as ``(1, part, ...)``."""
-        return tensor.flatten(0, 1).chunk(world.size)[rank].unsqueeze(0).contiguous()
+        return tensor.flatten(0, 1).chunk(context.size)[rank].unsqueeze(0).contiguous()
 
     hidden = mine(data[f"{case}.hidden_states"]).requires_grad_()
     types = mine(data.get(f"{case}.token_type_ids", torch.zeros(2, 24))).to(torch.int8)
@@ -160,33 +165,33 @@ def check_golden(name: str, moe: dict[str, object], run: str, world: World, ep: 
             golden.assert_digest(grad, digests[reference], reference)
 
 
-def checks(ep: int, world: World) -> Iterator[str]:
+def checks(ep: int, context: ParallelContext) -> Iterator[str]:
     """Run all checks of one world; the name of each that passed."""
     for moe, name in (({"variant": "moiie"}, "e4"), ({"variant": "moiie", **MOIIE_8}, "e8")):
-        layer = build_layer(moe, "alltoall", world, ParallelConfig(expert=ep))
+        layer = build_layer(moe, "alltoall", context, ParallelConfig(expert=ep))
         for dtype in (torch.float32, torch.bfloat16):
-            check_bitwise(layer, world, dtype)
+            check_bitwise(layer, context, dtype)
             yield f"bitwise {name} {dtype}"
-        check_any_number_of_experts(layer, world)
+        check_any_number_of_experts(layer, context)
         yield f"0 to k {name}"
         if layer.num_local_experts > 1:
-            check_rows_sent(layer, world)
+            check_rows_sent(layer, context)
             yield f"rows {name}"
     for name, moe, run in BLOCKS:
-        check_golden(name, moe, run, world, ep)
+        check_golden(name, moe, run, context, ep)
         yield f"golden {name} {run}"
 
 
 def main() -> None:
-    launch = launch_from(os.environ)
+    launch = dist_env_from(os.environ)
     torch.set_num_threads(1)
     size = launch.world_size
-    keys = dist.PrefixStore(f"ep{size}", find_store(launch))
-    world = start_world(ParallelConfig(expert=size), launch, device="cpu", store=keys)
-    for name in checks(size, world):
-        if world.rank == 0:
+    keys = dist.PrefixStore(f"ep{size}", connect_store(launch))
+    context = init_parallel(ParallelConfig(expert=size), launch, device="cpu", store=keys)
+    for name in checks(size, context):
+        if context.rank == 0:
             print(f"ok {name}", flush=True)
-    stop_world()
+    destroy_parallel()
 
 
 if __name__ == "__main__":

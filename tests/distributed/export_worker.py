@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 
-from moiie_megatron.backend.parallel import Launch, start_world, stop_world
-from moiie_megatron.backend.saving import results_in_a_file
-from moiie_megatron.checkpoint.folder import CONFIG_FILE, FORMAT_VERSION
-from moiie_megatron.checkpoint.store import sharding_metadata
-from moiie_megatron.checkpoint.upcycle import load_weights
+from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION
+from moiie_megatron.checkpoint.load_weights import load_weights
+from moiie_megatron.checkpoint.save_load import sharding_metadata
 from moiie_megatron.config.load import load_config
-from moiie_megatron.multimodal.build import build_model
+from moiie_megatron.mcore.parallel import DistEnv, destroy_parallel, init_parallel
+from moiie_megatron.mcore.patches.dist_checkpointing import use_file_results_queue
+from moiie_megatron.vlm.build import build_model
 
 LAYOUTS = {
     "tp2ep2": ["parallel.tensor=2", "parallel.expert=2"],
@@ -30,26 +30,26 @@ def main() -> None:
     """Arguments: the checkpoint, a folder for one checkpoint per layout."""
     source, target = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
-    launch = Launch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    launch = DistEnv(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     for name, overrides in LAYOUTS.items():
         config = load_config(source / CONFIG_FILE, ["train.device=cpu", *overrides])
-        world = start_world(config.active_parallel, launch, device="cpu", seed=1)
-        model = build_model(config, world)
-        load_weights(source, world, model)
+        context = init_parallel(config.active_parallel, launch, device="cpu", seed=1)
+        model = build_model(config, context)
+        load_weights(source, context, model)
         folder = target / name
         folder.mkdir(parents=True, exist_ok=True)
         state = {
-            "model": model.sharded_state_dict(metadata=sharding_metadata(world)),
+            "model": model.sharded_state_dict(metadata=sharding_metadata(context)),
             "format_version": FORMAT_VERSION,
             "progress": {"step": 1},
         }
-        results_in_a_file()
+        use_file_results_queue()
         dist_checkpointing.save(state, str(folder))
         if launch.rank == 0:
             for file in (CONFIG_FILE, "tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(source / file, folder / file)
         parallel_state.destroy_model_parallel()
-    stop_world()
+    destroy_parallel()
 
 
 if __name__ == "__main__":

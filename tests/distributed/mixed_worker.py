@@ -12,18 +12,19 @@ from pathlib import Path
 
 import torch
 
-from moiie_megatron.backend.parallel import World
-from moiie_megatron.checkpoint.folder import latest_checkpoint
-from moiie_megatron.checkpoint.upcycle import load_weights
+from moiie_megatron.checkpoint.directory import latest_checkpoint
+from moiie_megatron.checkpoint.load_weights import load_weights
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.batch import Batch
-from moiie_megatron.experts.token_types import IMAGE, PADDING
-from moiie_megatron.multimodal.build import build_model
-from moiie_megatron.training.launch import launch_from, run_in_turn
-from moiie_megatron.training.routing import RoutingCounters
-from moiie_megatron.training.setup import prepare_training
+from moiie_megatron.data.stream.batch import Batch
+from moiie_megatron.layout.token_types import IMAGE, PADDING
+from moiie_megatron.mcore.dist_env import dist_env_from
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.mcore.run import run_sequentially
+from moiie_megatron.training.logging.router_stats import RoutingCounters
+from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
+from moiie_megatron.vlm.build import build_model
 
 LENGTH = 40
 
@@ -63,17 +64,17 @@ def _batch(tokens: torch.Tensor, types: torch.Tensor, images: torch.Tensor) -> B
     return Batch(tokens, labels, positions, types, images, 16, ("a", "b"))
 
 
-def steps(config: RunConfig, world: World) -> list[dict[str, object]]:
+def steps(config: RunConfig, context: ParallelContext) -> list[dict[str, object]]:
     """The same batches for every number of ranks: rank r of n takes every n-th micro-batch."""
-    model = build_model(config, world)
+    model = build_model(config, context)
     # Fresh experts differ between layouts; those made from one dense FFN do not.
     assert config.checkpoint.init_from is not None
     source = latest_checkpoint(config.checkpoint.init_from)
     assert source is not None
-    load_weights(source, world, model)
-    trainee = prepare_training(config, world, model, len(SCHEDULE))
-    trainee.ddp.train()
-    counters = RoutingCounters(config, world, trainee.model)
+    load_weights(source, context, model)
+    train_state = prepare_training(config, context, model, len(SCHEDULE))
+    train_state.ddp.train()
+    counters = RoutingCounters(config, context, train_state.model)
     lines: list[dict[str, object]] = []
     for number, ranks in enumerate(SCHEDULE):
         # Micro-batch j of rank r, as the loader deals them.
@@ -82,8 +83,8 @@ def steps(config: RunConfig, world: World) -> list[dict[str, object]]:
             {"text": text_batch, "images": image_batch}[kind](100 * number + place)
             for place, kind in enumerate(kinds)
         ]
-        mine = batches[world.dp_rank :: world.dp_size]
-        result = train_step(config, world, trainee, mine)
+        mine = batches[context.dp_rank :: context.dp_size]
+        result = train_step(config, context, train_state, mine)
         counters.count_step(len(batches))
         lines.append(
             {
@@ -99,13 +100,13 @@ def steps(config: RunConfig, world: World) -> list[dict[str, object]]:
 
 def main() -> None:
     file, out, *overrides = sys.argv[1:]
-    launch = launch_from(os.environ)
+    launch = dist_env_from(os.environ)
     plain = load_config(file, overrides)
     full = {"recompute_granularity": "full", "recompute_method": "uniform"}
     recompute = plain.model_copy(update={"megatron": {**full, "recompute_num_layers": 1}})
     results: list[list[dict[str, object]]] = []
-    run_in_turn(
-        [plain, recompute], launch, lambda config, world: results.append(steps(config, world))
+    run_sequentially(
+        [plain, recompute], launch, lambda config, context: results.append(steps(config, context))
     )
     path = Path(out) / f"rank{launch.rank}.json"
     path.write_text(json.dumps(dict(zip(("plain", "recompute"), results, strict=True))))

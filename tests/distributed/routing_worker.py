@@ -19,23 +19,24 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
-from moiie_megatron.backend.parallel import World
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.experts.token_types import IMAGE, PADDING
+from moiie_megatron.layout.token_types import IMAGE, PADDING
+from moiie_megatron.mcore.dist_env import dist_env_from
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.mcore.run import run_sequentially
 from moiie_megatron.moe.router import ModalityRouter
-from moiie_megatron.training.launch import launch_from, run_in_turn
 from moiie_megatron.training.loop import train
 
 
 class Count:
     """Calls of the routers of this rank, and what they decided, by step and layer."""
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    def __init__(self, config: RunConfig, context: ParallelContext) -> None:
         sizes = config.train
-        self.micro_batches = sizes.global_batch_size // (sizes.micro_batch_size * world.dp_size)
+        self.micro_batches = sizes.global_batch_size // (sizes.micro_batch_size * context.dp_size)
         self.placement = config.placement
-        self.ep_rank = world.groups.ep.rank()
+        self.ep_rank = context.groups.ep.rank()
         self.per_expert = config.moe.dispatcher == "alltoall"
         self.calls: dict[int, int] = defaultdict(int)  # with gradients, by layer
         self.replayed = 0  # without
@@ -92,17 +93,17 @@ class Count:
 
 def main() -> None:
     out, *files = sys.argv[1:]
-    launch = launch_from(os.environ)
+    launch = dist_env_from(os.environ)
 
-    def body(config: RunConfig, world: World) -> None:
-        count = Count(config, world)
+    def body(config: RunConfig, context: ParallelContext) -> None:
+        count = Count(config, context)
         hook = register_module_forward_hook(count)
-        train(config, world)
+        train(config, context)
         hook.remove()
         file = Path(out) / Path(config.output).name / f"rank{launch.rank}.json"
         file.write_text(json.dumps({"steps": count.steps, "replayed": count.replayed}))
 
-    run_in_turn([load_config(file) for file in files], launch, body)
+    run_sequentially([load_config(file) for file in files], launch, body)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from moiie_megatron.data.loader import SampleOrder
+from moiie_megatron.data.stream.loader import SampleOrder
 from tests.distributed.hooks import POISONED_STEP
 from tests.distributed.test_resume import plain_tensors
 from tests.helpers.ranks import run_ranks, start_ranks
@@ -55,7 +55,7 @@ def test_one_bad_step_is_left_out(tmp_path: Path, digits: Path) -> None:
     # The schedule has waited too.
     assert steps[POISONED_STEP]["lr_moe"] == bad["lr_moe"]
 
-    (line,) = map(json.loads, (output / "bad_steps.jsonl").read_text().splitlines())
+    (line,) = map(json.loads, (output / "skipped_steps.jsonl").read_text().splitlines())
     assert (line["step"], line["consumed_samples"]) == (POISONED_STEP, 16)
     records = (digits / "data" / "train.jsonl").read_text().splitlines()
     order = SampleOrder(len(records), seed=1234)
@@ -76,7 +76,7 @@ def test_one_bad_step_is_left_out(tmp_path: Path, digits: Path) -> None:
 def test_bad_steps_in_a_row_end_the_run(tmp_path: Path, digits: Path) -> None:
     """Weights that have left every bound; a save in the background is finished before the end."""
     rates = {"learning_rates": {"language": 1e30, "moe": 1e30}}
-    train = {"max_bad_steps": 2, "steps": 9}
+    train = {"max_skipped_steps": 2, "steps": 9}
     config = _config(tmp_path, digits, steps=9, stage=rates, train=train)
 
     job = start_ranks(
@@ -88,8 +88,8 @@ def test_bad_steps_in_a_row_end_the_run(tmp_path: Path, digits: Path) -> None:
     assert [line["skipped_steps"] for line in steps] == [0, 1, 2]
     (message,) = (line for line in job.text().splitlines() if line.startswith("error: "))
     assert "Stopping: 2 steps in a row, the last is step 3, had a loss (" in message
-    assert f"look at their samples in {tmp_path}/run/bad_steps.jsonl" in message
-    assert len((tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()) == 2
+    assert f"look at their samples in {tmp_path}/run/skipped_steps.jsonl" in message
+    assert len((tmp_path / "run" / "skipped_steps.jsonl").read_text().splitlines()) == 2
     found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert found == ["latest", "step_0000002"]
 

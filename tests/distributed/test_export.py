@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moiie_megatron.checkpoint.offline_upcycle import UpcycleOptions, upcycle_checkpoint
-from moiie_megatron.checkpoint.to_hf import export_checkpoint
+from moiie_megatron.convert.export import export_checkpoint
+from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 from tests.distributed.export_worker import LAYOUTS
 from tests.helpers.launch import command, run
 from tests.helpers.tiny_hf import write_language, write_vision
@@ -27,12 +27,12 @@ def test_every_layout_exports_to_the_same_bytes(family: str, tmp_path: Path) -> 
     run(words, timeout=240).check()
     names = ("model.safetensors", "config.json")
     expected = export_checkpoint(source, tmp_path / "expected")
-    cuts = set()
+    shard_plan = set()
     for layout in LAYOUTS:
         folder = tmp_path / "again" / layout
         out = export_checkpoint(folder, tmp_path / f"out-{layout}")
         for name in names:
             assert (out / name).read_bytes() == (expected / name).read_bytes(), (layout, name)
         metadata = pickle.loads((folder / ".metadata").read_bytes())
-        cuts.add(str([chunk.sizes for chunk in metadata.state_dict_metadata[FC1].chunks]))
-    assert len(cuts) > 1  # they really are cut in different ways
+        shard_plan.add(str([chunk.sizes for chunk in metadata.state_dict_metadata[FC1].chunks]))
+    assert len(shard_plan) > 1  # they really are cut in different ways

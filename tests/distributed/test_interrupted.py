@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moiie_megatron.data.loader import SampleOrder
+from moiie_megatron.data.stream.loader import SampleOrder
 from tests.distributed.conftest import go_back
 from tests.distributed.test_resume import plain_tensors
 from tests.helpers.launch import TRAIN, descendants, started, torchrun
@@ -39,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     def make(folder: Path) -> None:
         values = tiny_values(digits, folder / "run")
         values["data"] |= DATA
-        # With packing the balance losses depend on which samples a rank has (data/packing.py).
+        # With packing the balance losses depend on which samples a rank has.
         values["moe"] = {"vision_aux_loss_coeff": 0.0, "text_aux_loss_coeff": 0.0}
         values["train"]["steps"] = STEPS
         values["checkpoint"] = {"interval": SAVE_EVERY, "keep": STEPS}
@@ -232,7 +232,7 @@ def test_another_layout_goes_on(
     assert f"going on from {output}/checkpoints/step_{back:07d}" in job.text()
     ours, theirs = read_metrics(output), read_metrics(whole)
     assert len(ours) == STEPS
-    for key in ("tokens", "label_tokens", "image_share"):
+    for key in ("tokens", "label_tokens", "image_fraction"):
         assert [line[key] for line in ours] == [line[key] for line in theirs], key
     for key in ("lm_loss", "grad_norm"):
         values, expected = ([line[key] for line in lines] for lines in (ours, theirs))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moiie_megatron.experts.token_types import MODALITIES
+from moiie_megatron.layout.token_types import MODALITIES
 from tests.distributed.conftest import STEPS
 from tests.helpers.tiny_run import read_metrics, read_routing
 
@@ -26,7 +26,7 @@ def assert_same_course(
     """Two runs logged the same values at the same steps."""
     assert [line["step"] for line in steps] == [line["step"] for line in reference]
     for line, wanted in zip(steps, reference, strict=True):
-        for key in ("tokens", "label_tokens", "image_share"):
+        for key in ("tokens", "label_tokens", "image_fraction"):
             assert line[key] == wanted[key], (line["step"], key)
         for key in ("lm_loss", "aux_vision", "aux_text", "grad_norm"):
             near = pytest.approx(wanted[key], rel=tolerance, abs=tolerance)

@@ -92,7 +92,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory, digits: Path, alone: Path)
 
 def whole_rows(steps: list[dict[str, Any]]) -> list[int]:
     """Rows of every step on all ranks, where each is padded to its capacity of 128 tokens."""
-    rows = [line["tokens"] / (1 - line["padding_share"]) / 128 for line in steps]
+    rows = [line["tokens"] / (1 - line["padding_fraction"]) / 128 for line in steps]
     assert rows == pytest.approx([round(number) for number in rows])
     return [round(number) for number in rows]
 
@@ -101,7 +101,7 @@ def test_packing_changes_no_loss(alone: Path) -> None:
     plain, packed = read_metrics(alone / "plain"), read_metrics(alone / "packed")
     assert len(plain) == len(packed) == STEPS
     for line, wanted in zip(packed, plain, strict=True):
-        for key in ("tokens", "label_tokens", "image_share"):
+        for key in ("tokens", "label_tokens", "image_fraction"):
             assert line[key] == wanted[key], key
         tolerance = 1e-5 if line["step"] == 1 else TOLERANCE
         for key in ("lm_loss", "grad_norm"):
@@ -111,7 +111,7 @@ def test_packing_changes_no_loss(alone: Path) -> None:
         for modality in ("vision", "text"):
             shares, wanted = (r["layers"]["1"][modality]["share"] for r in (record, other))
             assert shares == pytest.approx(wanted, abs=1e-6)
-    assert all(line["padding_share"] == 0 for line in packed)
+    assert all(line["padding_fraction"] == 0 for line in packed)
     # The comparison would hold for runs in which nothing happens.
     assert packed[0]["lm_loss"] - packed[-1]["lm_loss"] > 0.02
 
@@ -121,7 +121,7 @@ def test_two_processes_train_like_one(layout: str, alone: Path, layouts: Path) -
     steps = read_metrics(layouts / layout)
     assert_same_course(steps, read_metrics(alone / "balanced"))
     if layout == "pp2rows":
-        assert all(line["padding_share"] > 0.02 for line in steps)
+        assert all(line["padding_fraction"] > 0.02 for line in steps)
         assert whole_rows(steps) == [3, 3, 6]
 
 

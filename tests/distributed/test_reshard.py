@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from moiie_megatron.checkpoint.folder import latest_checkpoint
-from moiie_megatron.checkpoint.offline_upcycle import UpcycleOptions, upcycle_checkpoint
-from moiie_megatron.checkpoint.reshard import reshard_checkpoint
+from moiie_megatron.checkpoint.directory import latest_checkpoint
 from moiie_megatron.config.schema import ParallelConfig
+from moiie_megatron.convert.reshard import reshard_checkpoint
+from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 from tests.distributed.conftest import SAVE_EVERY, STEPS, go_back, joint_values
 from tests.distributed.test_layouts import assert_same_course
 from tests.helpers.launch import TRAIN, command, run

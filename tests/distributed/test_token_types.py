@@ -8,24 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from moiie_megatron.backend.parallel import Launch, World, start_world, stop_world
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import ParallelConfig
+from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.moe.layer import MoIIELayer
-from moiie_megatron.multimodal.build import build_model
+from moiie_megatron.vlm.build import build_model
 from tests.helpers.tiny_run import tiny_values, write_config
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
+def context() -> Iterator[ParallelContext]:
     torch.set_num_threads(1)
-    yield start_world(ParallelConfig(), Launch(), device="cpu", seed=1)
-    stop_world()
+    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
+    destroy_parallel()
 
 
-def test_missing_or_misshapen_token_types(tmp_path: Path, world: World) -> None:
+def test_missing_or_misshapen_token_types(tmp_path: Path, context: ParallelContext) -> None:
     config = load_config(write_config(tmp_path / "run.yaml", tiny_values(tmp_path, tmp_path)))
-    model = build_model(config, world)
+    model = build_model(config, context)
     layers = [m for m in model.modules() if isinstance(m, MoIIELayer)]
     assert [layer.layer_number for layer in layers] == [2, 4]
     hidden = torch.zeros(6, 2, 64)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from moiie_megatron.data.digits import write_digits
+from moiie_megatron.data.digits.dataset import write_digits
 
 SEQUENCE_LENGTH = 160
 # Rates and balance weights that are large on purpose: errors show within a few steps.

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moiie_megatron.backend.parallel import Launch, World, start_world, stop_world
 from moiie_megatron.config.schema import ParallelConfig
+from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def context() -> Iterator[ParallelContext]:
     torch.set_num_threads(1)
-    yield start_world(ParallelConfig(), Launch(), device="cpu", seed=1)
-    stop_world()
+    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
+    destroy_parallel()

@@ -7,12 +7,12 @@ import torch
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from moiie_megatron.backend.megatron import transformer_config
-from moiie_megatron.backend.parallel import World
 from moiie_megatron.config.schema import MoEConfig, ParallelConfig
-from moiie_megatron.experts.token_types import IMAGE
+from moiie_megatron.layout.token_types import IMAGE
+from moiie_megatron.mcore.config import transformer_config
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.moe.layer import MoIIELayer
-from moiie_megatron.multimodal.build import moe_module
+from moiie_megatron.vlm.build import moe_module
 from tests.parity import golden, tiny
 
 MOIIE_8 = {"num_vision_experts": 2, "num_shared_experts": 4, "num_text_experts": 2}
@@ -26,7 +26,10 @@ BLOCKS = [
 
 
 def build_layer(
-    moe: dict[str, object], dispatcher: str, world: World, parallel: ParallelConfig | None = None
+    moe: dict[str, object],
+    dispatcher: str,
+    context: ParallelContext,
+    parallel: ParallelConfig | None = None,
 ) -> MoIIELayer:
     """One layer of the size of the golden blocks, in training mode."""
     section = MoEConfig(
@@ -37,8 +40,8 @@ def build_layer(
         tiny.language("phi3", **sizes), section, parallel=parallel or ParallelConfig()
     )
     layer = build_module(
-        moe_module(config, world),
-        config=transformer_config(config, world.device),
+        moe_module(config, context),
+        config=transformer_config(config, context.device),
     )
     layer.set_layer_number(1)
     return layer.train()
@@ -62,9 +65,11 @@ def reference_names(layer: MoIIELayer) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dispatcher", ["moiie", "alltoall", "allgather"])
 @pytest.mark.parametrize(("name", "moe", "run"), BLOCKS, ids=[f"{b[0]}-{b[2]}" for b in BLOCKS])
-def test_block(name: str, moe: dict[str, object], run: str, dispatcher: str, world: World) -> None:
+def test_block(
+    name: str, moe: dict[str, object], run: str, dispatcher: str, context: ParallelContext
+) -> None:
     data, digests = golden.tensors(name), golden.numbers(name)[run]
-    layer, case = build_layer(moe, dispatcher, world), run.split(".")[0]
+    layer, case = build_layer(moe, dispatcher, context), run.split(".")[0]
     names = reference_names(layer)
     stored = {n.removeprefix("weights.") for n in data if n.startswith("weights.")}
     assert set(names) == stored and set(names) == set(digests)

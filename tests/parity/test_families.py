@@ -25,15 +25,15 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from moiie_megatron.backend.parallel import World
-from moiie_megatron.checkpoint.from_hf import load_pretrained
-from moiie_megatron.checkpoint.hf_config import (
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.convert.hf.config import (
     read_language_config,
     read_moe_config,
     read_vision_config,
 )
-from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.multimodal.model import MoIIEModel
+from moiie_megatron.convert.load_pretrained import load_pretrained
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.vlm.model import MoIIEModel
 from tests.parity import hf_models, tiny
 
 LLAMA3_ROPE = {
@@ -79,12 +79,14 @@ LANGUAGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _loaded(directory: Path, world: World, **changes: Any) -> tuple[MoIIEModel, RunConfig]:
+def _loaded(
+    directory: Path, context: ParallelContext, **changes: Any
+) -> tuple[MoIIEModel, RunConfig]:
     """Our model of a directory with a language model."""
     language = read_language_config(directory)
     language = language.model_copy(update={"pretrained": str(directory)})
     config = tiny.run_config(language, read_moe_config(directory), **changes)
-    model = tiny.build(config, world).eval()
+    model = tiny.build(config, context).eval()
     return model, config
 
 
@@ -102,13 +104,13 @@ def _assert_same_logits(model: MoIIEModel, hf: Any, tokens: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
-def test_language_models(name: str, world: World, tmp_path: Path) -> None:
+def test_language_models(name: str, context: ParallelContext, tmp_path: Path) -> None:
     family, changes = LANGUAGES[name]
     hf = hf_models.language_model(family, **changes)
     # Small files on purpose: the index and several shards are read too.
     hf.save_pretrained(tmp_path, max_shard_size="200KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    model, config = _loaded(tmp_path, world)
+    model, config = _loaded(tmp_path, context)
     left = load_pretrained(model, config)
     assert not [key for key in left if key.startswith("language_model.")]
     tokens = tiny.random_batch(seed=1)[0]
@@ -117,10 +119,10 @@ def test_language_models(name: str, world: World, tmp_path: Path) -> None:
         _assert_same_logits(model, hf, tokens[:, :length])
 
 
-def test_longrope_has_two_sets_of_frequencies(world: World, tmp_path: Path) -> None:
+def test_longrope_has_two_sets_of_frequencies(context: ParallelContext, tmp_path: Path) -> None:
     """That both branches run above: the first positions differ with what comes after them."""
     hf_models.language_model("phi3", **LONGROPE_MODEL).save_pretrained(tmp_path)
-    model, config = _loaded(tmp_path, world)
+    model, config = _loaded(tmp_path, context)
     load_pretrained(model, config)
     tokens = tiny.random_batch(seed=1)[0]
     short = _logits(model, tokens[:, :16])
@@ -128,18 +130,18 @@ def test_longrope_has_two_sets_of_frequencies(world: World, tmp_path: Path) -> N
     torch.testing.assert_close(_logits(model, tokens[:, :12]), short[:, :12], rtol=1e-4, atol=1e-4)
 
 
-def test_mixtral_as_its_modules_name_it(world: World, tmp_path: Path) -> None:
+def test_mixtral_as_its_modules_name_it(context: ParallelContext, tmp_path: Path) -> None:
     """transformers 5 keeps experts in one tensor and can also write it so."""
     hf = hf_models.language_model("mixtral", num_local_experts=6)
     hf.save_pretrained(tmp_path, save_original_format=False)
-    model, config = _loaded(tmp_path, world)
+    model, config = _loaded(tmp_path, context)
     load_pretrained(model, config)
     _assert_same_logits(model, hf, tiny.random_batch(seed=2)[0])
 
 
-def test_mixtral_with_other_experts_than_the_run(world: World, tmp_path: Path) -> None:
+def test_mixtral_with_other_experts_than_the_run(context: ParallelContext, tmp_path: Path) -> None:
     hf_models.language_model("mixtral", num_local_experts=6).save_pretrained(tmp_path)
-    model, config = _loaded(tmp_path, world)
+    model, config = _loaded(tmp_path, context)
     moe = config.moe.model_copy(update={"top_k": 1})
     with pytest.raises(ValueError, match="moe.top_k is 1 where num_experts_per_tok is 2"):
         load_pretrained(model, config.model_copy(update={"moe": moe}))
@@ -190,20 +192,20 @@ def _assert_same_features(model: MoIIEModel, tower: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["siglip", "siglip-with-text", "clip", "clip-with-text"])
-def test_vision_towers(name: str, world: World, tmp_path: Path) -> None:
+def test_vision_towers(name: str, context: ParallelContext, tmp_path: Path) -> None:
     """A tower by itself is flat on disk, one beside a text tower has a prefix."""
     hf = _tower(name)
     hf.save_pretrained(tmp_path)
     vision = read_vision_config(tmp_path).model_copy(update={"pretrained": str(tmp_path)})
     config = tiny.run_config(tiny.language("llama", num_layers=2), vision_config=vision)
-    model = tiny.build(config, world).eval()
+    model = tiny.build(config, context).eval()
     left = load_pretrained(model, config)
     assert not [key for key in left if key.startswith("vision_encoder.")]
     _assert_same_features(model, getattr(hf, "vision_model", hf))
 
 
 @pytest.mark.parametrize("as_on_the_hub", [True, False])
-def test_a_composed_model(as_on_the_hub: bool, world: World, tmp_path: Path) -> None:
+def test_a_composed_model(as_on_the_hub: bool, context: ParallelContext, tmp_path: Path) -> None:
     """LLaVA in both of its layouts: language model, vision tower and connector out of one
     directory, checked as a whole on a prompt with an image."""
     text = hf_models.language_model("llama").config.to_dict()
@@ -214,7 +216,7 @@ def test_a_composed_model(as_on_the_hub: bool, world: World, tmp_path: Path) -> 
     _randomise(hf)
     hf.save_pretrained(tmp_path, save_original_format=as_on_the_hub)
     section = read_vision_config(tmp_path).model_copy(update={"pretrained": str(tmp_path)})
-    model, run = _loaded(tmp_path, world, vision_config=section)
+    model, run = _loaded(tmp_path, context, vision_config=section)
     assert load_pretrained(model, run) == []
     tokens, _, types, _ = tiny.random_batch(seed=3, vocabulary=255)
     tokens, types = tokens[:1, :20].clone(), torch.zeros(1, 20, dtype=torch.int8)

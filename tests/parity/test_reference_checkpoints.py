@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moiie_megatron.backend.parallel import World
-from moiie_megatron.checkpoint.import_hf import import_checkpoint
-from moiie_megatron.checkpoint.to_hf import export_checkpoint
-from moiie_megatron.checkpoint.upcycle import load_weights
+from moiie_megatron.checkpoint.load_weights import load_weights
 from moiie_megatron.config.load import load_config
+from moiie_megatron.convert.export import export_checkpoint
+from moiie_megatron.convert.import_hf import import_checkpoint
 from moiie_megatron.hf.modeling_moiie import MoiieForConditionalGeneration
-from moiie_megatron.multimodal.model import MoIIEModel
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.vlm.model import MoIIEModel
 from tests.helpers.reference import write_reference
 from tests.helpers.tiny_hf import write_vision
 from tests.parity import golden, tiny
@@ -22,10 +22,10 @@ from tests.parity import golden, tiny
 CASES = ("ones", "pad")
 
 
-def _megatron(checkpoint: Path, world: World) -> MoIIEModel:
+def _megatron(checkpoint: Path, context: ParallelContext) -> MoIIEModel:
     config = load_config(checkpoint / "run.yaml", ["train.device=cpu", "parallel={}"])
-    model = tiny.build(config, world).eval()
-    load_weights(checkpoint, world, model)
+    model = tiny.build(config, context).eval()
+    load_weights(checkpoint, context, model)
     return model
 
 
@@ -42,12 +42,12 @@ def _exported_logits(
 @pytest.mark.parametrize("mask", [False, True], ids=["paper-mask", "reference-mask"])
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 @torch.no_grad()
-def test_logits(family: str, mask: bool, world: World, tmp_path: Path) -> None:
+def test_logits(family: str, mask: bool, context: ParallelContext, tmp_path: Path) -> None:
     encoder = write_vision(tmp_path / "encoder", dtype=torch.float32)
     directory = write_reference(tmp_path / "theirs", encoder, family)
-    import_checkpoint(directory, tmp_path / "checkpoint", reference_mask=mask)
+    import_checkpoint(directory, tmp_path / "checkpoint", last_image_token_as_text=mask)
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "export")
-    megatron = _megatron(tmp_path / "checkpoint", world)
+    megatron = _megatron(tmp_path / "checkpoint", context)
     exported = MoiieForConditionalGeneration.from_pretrained(tmp_path / "export").eval()
 
     inputs = golden.tensors(f"tiny_{family}_moiie/inputs")
@@ -60,13 +60,13 @@ def test_logits(family: str, mask: bool, world: World, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_images_pass_through_the_shortened_tower(world: World, tmp_path: Path) -> None:
+def test_images_pass_through_the_shortened_tower(context: ParallelContext, tmp_path: Path) -> None:
     """Pictures and text: both models, and the encoder's features by the reference's rule."""
     encoder = write_vision(tmp_path / "encoder", dtype=torch.float32)
     directory = write_reference(tmp_path / "theirs", encoder)
-    import_checkpoint(directory, tmp_path / "checkpoint", reference_mask=True)
+    import_checkpoint(directory, tmp_path / "checkpoint", last_image_token_as_text=True)
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "export")
-    megatron = _megatron(tmp_path / "checkpoint", world)
+    megatron = _megatron(tmp_path / "checkpoint", context)
     exported = MoiieForConditionalGeneration.from_pretrained(tmp_path / "export").eval()
 
     from transformers import SiglipVisionModel
@@ -85,6 +85,6 @@ def test_images_pass_through_the_shortened_tower(world: World, tmp_path: Path) -
     ).logits
     assert ours.std() > 0.5
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    megatron.reference_mask = False
+    megatron.last_image_token_as_text = False
     plain = megatron(tokens, torch.arange(12).expand(2, 12), types, images=images)
     assert (plain - ours).abs().max() > 1e-2

@@ -10,11 +10,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from moiie_megatron.backend.parallel import World
-from moiie_megatron.checkpoint.from_hf import load_pretrained
-from moiie_megatron.checkpoint.tables import language_rows
 from moiie_megatron.config.schema import MoEConfig, RunConfig
-from moiie_megatron.multimodal.model import MoIIEModel
+from moiie_megatron.convert.load_pretrained import load_pretrained
+from moiie_megatron.families.weight_map import language_rows
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.vlm.model import MoIIEModel
 from tests.parity import golden, tiny
 
 FAMILIES = ("llama", "phi3")
@@ -23,7 +23,7 @@ MOE_LAYERS = (1, 3)
 COEFFS = {"vision": 0.05, "text": 0.03}  # the reference's, in golden config.json
 
 
-def _moiie(family: str, world: World, aux: str) -> tuple[MoIIEModel, RunConfig]:
+def _moiie(family: str, context: ParallelContext, aux: str) -> tuple[MoIIEModel, RunConfig]:
     """The golden model without balance losses, with ``per_layer`` or with ``pooled`` ones.  The
     data sums the per-layer losses of layers; our alpha weighs their mean, so it is the
     coefficient times the number of MoE layers."""
@@ -35,7 +35,7 @@ def _moiie(family: str, world: World, aux: str) -> tuple[MoIIEModel, RunConfig]:
     )
     directory = str(golden.ROOT / f"tiny_{family}_moiie")
     config = tiny.run_config(tiny.language(family, pretrained=directory), moe)
-    model = tiny.build(config, world)
+    model = tiny.build(config, context)
     left = load_pretrained(model, config)
     assert left and all(name.startswith(("vision_encoder.", "connector.")) for name in left)
     return model, config
@@ -52,7 +52,7 @@ def _gradients(model: MoIIEModel, config: RunConfig) -> dict[str, Tensor]:
     for row in language_rows(config.language, config.moe.layout, config.moe_layers):
         grad = parameters[row.megatron].grad
         grad = grad if row.expert is None else grad[row.expert]
-        gradients |= dict(zip(row.hf, row.surgery.to_hf(grad), strict=True))
+        gradients |= dict(zip(row.hf, row.transform.to_hf(grad), strict=True))
     return gradients
 
 
@@ -65,12 +65,12 @@ def _real(inputs: dict[str, Tensor], case: str) -> Tensor:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_loss_and_every_gradient_of_the_language_loss(
-    family: str, case: str, world: World
+    family: str, case: str, context: ParallelContext
 ) -> None:
     inputs = golden.tensors(f"tiny_{family}_moiie/inputs")
     want = golden.tensors(f"tiny_{family}_moiie/outputs")
     runs = golden.numbers(f"tiny_{family}_moiie/outputs")[case]
-    model, config = _moiie(family, world, "none")
+    model, config = _moiie(family, context, "none")
     real = _real(inputs, case)
 
     logits = tiny.forward(model, inputs, case)
@@ -91,11 +91,13 @@ def test_logits_loss_and_every_gradient_of_the_language_loss(
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_balance_losses_and_their_gradients(family: str, case: str, world: World) -> None:
+def test_balance_losses_and_their_gradients(
+    family: str, case: str, context: ParallelContext
+) -> None:
     inputs = golden.tensors(f"tiny_{family}_moiie/inputs")
     want = golden.tensors(f"tiny_{family}_moiie/outputs")
     runs = golden.numbers(f"tiny_{family}_moiie/outputs")[case]
-    model, config = _moiie(family, world, "per_layer")
+    model, config = _moiie(family, context, "per_layer")
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
 
     tiny.forward(model, inputs, case, labels=True).backward()
@@ -118,13 +120,13 @@ def test_balance_losses_and_their_gradients(family: str, case: str, world: World
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pooled_balance_losses_and_every_gradient(
-    family: str, case: str, recompute: bool, world: World
+    family: str, case: str, recompute: bool, context: ParallelContext
 ) -> None:
     """The reference's exact total loss, also when every layer is computed twice."""
     inputs = golden.tensors(f"tiny_{family}_moiie/inputs")
     want = golden.tensors(f"tiny_{family}_moiie/outputs")
     runs = golden.numbers(f"tiny_{family}_moiie/outputs")[case]
-    model, config = _moiie(family, world, "pooled")
+    model, config = _moiie(family, context, "pooled")
     if recompute:
         model.config.recompute_granularity = "full"
         model.config.recompute_method = "uniform"
@@ -150,12 +152,12 @@ def test_pooled_balance_losses_and_every_gradient(
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dense(family: str, case: str, world: World, tmp_path: Path) -> None:
+def test_dense(family: str, case: str, context: ParallelContext, tmp_path: Path) -> None:
     inputs = golden.tensors(f"tiny_{family}_moiie/inputs")
     want = golden.tensors(f"tiny_{family}_dense/outputs")
     directory = str(golden.dense_directory(family, tmp_path / "dense"))
     config = tiny.run_config(tiny.language(family, pretrained=directory))
-    model = tiny.build(config, world)
+    model = tiny.build(config, context)
     load_pretrained(model, config)
     real = _real(inputs, case)
     logits = tiny.forward(model, inputs, case)
@@ -176,7 +178,7 @@ VARIANTS = [
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("moe", VARIANTS, ids=lambda moe: "-".join(map(str, moe.values())))
 def test_upcycled_equals_dense(
-    family: str, moe: dict[str, object], world: World, tmp_path: Path
+    family: str, moe: dict[str, object], context: ParallelContext, tmp_path: Path
 ) -> None:
     """Every expert is the dense FFN and the weights of a token's experts add up to one, so the
     routers (here far from uniform) do not matter.  1e-5 at logits up to 4: rounding alone; the
@@ -186,7 +188,7 @@ def test_upcycled_equals_dense(
     directory = str(golden.dense_directory(family, tmp_path / "dense"))
     section = MoEConfig(**moe, router_init_std=0.3)
     config = tiny.run_config(tiny.language(family, pretrained=directory), section)
-    model = tiny.build(config, world)
+    model = tiny.build(config, context)
     left = [n for n in load_pretrained(model, config) if n.startswith("language_model.")]
     assert len(left) == len(config.moe_layers) * len(section.layout.routers)
     assert all(".mlp.router.gates." in name for name in left)

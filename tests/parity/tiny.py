@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moiie_megatron.backend.parallel import World
 from moiie_megatron.config.schema import (
     DataConfig,
     LanguageConfig,
@@ -17,9 +16,10 @@ from moiie_megatron.config.schema import (
     TrainConfig,
     VisionConfig,
 )
-from moiie_megatron.experts.token_types import IMAGE, PADDING, TEXT
-from moiie_megatron.multimodal.build import build_model
-from moiie_megatron.multimodal.model import MoIIEModel
+from moiie_megatron.layout.token_types import IMAGE, PADDING, TEXT
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.model import MoIIEModel
 
 IGNORED = -100
 
@@ -81,8 +81,8 @@ def run_config(
     )
 
 
-def build(config: RunConfig, world: World) -> MoIIEModel:
-    return build_model(config, world).train()
+def build(config: RunConfig, context: ParallelContext) -> MoIIEModel:
+    return build_model(config, context).train()
 
 
 def token_types(inputs: dict[str, Tensor], case: str) -> Tensor:

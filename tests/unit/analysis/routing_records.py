@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moiie_megatron.experts.layout import ExpertLayout
-from moiie_megatron.experts.placement import Placement
-from moiie_megatron.experts.routing_record import LayerSums, routing_record
+from moiie_megatron.layout.experts import ExpertLayout
+from moiie_megatron.layout.placement import Placement
+from moiie_megatron.routing_stats.record import LayerSums, routing_record
 
 LAYOUT = ExpertLayout(1, 2, 1)  # V0 S0 S1 T0
 PLACEMENT = Placement((0, 3, 1, 2), 2, 1.0, True)

@@ -21,7 +21,12 @@ def make_run(folder: Path, *, routed: bool = True) -> Path:
     (folder / "config.yaml").write_text(MINIMAL)
     lines = [
         {"step": step, "lm_loss": 4.0 / step, "aux_vision": 2.1, "aux_text": 2.0, "lr_moe": 1e-3}
-        | {"grad_norm": 1.5, "tokens_per_second": 1000.0, "seconds": 25.0, "bad_samples": step - 1}
+        | {
+            "grad_norm": 1.5,
+            "tokens_per_second": 1000.0,
+            "seconds": 25.0,
+            "skipped_samples": step - 1,
+        }
         for step in (1, 2, 3)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -59,10 +64,10 @@ def pictures(page: str) -> list[tuple[str, bytes]]:
 
 def test_everything_is_there(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    (run / "faults.jsonl").write_text(
+    (run / "skipped_samples.jsonl").write_text(
         '{"file": "a.jsonl", "index": 3, "reason": "image <x> is gone"}\n'
     )
-    (run / "bad_steps.jsonl").write_text('{"step": 2, "lm_loss": 9.87654321}\n')
+    (run / "skipped_steps.jsonl").write_text('{"step": 2, "lm_loss": 9.87654321}\n')
     (run / "loss_spikes.jsonl").write_text('{"step": 1, "lm_loss": 8.7654321}\n')
     page = write_report([run], run / "report.html", scores=make_scores(tmp_path)).read_text()
     for heading in ("overview", "loss", "speed", "routing", "answers", "problems", "checkpoints"):
@@ -118,7 +123,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 def test_many_problems_are_counted(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     line = '{"file": "a", "index": 1, "reason": "r"}\n'
-    (run / "faults.jsonl").write_text(line * 130)
+    (run / "skipped_samples.jsonl").write_text(line * 130)
     page = write_report([run], tmp_path / "report.html").read_text()
     assert "Samples left out: 130" in page and "30 more in the file" in page
     assert page.count("<td>r</td>") == 100

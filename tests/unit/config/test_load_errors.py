@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moiie_megatron.config.load import load_config
+from moiie_megatron.utils.errors import UserError
 from tests.unit.config.minimal import MINIMAL, load_minimal
 
 
@@ -14,7 +15,7 @@ def _message(tmp_path: Path, overrides: list[str], text: str = MINIMAL) -> str:
     with pytest.raises(ValueError) as caught:
         load_minimal(tmp_path, overrides, text=text)
     # pydantic's own error is a ValueError too: only our plain one will do.
-    assert type(caught.value) is ValueError
+    assert type(caught.value) is UserError
     message = str(caught.value)
     assert "\n" not in message
     assert message[-1] in ".?"

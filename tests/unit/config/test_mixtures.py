@@ -9,10 +9,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from moiie_megatron.config.checks import check_paths
 from moiie_megatron.config.load import dump_config, load_config
-from moiie_megatron.data.build import build_sources
-from moiie_megatron.data.order import Blend
+from moiie_megatron.config.validate import check_paths
+from moiie_megatron.data.stream.build import build_sources
+from moiie_megatron.data.stream.order import Blend
 from tests.unit.config.minimal import load_minimal
 
 CONFIGS = Path(__file__).resolve().parents[3] / "examples" / "configs"

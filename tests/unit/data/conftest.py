@@ -14,11 +14,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moiie_megatron.data.dataset import LlavaDataset, Source
-from moiie_megatron.data.images import ImageLoader
-from moiie_megatron.data.records import RecordFile
-from moiie_megatron.data.templates import load_template
-from moiie_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from moiie_megatron.data.encode.images import ImageLoader
+from moiie_megatron.data.encode.templates import load_template
+from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
+from moiie_megatron.data.records.llava import RecordFile
+from moiie_megatron.data.stream.dataset import LlavaDataset, Source
 
 LLAMA3_TOKENS = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",

@@ -9,22 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from moiie_megatron.backend.parallel import Launch, World, start_world, stop_world
-from moiie_megatron.checkpoint.folder import find_checkpoint
+from moiie_megatron.checkpoint.directory import find_checkpoint
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import ParallelConfig
-from moiie_megatron.data.digits import write_digits
+from moiie_megatron.data.digits.dataset import write_digits
 from moiie_megatron.evaluation.generate import Generator, checkpoint_config
+from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.training.loop import train
 
 CONFIG = Path(__file__).resolve().parents[3] / "examples" / "configs" / "digits-stage2.yaml"
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def context() -> Iterator[ParallelContext]:
     torch.set_num_threads(1)
-    yield start_world(ParallelConfig(), Launch(), device="cpu", seed=1)
-    stop_world()
+    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
+    destroy_parallel()
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(digits: Path, world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(digits: Path, context: ParallelContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a finished run of one step."""
     output = tmp_path_factory.mktemp("run")
     sources = [{"records": str(digits / "train.jsonl"), "images": str(digits / "images")}]
@@ -49,11 +49,11 @@ def run(digits: Path, world: World, tmp_path_factory: pytest.TempPathFactory) ->
         "train.global_batch_size=2",
         "train.micro_batch_size=2",
     ]
-    train(load_config(CONFIG, overrides), world)
+    train(load_config(CONFIG, overrides), context)
     return output
 
 
 @pytest.fixture(scope="module")
-def generator(run: Path, world: World) -> Generator:
+def generator(run: Path, context: ParallelContext) -> Generator:
     folder = find_checkpoint(run)
-    return Generator.load(folder, checkpoint_config(folder), world)
+    return Generator.load(folder, checkpoint_config(folder), context)

@@ -12,21 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moiie_megatron.backend.parallel import stop_world
-from moiie_megatron.checkpoint.offline_upcycle import UpcycleOptions, upcycle_checkpoint
-from moiie_megatron.checkpoint.to_hf import export_checkpoint
-from moiie_megatron.checkpoint.weights import open_weights
+from moiie_megatron.convert.export import export_checkpoint
+from moiie_megatron.convert.open_model import open_weights
+from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 from moiie_megatron.evaluation.compare_logits import LogitDifference, compare_logits, make_inputs
+from moiie_megatron.mcore.parallel import destroy_parallel
 from tests.helpers.tiny_hf import write_language, write_vision
 
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
     """No process group around it."""
-    stop_world()
+    destroy_parallel()
     torch.set_num_threads(1)
     yield
-    stop_world()
+    destroy_parallel()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -88,8 +88,8 @@ def test_a_dense_model_and_what_it_became(models: Path) -> None:
     found, left_out = _compare(models / "llm", models / "copied")
     assert set(found) == {"text"} and found["text"].maximum < 1e-5
     assert left_out == ["logits, image + text: left out, A is a language model alone"]
-    perturbed = _compare(models / "export", models / "llm")[0]["text"]
-    assert perturbed.maximum > 0.1 and perturbed.top1 < 1
+    with_noise = _compare(models / "export", models / "llm")[0]["text"]
+    assert with_noise.maximum > 0.1 and with_noise.top1 < 1
 
 
 @pytest.mark.parametrize(

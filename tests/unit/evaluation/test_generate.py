@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from moiie_megatron.backend.parallel import World
-from moiie_megatron.checkpoint.folder import find_checkpoint
-from moiie_megatron.data.images import normalize
-from moiie_megatron.data.records import Turn
-from moiie_megatron.data.templates import load_template
-from moiie_megatron.data.tokenizers import load_tokenizer
+from moiie_megatron.checkpoint.directory import find_checkpoint
+from moiie_megatron.data.encode.images import normalize
+from moiie_megatron.data.encode.templates import load_template
+from moiie_megatron.data.encode.tokenizers import load_tokenizer
+from moiie_megatron.data.records.llava import Turn
 from moiie_megatron.evaluation.generate import (
     Generator,
     Prompt,
     checkpoint_config,
     stop_ids,
 )
-from moiie_megatron.experts.token_types import IMAGE, TEXT
+from moiie_megatron.layout.token_types import IMAGE, TEXT
+from moiie_megatron.mcore.parallel import ParallelContext
 
 
 @pytest.fixture
@@ -133,10 +133,12 @@ def test_a_checkpoint_is_enough(run: Path, digits: Path, tmp_path: Path) -> None
         find_checkpoint(tmp_path)
 
 
-def test_pipeline_parallelism_is_refused(run: Path, world: World, generator: Generator) -> None:
+def test_pipeline_parallelism_is_refused(
+    run: Path, context: ParallelContext, generator: Generator
+) -> None:
     config = checkpoint_config(find_checkpoint(run), ["parallel.pipeline=2"])
     with pytest.raises(ValueError, match="parallel.pipeline is 2: generation needs 1"):
-        Generator(config, world, generator.model)
+        Generator(config, context, generator.model)
 
 
 def test_stop_ids_of_templates(digits: Path) -> None:

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from moiie_megatron.backend.parallel import World
-from moiie_megatron.checkpoint.folder import find_checkpoint
+from moiie_megatron.checkpoint.directory import find_checkpoint
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.build import build_dataset
-from moiie_megatron.data.dataset import LlavaDataset
-from moiie_megatron.data.records import BadRecord
+from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.stream.build import build_dataset
+from moiie_megatron.data.stream.dataset import LlavaDataset
 from moiie_megatron.evaluation.generate import Generator, checkpoint_config
 from moiie_megatron.evaluation.routing import _batch, measure_routing
-from moiie_megatron.experts.token_types import IMAGE, TEXT
+from moiie_megatron.layout.token_types import IMAGE, TEXT
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.moe.router import ModalityRouter
 
 SAMPLES = 5
@@ -33,21 +33,21 @@ def dataset(config: RunConfig) -> LlavaDataset:
 
 
 def measure(
-    generator: Generator, dataset: Any, world: World, config: RunConfig, batch: int = 2
+    generator: Generator, dataset: Any, context: ParallelContext, config: RunConfig, batch: int = 2
 ) -> dict[str, Any]:
     train = config.train.model_copy(update={"micro_batch_size": batch})
     config = config.model_copy(update={"train": train})
-    record = measure_routing(config, world, generator.model, dataset, SAMPLES)
+    record = measure_routing(config, context, generator.model, dataset, SAMPLES)
     assert record is not None
     return record
 
 
 def test_the_tokens_of_the_samples_are_counted(
-    generator: Generator, dataset: LlavaDataset, world: World, config: RunConfig
+    generator: Generator, dataset: LlavaDataset, context: ParallelContext, config: RunConfig
 ) -> None:
     types = torch.cat([dataset[index].encoded.token_types for index in range(SAMPLES)])
-    record = measure(generator, dataset, world, config)
-    assert (record["samples"], record["bad_samples"]) == (SAMPLES, 0)
+    record = measure(generator, dataset, context, config)
+    assert (record["samples"], record["skipped_samples"]) == (SAMPLES, 0)
     for layer in record["layers"].values():
         assert layer["vision"]["tokens"] == (types == IMAGE).sum() > 0
         assert layer["text"]["tokens"] == (types == TEXT).sum() > 0
@@ -56,17 +56,17 @@ def test_the_tokens_of_the_samples_are_counted(
             assert sum(part["prob"]) == pytest.approx(1.0, abs=1e-6)
         assert "steps" not in record
     # A second look counts afresh, and the batches change no choice.
-    assert measure(generator, dataset, world, config, batch=3)["layers"].keys() == {"1", "3"}
-    again = measure(generator, dataset, world, config, batch=SAMPLES)
+    assert measure(generator, dataset, context, config, batch=3)["layers"].keys() == {"1", "3"}
+    again = measure(generator, dataset, context, config, batch=SAMPLES)
     for number, layer in record["layers"].items():
         for modality in ("vision", "text"):
             assert again["layers"][number][modality]["load"] == layer[modality]["load"]
     routers = [m for m in generator.model.modules() if isinstance(m, ModalityRouter)]
-    assert routers and not any(router.counts_in_eval for router in routers)
+    assert routers and not any(router.records_in_eval for router in routers)
 
 
 def test_unreadable_samples_are_left_out(
-    generator: Generator, dataset: LlavaDataset, world: World, config: RunConfig
+    generator: Generator, dataset: LlavaDataset, context: ParallelContext, config: RunConfig
 ) -> None:
     class Damaged:
         """The data set, without some of its samples."""
@@ -87,11 +87,11 @@ def test_unreadable_samples_are_left_out(
 
     types = torch.cat([dataset[index].encoded.token_types for index in (0, 3, 4)])
     # A whole batch of two is gone.
-    record = measure(generator, Damaged({1, 2}), world, config, batch=1)
-    assert (record["samples"], record["bad_samples"]) == (3, 2)
+    record = measure(generator, Damaged({1, 2}), context, config, batch=1)
+    assert (record["samples"], record["skipped_samples"]) == (3, 2)
     assert record["layers"]["1"]["text"]["tokens"] == (types == TEXT).sum()
     with pytest.raises(ValueError, match="None of the first 5 samples can be read"):
-        measure(generator, Damaged(set(range(SAMPLES))), world, config)
+        measure(generator, Damaged(set(range(SAMPLES))), context, config)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -107,8 +107,8 @@ def test_every_pass_has_a_whole_micro_batch(
 
 
 def test_a_dense_model_routes_nothing(
-    generator: Generator, dataset: LlavaDataset, world: World, config: RunConfig
+    generator: Generator, dataset: LlavaDataset, context: ParallelContext, config: RunConfig
 ) -> None:
     dense = config.model_copy(update={"stage": config.stage.model_copy(update={"moe": False})})
     with pytest.raises(ValueError, match="is dense"):
-        measure(generator, dataset, world, dense)
+        measure(generator, dataset, context, dense)

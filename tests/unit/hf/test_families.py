@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from moiie_megatron.hf.configuration_moiie import MoiieConfig
 from moiie_megatron.hf.modeling_moiie import MoiieForConditionalGeneration
-from moiie_megatron.multimodal.connector import Connector
-from moiie_megatron.multimodal.vision import VisionEncoder
+from moiie_megatron.vlm.connector import Connector
+from moiie_megatron.vlm.vision import VisionEncoder
 from tests.parity import tiny as parity
 from tests.unit.hf import tiny
 

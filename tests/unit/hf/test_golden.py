@@ -110,7 +110,7 @@ def test_reference_mask_is_a_shift_of_the_types() -> None:
                 shifted[row, i] = 0
     assert 0 < shifted.sum() < types.sum()
     plain = golden_model("llama", weights)
-    quirky = golden_model("llama", weights, reference_mask=True)
+    quirky = golden_model("llama", weights, last_image_token_as_text=True)
     want = forward(plain, inputs | {"ones.token_type_ids": shifted}, "ones").logits
     got = forward(quirky, inputs, "ones").logits
     assert torch.equal(got, want)

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from moiie_megatron.data.encode import encode_prompt
-from moiie_megatron.data.images import ImageLoader, normalize, pixel_statistics
-from moiie_megatron.data.records import Turn
-from moiie_megatron.data.templates import load_template
-from moiie_megatron.data.tokenizers import load_tokenizer
+from moiie_megatron.data.encode.encoder import encode_prompt
+from moiie_megatron.data.encode.images import ImageLoader, normalize, pixel_statistics
+from moiie_megatron.data.encode.templates import load_template
+from moiie_megatron.data.encode.tokenizers import load_tokenizer
+from moiie_megatron.data.records.llava import Turn
 from moiie_megatron.hf.build_processor import build_processor
 from moiie_megatron.hf.processing_moiie import MoiieProcessor
 from tests.parity import tiny as parity

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moiie_megatron.checkpoint.tables import vision_rows
+from moiie_megatron.families.weight_map import vision_rows
 from moiie_megatron.hf.auto_files import AUTO_MAP, REMOTE_FILES, write_remote_code
 from moiie_megatron.hf.modeling_moiie import MoiieForConditionalGeneration, MoiieModel
 from tests.parity import tiny as parity
@@ -87,7 +87,13 @@ def test_round_trip(family: str, vision: str, changes: Any, tmp_path: Path) -> N
     base = MoiieModel.from_pretrained(tmp_path)
     _assert_same(base.state_dict(), model.model.state_dict())
 
-    settings = ("experts", "moe_layers", "router_dtype", "num_experts_per_tok", "reference_mask")
+    settings = (
+        "experts",
+        "moe_layers",
+        "router_dtype",
+        "num_experts_per_tok",
+        "last_image_token_as_text",
+    )
     settings += ("image_token_id", "num_image_tokens", "connector_hidden_size")
     assert all(getattr(loaded.config, k) == getattr(config, k) for k in settings)
     kept, text = loaded.config.text_config.to_dict(), config.text_config.to_dict()

@@ -9,10 +9,10 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moiie_megatron.backend.parallel import Launch, World, start_world, stop_world
 from moiie_megatron.config.schema import ParallelConfig
-from moiie_megatron.experts.layout import ExpertLayout
-from moiie_megatron.experts.token_types import IMAGE, PADDING, TEXT
+from moiie_megatron.layout.experts import ExpertLayout
+from moiie_megatron.layout.token_types import IMAGE, PADDING, TEXT
+from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.moe.router import ModalityRouter, RouterSettings
 
 HIDDEN, TOKENS = 32, 50
@@ -20,14 +20,14 @@ LAYOUT = ExpertLayout.from_variant("moiie")
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def context() -> Iterator[ParallelContext]:
     torch.set_num_threads(1)
-    yield start_world(ParallelConfig(), Launch(), device="cpu", seed=1)
-    stop_world()
+    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
+    destroy_parallel()
 
 
 def router(
-    world: World,
+    context: ParallelContext,
     *,
     alpha: float = 0.0,
     z_loss: float = 0.0,
@@ -45,7 +45,7 @@ def router(
     )
     coeffs = {"vision": alpha, "text": alpha}
     settings = RouterSettings(LAYOUT, coeffs, init_std=0.5, z_loss_coeff=z_loss)
-    return ModalityRouter(config, world.groups, settings)
+    return ModalityRouter(config, context.groups, settings)
 
 
 def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -64,8 +64,8 @@ def scores_of(module: ModalityRouter, hidden: Tensor, types: Tensor) -> list[Ten
     return found
 
 
-def test_top_two_of_the_own_router_renormalised(world: World) -> None:
-    module = router(world).eval()
+def test_top_two_of_the_own_router_renormalised(context: ParallelContext) -> None:
+    module = router(context).eval()
     hidden, types = tokens()
     probs, chosen = module(hidden, types)
     for token, scores in enumerate(scores_of(module, hidden, types)):
@@ -77,9 +77,9 @@ def test_top_two_of_the_own_router_renormalised(world: World) -> None:
         assert torch.equal(chosen[token], wanted > 0)
 
 
-def test_z_loss_and_its_gradient(world: World) -> None:
+def test_z_loss_and_its_gradient(context: ParallelContext) -> None:
     """Mean squared log-sum-exp by router over real tokens; nothing else attached."""
-    module = router(world, z_loss=0.3)
+    module = router(context, z_loss=0.3)
     hidden, types = tokens()
     probs, _ = module(hidden, types)
     found = torch.autograd.grad(probs.sum() * 0.0, list(module.gates.values()))
@@ -98,9 +98,9 @@ def test_z_loss_and_its_gradient(world: World) -> None:
     assert torch.allclose(module.stats.z_R.float(), torch.stack(logged).detach(), rtol=1e-5)
 
 
-def test_padding_and_replay_are_not_counted(world: World) -> None:
+def test_padding_and_replay_are_not_counted(context: ParallelContext) -> None:
     """Counters take each real token once: padding never, a pass without gradients never."""
-    module = router(world, alpha=0.01)
+    module = router(context, alpha=0.01)
     hidden, types = tokens()
     with torch.no_grad():
         module(hidden, types)
@@ -111,8 +111,8 @@ def test_padding_and_replay_are_not_counted(world: World) -> None:
     assert torch.equal(module.stats.load_ME.sum(dim=1), 2 * real.double())
 
 
-def test_a_modality_without_tokens_costs_nothing(world: World) -> None:
-    module = router(world, alpha=1.0, z_loss=1.0)
+def test_a_modality_without_tokens_costs_nothing(context: ParallelContext) -> None:
+    module = router(context, alpha=1.0, z_loss=1.0)
     hidden, _ = tokens()
     types = torch.full((TOKENS, 1), TEXT, dtype=torch.int8)
     probs, _ = module(hidden, types)
@@ -122,17 +122,17 @@ def test_a_modality_without_tokens_costs_nothing(world: World) -> None:
 
 
 @pytest.mark.parametrize("router_dtype", ["fp32", None])
-def test_dtype_of_the_router(world: World, router_dtype: str | None) -> None:
+def test_dtype_of_the_router(context: ParallelContext, router_dtype: str | None) -> None:
     """fp32 computes the scores of bf16 values exactly; "model" rounds them to bf16.
 
     Either way the softmax is taken in fp32 and probabilities add up to 1.
     """
-    module = router(world, dtype=torch.bfloat16, router_dtype=router_dtype).eval()
+    module = router(context, dtype=torch.bfloat16, router_dtype=router_dtype).eval()
     hidden, types = tokens(torch.bfloat16)
     probs, chosen = module(hidden, types)
     assert probs.dtype == torch.float32
     assert torch.allclose(probs.sum(dim=1), torch.ones(TOKENS), atol=1e-6)
-    exact = router(world).eval()
+    exact = router(context).eval()
     exact.load_state_dict({k: v.float() for k, v in module.state_dict().items()}, strict=False)
     want, same = exact(hidden.float(), types)
     error = float((probs - want)[(chosen == same).all(dim=1)].abs().max())

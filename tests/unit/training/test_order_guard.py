@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moiie_megatron.checkpoint.store import Progress
-from moiie_megatron.data.order import Blend
+from moiie_megatron.checkpoint.save_load import Progress
+from moiie_megatron.data.stream.order import Blend
 from moiie_megatron.training.loop import _check_same_run, total_steps
 from tests.unit.config.minimal import load_minimal
 
@@ -23,7 +23,7 @@ def progress(sizes: tuple[int, ...], *weights: float) -> Progress:
 
 def test_the_same_order_goes_on() -> None:
     saved = progress((40, 20), 1.0, 0.5)
-    _check_same_run(saved, replace(saved, step=0, consumed_samples=0, bad_samples=3), FOLDER)
+    _check_same_run(saved, replace(saved, step=0, consumed_samples=0, skipped_samples=3), FOLDER)
     # 0.51 of 20 is 10 as well: the same samples.
     _check_same_run(saved, progress((40, 20), 1.0, 0.51), FOLDER)
     # Written before there were weights.

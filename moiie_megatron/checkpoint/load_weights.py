@@ -1,0 +1,110 @@
+"""Upcycling while loading: a MoE model reads a dense checkpoint, every rank expands its own.
+
+Every expert of a layer starts as the dense FFN of that layer, routers start fresh (paper,
+section 3).  With renormalised probabilities the upcycled model equals its dense parent up to
+rounding, whatever the routers say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from moiie_megatron.checkpoint.save_load import load_common, read_sharded, sharding_metadata
+from moiie_megatron.families.weight_map import CONNECTOR, EXPERTS, ROUTER, dense_name
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.utils.errors import UserError
+from moiie_megatron.vlm.model import MoIIEModel
+
+
+def load_weights(
+    folder: Path, context: ParallelContext, model: MoIIEModel, *, new_connector: bool = False
+) -> None:
+    """Load the weights of a checkpoint of any stage and layout into a fresh model.
+
+    Where the model has experts and the checkpoint has a dense FFN, the layer is upcycled.
+
+    Args:
+        new_connector: The connector keeps its fresh weights.
+
+    Raises:
+        UserError: The folder is no checkpoint, or its tensors do not fit the model.
+    """
+    load_common(folder)
+    present = {t.key: t for t in dist_checkpointing.load_tensors_metadata(str(folder)).values()}
+    # One load per distinct piece: all local experts of a layer share the dense one.
+    wanted: dict[str, ShardedTensor] = {}
+    entries: list[tuple[Any, list[str]]] = []
+    for entry in _entries(model, context):
+        names = []
+        for shard in _shards(entry):
+            if ROUTER in shard.key and shard.key not in present:
+                continue  # a fresh router
+            if new_connector and shard.key.startswith(CONNECTOR):
+                continue
+            source = shard if shard.key in present else _dense_shard(shard)
+            _check(source, present, folder)
+            name = f"{source.key}@{source.global_offset}"
+            wanted.setdefault(name, source)
+            names.append(name)
+        if names:
+            entries.append((entry, names))
+    # Ranks that hold the same expert read the same dense shard: no exclusive owners here.
+    loaded = read_sharded(folder, dict(wanted), validate_access_integrity=False)
+    with torch.no_grad():
+        for entry, names in entries:
+            pieces = [loaded[name] for name in names]
+            value = entry.merge_fn(pieces) if isinstance(entry, ShardedTensorFactory) else pieces[0]
+            entry.data.copy_(value)
+
+
+def _entries(
+    model: MoIIEModel, context: ParallelContext
+) -> list[ShardedTensor | ShardedTensorFactory]:
+    """One entry per parameter; extra state of Transformer Engine modules has nothing to load."""
+    state = model.sharded_state_dict(metadata=sharding_metadata(context))
+    return [v for v in state.values() if isinstance(v, ShardedTensor | ShardedTensorFactory)]
+
+
+def _shards(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    return entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+
+
+def _dense_shard(shard: ShardedTensor) -> ShardedTensor:
+    """The same cut of the dense tensor: without the leading expert axis if there is one."""
+    name = dense_name(shard.key)
+    if EXPERTS not in shard.key:
+        return replace(shard, key=name)
+    assert shard.prepend_axis_num == 1, shard
+    return replace(
+        shard,
+        key=name,
+        data=_fresh(shard),
+        global_shape=shard.global_shape[1:],
+        global_offset=shard.global_offset[1:],
+        axis_fragmentations=shard.axis_fragmentations[1:],
+        prepend_axis_num=0,
+    )
+
+
+def _fresh(shard: ShardedTensor) -> Tensor:
+    return torch.empty(shard.local_shape, dtype=shard.dtype, device=shard.data.device)
+
+
+def _check(shard: ShardedTensor, present: dict[str, ShardedTensor], folder: Path) -> None:
+    if shard.key not in present:
+        raise UserError(
+            f"The checkpoint {folder} has no tensor {shard.key}: it belongs to another model."
+        )
+    have = tuple(present[shard.key].global_shape)
+    if have != tuple(shard.global_shape):
+        raise UserError(
+            f"{shard.key} has shape {have} in the checkpoint {folder} but this run wants "
+            f"{tuple(shard.global_shape)}: use the same language, vision and moe sections."
+        )

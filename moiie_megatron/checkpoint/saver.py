@@ -1,0 +1,114 @@
+"""Saves a run, at once or in the background, and never gives a name to what is not complete.
+
+Both ways are one request of Megatron-Core: what to write, and what all ranks do when everybody
+has written.  In the background every rank forks a process that writes a copy of its state as it
+was at the fork (GPU tensors are copied to the host before), and training goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
+
+from moiie_megatron.checkpoint.directory import CONFIG_FILE, copy_tokenizer, step_folder
+from moiie_megatron.checkpoint.finalize import publish, writing_folder
+from moiie_megatron.checkpoint.save_load import Progress, request_save
+from moiie_megatron.config.load import dump_config
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.utils.errors import UserError
+
+
+class CheckpointSaver:
+    """The saves of a run; every rank calls every method alike.
+
+    Args:
+        parts: What ``request_save`` takes.
+        report: Called with every checkpoint that is complete, and the seconds since its save
+            began.
+
+    Attributes:
+        newest: The last complete checkpoint.
+
+    All methods raise ValueError, on all ranks, where a save has failed.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        context: ParallelContext,
+        parts: dict[str, Any],
+        report: Callable[[Path, float], None],
+        newest: Path | None,
+    ) -> None:
+        self.newest = newest
+        self._config = config
+        self._world = context
+        self._parts = parts
+        self._report = report
+        self._pending = AsyncCallsQueue()
+
+    def save(self, progress: Progress) -> None:
+        """Save; with ``checkpoint.asynchronous`` return as soon as the state is copied."""
+        self.drain()
+        started = time.monotonic()
+        final = step_folder(self._config.output, progress.step)
+        with self._failures(final):
+            request = request_save(writing_folder(final), self._world, self._parts, progress)
+            request.add_finalize_fn(partial(self._finish, final, started))
+            if self._config.checkpoint.asynchronous:
+                self._pending.schedule_async_request(request)
+            else:
+                request.execute_sync()
+
+    def poll(self) -> None:
+        """Finish a save whose writers are done on all ranks (one small reduction while there is
+        a save in the background, nothing otherwise)."""
+        self._finalize(blocking=False)
+
+    def drain(self) -> None:
+        """Wait for the save in the background, and finish it."""
+        self._finalize(blocking=True)
+
+    def _finalize(self, *, blocking: bool) -> None:
+        if self._pending.get_num_unfinalized_calls():
+            with self._failures(Path(self._config.output)):
+                self._pending.maybe_finalize_async_calls(blocking=blocking)
+
+    def _finish(self, final: Path, started: float) -> None:
+        config = self._config
+        if self._world.rank == 0:
+            beside = writing_folder(final)
+            (beside / CONFIG_FILE).write_text(dump_config(config))
+            copy_tokenizer(Path(config.data.tokenizer), beside)
+            publish(final, keep=config.checkpoint.keep)
+        dist.barrier()
+        self.newest = final
+        self._report(final, time.monotonic() - started)
+
+    @contextmanager
+    def _failures(self, folder: Path) -> Iterator[None]:
+        """Megatron tells every rank that a save has failed, but only rank 0 why."""
+        try:
+            yield
+        except OSError as error:  # rank 0 alone, while it completes the folder
+            raise UserError(_failed(folder, str(error))) from error
+        except CheckpointException as error:
+            reason = [next((str(cause) for cause, _ in error.failures.values()), "")]
+            dist.broadcast_object_list(reason, src=0)
+            raise UserError(_failed(folder, reason[0])) from error
+
+
+def _failed(folder: Path, reason: str) -> str:
+    return (
+        f"The checkpoint {folder} could not be written ({reason.rstrip('.')}): make room there "
+        "and start again, the run goes on from the checkpoint before."
+    )

@@ -1,0 +1,118 @@
+"""From a process that a launcher started to a finished run, with errors fit for a user.
+
+Torch and Megatron are imported where they are needed: a mistake in the configuration is told
+without waiting for them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from moiie_megatron.config.optional_dependencies import check_extras
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.config.validate import check_config, check_paths
+from moiie_megatron.mcore.dist_env import DistEnv, connect_store
+from moiie_megatron.utils.errors import UserError
+
+_FAILED = "moiie/failed"
+_CONNECT_TIMEOUT = timedelta(seconds=20)
+
+
+def check_run(config: RunConfig, dist_env: DistEnv) -> None:
+    """Everything that can be known before the first process group exists.
+
+    Raises:
+        UserError: See ``config/validate.py`` and ``config/optional_dependencies.py``.
+    """
+    check_config(config, world_size=dist_env.world_size)
+    check_extras(config)
+    check_paths(config)
+    from moiie_megatron.mcore.config import passthrough_fields
+
+    passthrough_fields(config)
+
+
+def check_runs(configs: Sequence[RunConfig], dist_env: DistEnv) -> None:
+    """``check_run`` for runs that follow each other; one may start from what an earlier one is
+    still going to write.
+
+    Raises:
+        UserError: See ``check_run``; or two runs write to one folder.
+    """
+    outputs: list[Path] = []
+    for config in configs:
+        source = config.checkpoint.init_from
+        if source is not None and Path(source) in outputs:
+            later = config.checkpoint.model_copy(update={"init_from": None})
+            check_run(config.model_copy(update={"checkpoint": later}), dist_env)
+        else:
+            check_run(config, dist_env)
+        if Path(config.output) in outputs:
+            raise UserError(
+                f"output is {config.output!r} in two of the runs: give each its own folder."
+            )
+        outputs.append(Path(config.output))
+
+
+def exit_code(task: Callable[[], None], dist_env: DistEnv) -> int:
+    """Run a task of this process; a user's error becomes one sentence and the code 1.
+
+    One process of a job prints: the first that fails, whichever rank it is.  The launcher ends
+    the others; what they meet because a peer is gone is not worth a traceback.
+    """
+    try:
+        task()
+    except ValueError as error:
+        if _is_first_to_fail(dist_env):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return _leave(1)
+    except Exception:
+        if _peer_has_failed(dist_env):
+            return _leave(1)
+        raise
+    return 0
+
+
+def _is_first_to_fail(dist_env: DistEnv) -> bool:
+    if dist_env.world_size == 1:
+        return True
+    try:
+        return bool(_connect_to_job(dist_env).add(_FAILED, 1) == 1)
+    except (RuntimeError, ValueError):  # nobody holds the store: better twice than never
+        return True
+
+
+def _peer_has_failed(dist_env: DistEnv) -> bool:
+    if dist_env.world_size == 1:
+        return False
+    try:
+        return bool(_connect_to_job(dist_env).check([_FAILED]))
+    except (RuntimeError, ValueError):
+        return False
+
+
+def _connect_to_job(dist_env: DistEnv) -> Any:
+    """The key-value store that connects the processes of the job, joined even before they are
+    connected otherwise: an error on one node alone must be told too.
+
+    Raises:
+        RuntimeError: Nobody holds the store (any more).
+        UserError: The launcher named none.
+    """
+    return connect_store(dist_env, _CONNECT_TIMEOUT)
+
+
+def _leave(code: int) -> int:
+    """End the process at once if it is connected: other processes may be inside a collective,
+    and threads of the communication library would wait for them at a normal exit."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

@@ -1,0 +1,1 @@
+"""Hugging Face models to Megatron checkpoints, and back."""

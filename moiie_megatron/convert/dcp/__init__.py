@@ -1,0 +1,1 @@
+"""Files of Megatron ``torch_dist`` checkpoints, tensor by tensor."""

@@ -1,0 +1,221 @@
+"""Reads any Megatron ``torch_dist`` checkpoint tensor by tensor, of whatever parallel layout.
+
+No process group and no model: ``.metadata`` says where every part of every tensor lies.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION, find_checkpoint
+from moiie_megatron.config.load import load_saved_config
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.convert.dcp.tensor_archive import read_piece
+from moiie_megatron.families.transforms import TensorInfo
+from moiie_megatron.utils.errors import UserError
+
+
+class CheckpointReader:
+    """A checkpoint folder; only its metadata is held in memory.
+
+    Args:
+        path: The folder itself, or a run's output folder (its newest checkpoint).
+
+    Raises:
+        UserError: The folder is no complete checkpoint, or one of a newer version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = find_checkpoint(path)
+        self.common = _read_common(self.folder)
+        metadata = _read_metadata(self.folder)
+        self._places = metadata.storage_data
+        self._tensors = {
+            name: entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self.objects = [n for n in metadata.state_dict_metadata if n not in self._tensors]
+        # Experts are the leading axis of a tensor.
+        self.tensors = {
+            name: TensorInfo(tuple(entry.size), entry.properties.dtype)
+            for name, entry in self._tensors.items()
+        }
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The configuration in the folder, without any parallelism.
+
+        Raises:
+            UserError: It is missing or broken.
+        """
+        return load_saved_config(self.folder / CONFIG_FILE, ["parallel={}"])
+
+    def info(self, name: str, expert: int | None = None) -> TensorInfo:
+        """Shape and dtype of a tensor, or of one expert's part.
+
+        Raises:
+            UserError: The checkpoint does not have it.
+        """
+        self._require(name, expert)
+        info = self.tensors[name]
+        return info if expert is None else TensorInfo(info.shape[1:], info.dtype)
+
+    def get(self, name: str, expert: int | None = None) -> Tensor:
+        """A whole tensor or one expert's part, put together from the parts that ranks wrote.
+
+        Where it was written in one part it is mapped, not copied.
+
+        Raises:
+            UserError: The checkpoint does not have it, or a file is unreadable.
+        """
+        self._require(name, expert)
+        entry = self._tensors[name]
+        chunks = [c for c in entry.chunks if expert is None or _holds(c, expert)]
+        shape = entry.size if expert is None else entry.size[1:]
+        if len(chunks) == 1:
+            piece = self._piece(name, chunks[0], expert)
+            if piece.shape == shape:
+                return piece
+        full = torch.empty(shape, dtype=entry.properties.dtype)
+        filled = 0
+        for chunk in chunks:
+            piece = self._piece(name, chunk, expert)
+            offsets = chunk.offsets if expert is None else chunk.offsets[1:]
+            box = tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))
+            full[box].copy_(piece)
+            filled += piece.numel()
+        self._check_filled(name, filled, full)
+        return full
+
+    def get_part(self, name: str, offsets: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """A box of a tensor; only the parts that it touches are read.
+
+        Raises:
+            UserError: As ``get``.
+        """
+        self._require(name, None)
+        entry, filled = self._tensors[name], 0
+        part = torch.empty(tuple(shape), dtype=entry.properties.dtype)
+        for chunk in entry.chunks:
+            begin = [max(o, c) for o, c in zip(offsets, chunk.offsets, strict=True)]
+            sizes = zip(offsets, shape, chunk.offsets, chunk.sizes, strict=True)
+            end = [min(o + n, c + m) for o, n, c, m in sizes]
+            if any(a >= b for a, b in zip(begin, end, strict=True)):
+                continue
+            box = list(zip(begin, end, strict=True))
+            theirs = tuple(
+                slice(a - c, b - c) for (a, b), c in zip(box, chunk.offsets, strict=True)
+            )
+            piece = self._piece(name, chunk, None)[theirs]
+            if piece.shape == part.shape:
+                return piece
+            part[tuple(slice(a - o, b - o) for (a, b), o in zip(box, offsets, strict=True))] = piece
+            filled += piece.numel()
+        self._check_filled(name, filled, part)
+        return part
+
+    def get_object(self, name: str) -> bytes:
+        """What is no tensor (``objects``), as it is stored.
+
+        Raises:
+            UserError: A file is unreadable.
+        """
+        place = self._places[MetadataIndex(name)]
+        file = self.folder / place.relative_path
+        try:
+            with file.open("rb") as stream:
+                stream.seek(place.offset)
+                data: bytes = stream.read(place.length)
+        except OSError as error:
+            raise UserError(
+                f"{file} cannot be read ({error}): copy the checkpoint again."
+            ) from error
+        if len(data) < place.length:
+            raise UserError(f"{file} is cut off: copy the checkpoint again.")
+        return data
+
+    def _piece(self, name: str, chunk: ChunkStorageMetadata, expert: int | None) -> Tensor:
+        place = self._places[MetadataIndex(name, chunk.offsets)]
+        piece = read_piece(self.folder / place.relative_path, place.offset, place.length)
+        if piece.shape != chunk.sizes:
+            raise UserError(
+                f"{self.folder / place.relative_path} holds {tuple(piece.shape)} values for "
+                f"{name} where {tuple(chunk.sizes)} are expected: copy the checkpoint again."
+            )
+        return piece if expert is None else piece[expert - chunk.offsets[0]]
+
+    def _check_filled(self, name: str, filled: int, full: Tensor) -> None:
+        if filled < full.numel():
+            raise UserError(
+                f"The parts of {name} in {self.folder} hold {filled} of its {full.numel()} values: "
+                "copy the checkpoint again."
+            )
+
+    def _require(self, name: str, expert: int | None) -> None:
+        if name not in self._tensors:
+            raise UserError(
+                f"The checkpoint {self.folder} has no tensor {name}: it belongs to another model "
+                f"than its {CONFIG_FILE} describes."
+            )
+        if expert is not None and expert >= self._tensors[name].size[0]:
+            raise UserError(
+                f"{name} holds {self._tensors[name].size[0]} experts in the checkpoint "
+                f"{self.folder}, expert {expert} is none of them: its {CONFIG_FILE} describes "
+                "another model."
+            )
+
+
+def _holds(chunk: ChunkStorageMetadata, expert: int) -> bool:
+    return chunk.offsets[0] <= expert < chunk.offsets[0] + chunk.sizes[0]
+
+
+def _read_common(folder: Path) -> dict[str, Any]:
+    """The common state, of a version that this program reads."""
+    common = _read(folder, "common.pt")
+    version = common.get("format_version") if isinstance(common, dict) else None
+    if version is None or version > FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has format version {version}, this program reads up to {FORMAT_VERSION}: "
+            "update moiie-megatron."
+        )
+    return common
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    metadata = _read(folder, ".metadata")
+    if not isinstance(metadata, Metadata):
+        raise _incomplete(folder, ".metadata is of another kind")
+    return metadata
+
+
+def _read(folder: Path, name: str) -> Any:
+    try:
+        if not (folder / "metadata.json").is_file():
+            raise FileNotFoundError("metadata.json is missing")
+        with (folder / name).open("rb") as stream:
+            if name == "common.pt":
+                return torch.load(stream, map_location="cpu", weights_only=True)
+            return pickle.load(stream)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise _incomplete(folder, str(error).splitlines()[0] if str(error) else name) from error
+
+
+def _incomplete(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"{folder} is not a complete Megatron checkpoint ({reason.rstrip('.')}): name a "
+        "step_... folder, the output folder of a run or a converted checkpoint."
+    )

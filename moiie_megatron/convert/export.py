@@ -1,0 +1,126 @@
+"""Export: a Megatron checkpoint of any parallel layout -> a Hugging Face directory.
+
+Needs only the checkpoint: no process group, no Megatron, one tensor in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from moiie_megatron.checkpoint.directory import CONFIG_FILE, check_output, new_directory
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.convert.dcp.reader import CheckpointReader
+from moiie_megatron.convert.hf.export_files import write_files
+from moiie_megatron.convert.hf.safetensors_writer import SafetensorsWriter
+from moiie_megatron.families import weight_map
+from moiie_megatron.families.shapes import expected_shape
+from moiie_megatron.families.transforms import TensorInfo
+from moiie_megatron.families.weight_map import WeightMapping
+from moiie_megatron.utils.errors import UserError
+
+MARKER = "config.json"  # by which an export is recognised before it is replaced
+
+Progress = Callable[[int, int], object]  # bytes done, bytes in all
+
+
+class Readable(Protocol):
+    """What an export needs of a checkpoint; see ``CheckpointReader``."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def config(self) -> RunConfig: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def info(self, name: str, expert: int | None = None) -> TensorInfo: ...
+
+    def get(self, name: str, expert: int | None = None) -> Tensor: ...
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    bytes_per_file: int = 5_000_000_000,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a directory that transformers loads with ``trust_remote_code=True``.
+
+    Weights keep the checkpoint's dtype.
+
+    Args:
+        checkpoint: A checkpoint folder, or a run's output folder (its newest checkpoint).
+        force: Replace an earlier export at ``out``.
+        bytes_per_file: Largest size of a file, unless a single tensor is larger.
+        progress: Told about every tensor written.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: A checkpoint that is incomplete, of a newer version or of another model than
+            its configuration says, or an output that may not be replaced or does not fit.
+    """
+    out = Path(out)
+    check_output(out, force=force, ours=MARKER)
+    export_from(CheckpointReader(checkpoint), out, force, bytes_per_file, progress)
+    return out
+
+
+def export_from(
+    reader: Readable,
+    out: Path,
+    force: bool = False,
+    bytes_per_file: int = 5_000_000_000,
+    progress: Progress | None = None,
+) -> None:
+    """``export_checkpoint`` for what reads like a checkpoint."""
+    rows = exported_rows(reader.config)
+    plan = [(row, _infos(reader, row)) for row in rows]
+    names = [(name, info) for row, infos in plan for name, info in zip(row.hf, infos, strict=True)]
+    total = sum(info.num_bytes for _, info in names)
+    dtype = reader.info(rows[-1].megatron, rows[-1].expert).dtype
+    with (
+        new_directory(out, num_bytes=total, force=force, ours=MARKER) as folder,
+        SafetensorsWriter(folder, names, bytes_per_file) as writer,
+    ):
+        # First, because what they need may be missing.
+        write_files(reader.folder, reader.config, folder, dtype)
+        done = 0
+        for row, infos in plan:
+            tensors = row.transform.to_hf(reader.get(row.megatron, row.expert))
+            for name, tensor in zip(row.hf, tensors, strict=True):
+                writer.write(name, tensor)
+            done += sum(info.num_bytes for info in infos)
+            if progress is not None:
+                progress(done, total)
+        writer.finish()
+
+
+def exported_rows(config: RunConfig) -> list[WeightMapping]:
+    """Every tensor of an export and what it is made from, in the order of the files."""
+    return weight_map.model_rows(
+        config.language, config.vision, config.moe.layout, config.moe_layers
+    )
+
+
+def _infos(reader: Readable, row: WeightMapping) -> list[TensorInfo]:
+    """Shape and dtype of the tensors that a row becomes."""
+    whole = reader.info(row.megatron, row.expert)
+    have, want = reader.tensors[row.megatron].shape, expected_shape(reader.config, row.megatron)
+    if row.expert is not None:
+        want = (reader.config.moe.layout.num_experts, *want)
+    if have != want:
+        raise UserError(
+            f"{row.megatron} has shape {have} in {reader.folder} but its {CONFIG_FILE} means "
+            f"{want}: restore the file that belongs to the checkpoint."
+        )
+    return [TensorInfo.of(part) for part in row.transform.to_hf(whole.meta())]

@@ -1,0 +1,286 @@
+"""Import: a trained MoIIE model in Hugging Face files -> a Megatron checkpoint.
+
+Reads what ``to_hf.py`` exports, and checkpoints trained with the reference's code
+(github.com/AlenjandroWang/MoIIE): language model and experts under the reference's names, vision
+tower anywhere below ``vision_tower.``, connector as ``mm_projector``.  Tensor by tensor; no GPU,
+no process group, no Megatron.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moiie_megatron.checkpoint.directory import (
+    CONFIG_FILE,
+    check_output,
+    copy_tokenizer,
+    new_directory,
+)
+from moiie_megatron.config.load import dump_config
+from moiie_megatron.config.schema import LanguageConfig, RunConfig
+from moiie_megatron.convert.conversion_report import ConversionReport
+from moiie_megatron.convert.dcp.writer import CheckpointWriter
+from moiie_megatron.convert.default_run_config import run_from_checkpoint
+from moiie_megatron.convert.hf.config import read_config, read_language_config, read_moe_config
+from moiie_megatron.convert.hf.reader import HfReader, language_reader, vision_reader
+from moiie_megatron.convert.hf.trained_experts import Groups, TrainedExperts, read_trained_experts
+from moiie_megatron.convert.hf.trained_vision import Tower, find_vision
+from moiie_megatron.convert.upcycle import (
+    MARKER,
+    Progress,
+    common_state,
+    fresh_connector,
+    layer_number,
+    template_of,
+)
+from moiie_megatron.families import weight_map
+from moiie_megatron.families.shapes import expected_shape
+from moiie_megatron.families.transforms import TensorInfo
+from moiie_megatron.families.weight_map import WeightMapping
+from moiie_megatron.layout.experts import moe_layers
+from moiie_megatron.utils.errors import UserError
+
+_EMBEDDING = f"{weight_map.LANGUAGE}embedding.word_embeddings.weight"
+_FIRST = f"{weight_map.CONNECTOR}linear_1.weight"
+_SEED = 1234  # of a fresh connector, and of the run in the checkpoint
+_PROCESSOR = "processor_config.json"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A new checkpoint, and sentences that its maker should read."""
+
+    folder: Path
+    notes: tuple[str, ...]
+
+
+def import_checkpoint(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    vision: str | Path | None = None,
+    groups: Groups | None = None,
+    last_image_token_as_text: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Imported:
+    """Write a checkpoint that training can go on from and that can be exported.
+
+    Weights keep their dtype.
+
+    Args:
+        directory: An export, or a checkpoint of the reference with its tokenizer.
+        vision: Hugging Face directory of the vision encoder, where ``directory`` does not
+            describe it (the reference's checkpoints do not).
+        groups: Numbers of vision, shared and text experts, where the reference's checkpoint does
+            not tell.
+        last_image_token_as_text: Keep the reference's rule that the last image token of every run
+            counts as text; an export says so itself.
+        force: Replace an earlier checkpoint at ``out``.
+        progress: Told about every tensor written.
+
+    Raises:
+        UserError: Sources or output that cannot be used, said before anything is written; or a
+            source that turns out to be unreadable.
+    """
+    directory, out = Path(directory), Path(out)
+    check_output(out, force=force, ours=MARKER)
+    source = _Source.open(directory, None if vision is None else Path(vision), groups)
+    config = _config(directory, out, source, last_image_token_as_text)
+    weights = _Weights(source, config)
+    plan = [(row, weights.info(row)) for row in weights.rows]
+    operation = {
+        "operation": "import",
+        "hf": str(directory),
+        "vision": str(source.tower.directory),
+        "last_image_token_as_text": config.moe.last_image_token_as_text,
+    }
+    total = sum(info.num_bytes for _, info in plan)
+    with (
+        new_directory(out, num_bytes=total, force=force, ours=MARKER) as folder,
+        ConversionReport(operation, source.files) as receipt,
+        CheckpointWriter(folder) as writer,
+    ):
+        done = 0
+        for row, info in plan:
+            _write(row, weights.get(row), config, writer, receipt)
+            done += info.num_bytes
+            if progress is not None:
+                progress(done, total)
+        (folder / CONFIG_FILE).write_text(dump_config(config))
+        copy_tokenizer(directory, folder)
+        receipt.write(folder)
+        writer.finish(common_state(_SEED))
+    return Imported(out, tuple(_notes(source, config)))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a directory is found to hold."""
+
+    language: LanguageConfig
+    experts: TrainedExperts
+    tower: Tower
+    decoder: HfReader  # and the connector
+    vision: HfReader
+
+    @classmethod
+    def open(cls, directory: Path, vision: Path | None, groups: Groups | None) -> _Source:
+        if read_moe_config(directory) is not None:
+            raise UserError(f"{directory} is a language model alone: upcycle it instead.")
+        language = read_language_config(directory)
+        experts = read_trained_experts(directory, language.num_layers, groups)
+        tower = find_vision(directory, vision)
+        layout, layers = experts.moe.layout, []
+        if not layout.is_dense:
+            layers = moe_layers(experts.moe.layers, language.num_layers)
+        decoder = language_reader(language, layout, layers, directory, experts.ignored)
+        if tower.is_inside and decoder.row(_FIRST, None) is None:
+            raise UserError(
+                f"{directory} holds a vision tower but no connector (mm_projector or "
+                "multi_modal_projector): copy the checkpoint again."
+            )
+        return cls(language, experts, tower, decoder, vision_reader(tower.config, tower.directory))
+
+    @property
+    def has_connector(self) -> bool:
+        return self.decoder.row(_FIRST, None) is not None
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({*self.decoder.source.files, *self.vision.source.files})
+
+
+def _config(
+    directory: Path, out: Path, source: _Source, last_image_token_as_text: bool
+) -> RunConfig:
+    first, embedding = source.decoder.info(_FIRST, None), source.decoder.info(_EMBEDDING, None)
+    assert embedding is not None
+    moe = source.experts.moe
+    if last_image_token_as_text and moe.layout.is_dense:
+        raise UserError(f"{directory} has no experts: leave the reference mask out.")
+    config = run_from_checkpoint(
+        out,
+        language=source.language,
+        vision=source.tower.config,
+        connector_size=None if first is None else first.shape[0],
+        moe=moe.model_copy(
+            update={
+                "last_image_token_as_text": last_image_token_as_text or moe.last_image_token_as_text
+            }
+        ),
+        template=template_of(directory, source.language),
+        dtype=embedding.dtype,
+        seed=_SEED,
+    )
+    processor = _processor(directory)
+    stage = config.stage.model_copy(update={"image_mode": processor["image_mode"]})
+    data = config.data.model_copy(update={"image_token": processor["image_token"]})
+    return config.model_copy(update={"stage": stage, "data": data})
+
+
+def _processor(directory: Path) -> dict[str, Any]:
+    """How images are prepared and what stands for them: as exported, or in LLaVA's terms."""
+    file = directory / _PROCESSOR
+    if not file.is_file():
+        _, given = read_config(directory)
+        is_padded = given.get("image_aspect_ratio") == "pad"
+        return {"image_mode": "pad" if is_padded else "square", "image_token": "<image>"}
+    try:
+        content = json.loads(file.read_text())
+        mode, token = content.get("image_mode", "square"), content.get("image_token", "<image>")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): copy it again.") from error
+    if mode not in ("square", "pad"):
+        raise UserError(f"image_mode is {mode} in {file}: use square or pad.")
+    return {"image_mode": mode, "image_token": token}
+
+
+class _Weights:
+    """Every tensor of the new checkpoint, by its row in the name tables."""
+
+    def __init__(self, source: _Source, config: RunConfig) -> None:
+        self._source, self._config = source, config
+        self._connector: Mapping[str, Tensor] = {}
+        self.rows = weight_map.model_rows(
+            config.language, config.vision, config.moe.layout, config.moe_layers
+        )
+        if not source.has_connector:
+            dtype = self._info(next(row for row in self.rows if row.megatron == _EMBEDDING)).dtype
+            self._connector = {
+                weight_map.CONNECTOR + name: tensor.to(dtype)
+                for name, tensor in fresh_connector(config).items()
+            }
+
+    def info(self, row: WeightMapping) -> TensorInfo:
+        """Shape and dtype.
+
+        Raises:
+            UserError: Another shape than the configuration means.
+        """
+        info, shape = self._info(row), expected_shape(self._config, row.megatron)
+        if info.shape != shape:
+            raise UserError(
+                f"{row.megatron} has shape {info.shape} in the source but its config.json means "
+                f"{shape}: use the weights that belong to it."
+            )
+        return info
+
+    def get(self, row: WeightMapping) -> Tensor:
+        if row.megatron in self._connector:
+            return self._connector[row.megatron]
+        tensor = self._reader(row).get(row.megatron, row.expert)
+        assert tensor is not None, row
+        return tensor
+
+    def _info(self, row: WeightMapping) -> TensorInfo:
+        if row.megatron in self._connector:
+            return TensorInfo.of(self._connector[row.megatron])
+        info = self._reader(row).info(row.megatron, row.expert)
+        assert info is not None, row  # the readers refuse a source that lacks a tensor
+        return info
+
+    def _reader(self, row: WeightMapping) -> HfReader:
+        is_vision = row.megatron.startswith(weight_map.VISION)
+        return self._source.vision if is_vision else self._source.decoder
+
+
+def _write(
+    row: WeightMapping,
+    tensor: Tensor,
+    config: RunConfig,
+    writer: CheckpointWriter,
+    receipt: ConversionReport,
+) -> None:
+    name, layout = row.megatron, config.moe.layout
+    if row.expert is None:
+        add = receipt.add_router if weight_map.ROUTER in name else receipt.add
+        add(name, tensor, writer.write(name, tensor))
+        return
+    receipt.add_expert(
+        name,
+        tensor,
+        writer.write_expert(name, tensor, row.expert, layout.num_experts),
+        layer=layer_number(name),
+        expert=layout.name(row.expert),
+        dense=None,  # trained apart
+    )
+
+
+def _notes(source: _Source, config: RunConfig) -> list[str]:
+    notes = []
+    if source.experts.is_reference and not config.moe.last_image_token_as_text:
+        notes.append(
+            "The names are the reference's: if its published code trained the model, import it "
+            "with --last-image-token-as-text, which keeps its rule that the last image token of "
+            "every run counts as text."
+        )
+    if not source.has_connector:
+        notes.append("There is no connector in the files: it starts fresh.")
+    return notes

@@ -1,0 +1,1 @@
+"""A small real data set: questions over scanned digits."""

@@ -1,0 +1,195 @@
+"""Image files to uint8 tensors.  PIL only: torchvision is not needed anywhere."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.utils.errors import UserError
+
+# Formats that are pictures and nothing else: EPS, for one, would start another program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    UserError,
+    EOFError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    Warning,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class PixelStatistics:
+    """Mean and standard deviation per channel (RGB), of pixels scaled to 0..1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+# The values of the released preprocessors (google/siglip-*, openai/clip-*).
+SIGLIP_STATISTICS: Final = PixelStatistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP_STATISTICS: Final = PixelStatistics(
+    (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+)
+
+
+def pixel_statistics(family: Literal["siglip", "clip"]) -> PixelStatistics:
+    """The statistics that a vision encoder was trained with."""
+    return {"siglip": SIGLIP_STATISTICS, "clip": CLIP_STATISTICS}[family]
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [n, 3, S, S] to normalised float32 [n, 3, S, S], on the device of ``images``."""
+    shape = (1, 3, 1, 1)
+    mean_t = torch.tensor(mean, device=images.device).view(shape)
+    std_t = torch.tensor(std, device=images.device).view(shape)
+    return (images.float() / 255.0 - mean_t) / std_t
+
+
+class ImageDecoder:
+    """Makes squares of one size from image files.
+
+    Args:
+        image_size: Side S of the result in pixels.
+        mode: ``square`` stretches to S x S; ``pad`` first pastes the image in the middle of a
+            square of the mean colour (LLaVA's ``image_aspect_ratio: pad``).
+        mean: Mean per channel, 0..1: the colour of the padding.
+        std: Standard deviation per channel, kept for ``normalize``.
+        max_pixels: Larger images are refused before they are decoded; in ``pad`` mode the square
+            counts.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        mode: Literal["square", "pad"],
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        max_pixels: int = 2**26,
+    ) -> None:
+        if mode not in ("square", "pad"):
+            raise UserError(f"stage.image_mode is {mode}: use square or pad.")
+        self.image_size = image_size
+        self.mode = mode
+        self.mean = mean
+        self.std = std
+        self.max_pixels = max_pixels
+
+    def decode(self, file: Path | BinaryIO, name: str) -> Tensor:
+        """The image in ``file``, called ``name`` in messages: uint8 [3, S, S], RGB, upright.
+
+        Raises:
+            BadRecord: Not an image, damaged or too large.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # damaged metadata is no reason to stop
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(file, formats=_FORMATS) as opened:
+                    self._check_size(name, opened.size)
+                    image = _as_rgb(ImageOps.exif_transpose(opened))
+                if self.mode == "pad":
+                    image = self._padded(image)
+                size = (self.image_size, self.image_size)
+                image = image.resize(size, Image.Resampling.BICUBIC)
+        except BadRecord:
+            raise
+        except UnidentifiedImageError as error:  # its own text names the file object
+            raise BadRecord(f"image {name} cannot be read (no known picture format)") from error
+        except _DECODING_ERRORS as error:
+            raise BadRecord(f"image {name} cannot be read ({error})") from error
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+    def _check_size(self, path: str, size: tuple[int, int]) -> None:
+        width, height = size
+        pixels = max(size) ** 2 if self.mode == "pad" else width * height
+        if pixels > self.max_pixels:
+            raise BadRecord(
+                f"image {path} of {width} x {height} needs {pixels} pixels, more than "
+                f"{self.max_pixels}"
+            )
+
+    def _padded(self, image: Image.Image) -> Image.Image:
+        side = max(image.size)
+        red, green, blue = (int(channel * 255) for channel in self.mean)
+        square = Image.new("RGB", (side, side), (red, green, blue))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+
+class ImageLoader(ImageDecoder):
+    """Reads images below one folder.
+
+    Args:
+        root: The folder; a path that leads out of it, by ``..`` or a symbolic link, is refused.
+
+    The others are those of ``ImageDecoder``.
+
+    Raises:
+        UserError: ``root`` is not a folder.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int,
+        mode: Literal["square", "pad"],
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        max_pixels: int = 2**26,
+    ) -> None:
+        self.root = Path(root).resolve()
+        if not self.root.is_dir():
+            raise UserError(f"The image folder {root} does not exist or is not a folder.")
+        super().__init__(image_size, mode, mean, std, max_pixels)
+
+    def load(self, path: str) -> Tensor:
+        """The image at ``path`` (relative to the root): uint8 [3, S, S], RGB, upright.
+
+        Raises:
+            BadRecord: Outside the root, missing, not an image, damaged or too large.
+        """
+        return self.decode(self.locate(path), path)
+
+    def locate(self, path: str) -> Path:
+        """The file of the image at ``path`` (relative to the root).
+
+        Raises:
+            BadRecord: Outside the root, or not there.
+        """
+        relative = Path(path)
+        if relative.is_absolute() or ".." in relative.parts or "\0" in path:
+            raise BadRecord(f"image {path!r} is not a plain path below {self.root}")
+        try:
+            file = (self.root / relative).resolve()
+            if not file.is_relative_to(self.root):
+                raise BadRecord(f"image {path} leads out of {self.root}, to {file}")
+            if not file.is_file():
+                raise BadRecord(f"image {path} does not exist below {self.root}")
+        except (OSError, RuntimeError) as error:  # name too long, a loop of links
+            raise BadRecord(f"image {path[:200]} cannot be read ({error})") from error
+        return file
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise UserError("pixels are floating-point numbers without a known range")
+    if image.mode.startswith("I"):  # 16 bits per pixel: PIL's own conversion clips at 255
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
+    return image.convert("RGB")

@@ -1,0 +1,1 @@
+"""Record files: LLaVA JSON, JSON lines, tar shards."""

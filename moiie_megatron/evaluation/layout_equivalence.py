@@ -1,0 +1,187 @@
+"""One optimizer step recorded as full logical tensors, so that layouts can be compared.
+
+Every rank cuts its parameters, gradients and logits by their place in the distributed
+checkpoint; rank 0 puts the pieces together.  A tensor that several ranks hold (replicas) must be
+the same on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from moiie_megatron.checkpoint.save_load import sharding_metadata
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.convert.fill_model import fill_model
+from moiie_megatron.data.stream.batch import Batch
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.training.logging.router_stats import RoutingCounters
+from moiie_megatron.training.state import prepare_training
+from moiie_megatron.training.step import count_tokens, evaluate_loss, run_schedule
+from moiie_megatron.utils.errors import UserError
+from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.model import MoIIEModel
+
+# What a piece of a tensor is: its name, the full shape, where it starts, and the numbers.
+_Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
+
+
+def record_step(
+    config: RunConfig,
+    context: ParallelContext,
+    batches: list[Batch],
+    weights: Callable[[str, int | None], Tensor | None] | None,
+) -> dict[str, Tensor] | None:
+    """One step from given weights; every rank calls this.
+
+    Args:
+        batches: This rank's micro-batches of the global batch.
+        weights: Full tensors by logical name (``convert/fill_model.py``); None keeps fresh ones.
+
+    Returns:
+        On rank 0: ``start/NAME``, ``grad/NAME`` (after all reductions), ``next/NAME`` (after the
+        optimizer) by logical tensor name, and ``loss``, ``eval_loss``, ``aux``; elsewhere None.
+
+    Raises:
+        UserError: Replicas of a tensor differ between ranks.
+    """
+    # Gradients are whole on every rank only without the distributed optimizer's shards.
+    config = config.model_copy(
+        update={"optimizer": config.optimizer.model_copy(update={"distributed": False})}
+    )
+    model = build_model(config, context)
+    if weights is not None:
+        fill_model(model, weights)
+    record = _gather("start", _pieces(model, context, lambda parameter: parameter.data), context)
+    eval_loss = evaluate_loss(config, context, model, batches)
+    train_state = prepare_training(config, context, model, steps=10)
+    labels, *_ = count_tokens(batches, context)
+    scale = len(batches) * context.dp_size / max(labels, 1)
+    losses_M = run_schedule(config, context, train_state.ddp, batches, loss_scale=scale)
+    loss = losses_M.sum() / max(labels, 1)
+    for group in (context.groups.dp, context.groups.pp):
+        dist.all_reduce(loss, group=group)
+    counters = RoutingCounters(config, context, model)
+    counters.count_step(len(batches) * context.dp_size)
+    aux = counters.losses().aux
+    record |= _gather("grad", _pieces(model, context, _main_grad), context)
+    train_state.optimizer.step_if(lambda: True)
+    record |= _gather("next", _pieces(model, context, lambda parameter: parameter.data), context)
+    record |= {
+        "loss": loss.cpu(),
+        "eval_loss": torch.tensor(eval_loss),
+        "aux": torch.tensor(list(aux.values())),
+    }
+    return record if context.rank == 0 else None
+
+
+def _main_grad(parameter: Tensor) -> Tensor | None:
+    return parameter.main_grad if parameter.requires_grad else None
+
+
+def _pieces(
+    model: MoIIEModel, context: ParallelContext, read: Callable[[Tensor], Tensor | None]
+) -> Iterator[_Piece]:
+    """What this rank holds of every tensor; ``read`` gives the numbers of a parameter."""
+    for entry in model.sharded_state_dict(metadata=sharding_metadata(context)).values():
+        if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
+            continue  # extra state of Transformer Engine modules
+        values = read(entry.data)
+        if values is None:
+            continue
+        if isinstance(entry, ShardedTensorFactory):
+            shards = entry.build_fn(entry.key, values, entry.replica_id, None)
+        else:
+            entry.data = values
+            shards = [entry]
+        for shard in shards:
+            part = shard.data.detach().float().cpu().clone()
+            part = part.reshape((1,) * shard.prepend_axis_num + tuple(part.shape))
+            yield shard.key, tuple(shard.global_shape), tuple(shard.global_offset), part
+
+
+def _gather(kind: str, pieces: Iterator[_Piece], context: ParallelContext) -> dict[str, Any]:
+    """Full tensors on rank 0, an empty dictionary elsewhere.
+
+    Raises:
+        UserError: Two ranks hold different values of the same piece; on all ranks.
+    """
+    received: list[list[_Piece]] | None = [[]] * context.size if context.rank == 0 else None
+    dist.gather_object(list(pieces), received)
+    full: dict[str, Tensor] = {}
+    problem = [""]
+    try:
+        full = _whole(kind, received or [])
+    except ValueError as error:
+        problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise UserError(problem[0])
+    return full
+
+
+def _whole(kind: str, received: list[list[_Piece]]) -> dict[str, Tensor]:
+    """Full tensors from the pieces of all ranks.
+
+    Raises:
+        UserError: Two ranks hold different values of the same piece, or none holds some part.
+    """
+    full: dict[str, Tensor] = {}
+    for rank_pieces in received:
+        for name, shape, offset, part in rank_pieces:
+            whole = full.setdefault(f"{kind}/{name}", torch.full(shape, float("nan")))
+            place = whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))]
+            seen = ~place.isnan()
+            difference = (place - part)[seen].abs().max() if seen.any() else torch.zeros(())
+            if difference > 1e-5 * part.abs().max():
+                raise UserError(
+                    f"{kind} of {name} differs by {float(difference):.2e} between ranks that "
+                    "hold the same piece."
+                )
+            place.copy_(part)
+    for name, whole in full.items():
+        if whole.isnan().any():
+            raise UserError(f"{name} is not held completely by any set of ranks, or is NaN.")
+    return full
+
+
+def differences(
+    record: dict[str, Tensor], reference: dict[str, Tensor]
+) -> dict[str, tuple[float, str]]:
+    """Largest relative difference by kind, and the tensor that shows it.
+
+    A difference is relative to the largest value of its tensor (of its update, for ``next``), or
+    to a ten-thousandth of the largest of its kind if that is more: some gradients are zero but
+    for rounding (a key's bias moves no softmax), and noise over noise says nothing.
+
+    Returns:
+        ``loss``, ``eval_loss``, ``aux``, ``grad`` and ``next``.
+
+    Raises:
+        UserError: The records hold different tensors.
+    """
+    if record.keys() != reference.keys():
+        odd = sorted(record.keys() ^ reference.keys())
+        raise UserError(f"The layouts hold different tensors: {', '.join(odd[:5])}.")
+    errors: dict[str, list[tuple[float, float, str]]] = {}
+    for name, want in reference.items():
+        kind = name.split("/")[0]
+        if kind == "start":
+            continue
+        size = want
+        if kind == "next":
+            size = want - reference["start" + name.removeprefix("next")]
+        # A weight is rounded after its update, which may be far smaller than the weight.
+        rounding = torch.finfo(want.dtype).eps * want.abs() if kind == "next" else 0.0
+        error = ((record[name] - want).abs() - rounding).clamp(min=0.0).max()
+        errors.setdefault(kind, []).append((float(error), float(size.abs().max()), name))
+    worst = {}
+    for kind, found in errors.items():
+        floor = max(1e-4 * max(size for _, size, _ in found), 1e-30)
+        worst[kind] = max((error / max(size, floor), name) for error, size, name in found)
+    return worst

@@ -1,1 +1,0 @@
-"""Which experts exist and who may use them."""

@@ -1,0 +1,1 @@
+"""Model families: names, shapes and transforms of their weights."""

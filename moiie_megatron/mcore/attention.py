@@ -1,0 +1,91 @@
+"""Core attention on torch's fused kernel, for machines without Transformer Engine.
+
+Megatron-Core's local ``DotProductAttention`` materialises the s x s scores; torch's
+``scaled_dot_product_attention`` does not, on CPU and GPU alike.
+
+Shapes: s query positions, k key positions, b batch, n heads, g key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moiie_megatron.mcore.packed_sequences import Segments
+
+
+class SDPACoreAttention(MegatronModule):
+    """Causal self-attention, optionally within a sliding window and in packed rows.
+
+    The constructor has the arguments that Megatron's ``SelfAttention`` passes (file
+    ``transformer/attention.py``).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
+        self.softmax_scale = softmax_scale  # None: 1 / sqrt(d)
+        self.window = config.window_size[0] + 1 if config.window_size else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Segments | None = None,
+    ) -> Tensor:
+        """Attention of every query to the keys at and before its position.
+
+        Padding is on the right, so causality alone keeps real tokens from seeing it.  In a packed
+        row (then without the axis b) every segment sees itself alone: the cost is that of the
+        segments, not of the row.
+
+        Args:
+            query: ``(s, b, n, d)``, packed ``(s, n, d)``.
+            key: ``(s, b, g, d)``, packed ``(s, g, d)``.
+            value: ``(s, b, g, d)``, packed ``(s, g, d)``.
+            packed_seq_params: The segments of a packed row; their lengths add up to s.
+
+        Returns:
+            ``(s, b, n * d)``, packed ``(s, n * d)``.
+        """
+        if packed_seq_params is None:
+            return self._causal(query, key, value)
+        lengths = list(packed_seq_params.lengths)
+        parts = (tensor.unsqueeze(1).split(lengths) for tensor in (query, key, value))
+        return torch.cat([self._causal(*part) for part in zip(*parts, strict=True)]).squeeze(1)
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        s, b, n, d = query.shape
+        mask = None
+        if self.window is not None and s > self.window:
+            position = torch.arange(s, device=query.device)
+            distance = position[:, None] - position[None, :]
+            mask = (distance >= 0) & (distance < self.window)
+        out_bnsd = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=key.shape[2] != n,
+        )
+        return out_bnsd.permute(2, 0, 1, 3).reshape(s, b, n * d)

@@ -1,0 +1,279 @@
+"""The only file that spells Megatron-Core's configuration fields.
+
+Differences between Megatron-Core versions belong here: a renamed field is one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from typing import Any, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.config.validate import check_megatron_section
+from moiie_megatron.mcore.device import Device, has_transformer_engine
+from moiie_megatron.utils.errors import UserError
+
+# Fields that the project sets, and the configuration key that decides each.  The `megatron:`
+# section may hold every other field of TransformerConfig.
+_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
+_NOT_SUPPORTED = "the project, which does not support it"
+OWNED_FIELDS = {
+    # Of Megatron's router and shared experts; the project's own follow below.
+    **{
+        field.name: _NOT_SUPPORTED
+        for field in dataclasses.fields(TransformerConfig)
+        if field.name.startswith(("moe_router_", "moe_shared_expert_"))
+    },
+    "num_layers": "language.num_layers",
+    "hidden_size": "language.hidden_size",
+    "ffn_hidden_size": "language.ffn_hidden_size",
+    "num_attention_heads": "language.num_attention_heads",
+    "num_query_groups": "language.num_query_groups",
+    "layernorm_epsilon": "language.norm_epsilon",
+    "normalization": "language.family",
+    "activation_func": "language.family",
+    "gated_linear_unit": "language.family",
+    "add_bias_linear": "language.family",
+    "window_size": "language.sliding_window",
+    "softmax_scale": "language.longrope",
+    "num_moe_experts": "moe.variant",
+    "moe_layer_freq": "moe.layers",
+    "moe_ffn_hidden_size": "language.ffn_hidden_size",
+    "moe_router_topk": "moe.top_k",
+    "moe_router_dtype": "moe.router_dtype",
+    "moe_token_dispatcher_type": "moe.dispatcher",
+    "moe_router_load_balancing_type": "moe.text_aux_loss_coeff",
+    "moe_aux_loss_coeff": "moe.text_aux_loss_coeff",
+    "tensor_model_parallel_size": "parallel.tensor",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "expert_model_parallel_size": "parallel.expert",
+    "expert_tensor_parallel_size": "parallel.expert_tensor",
+    "sequence_parallel": "parallel.sequence",
+    "variable_seq_lengths": "data.padding",
+    "params_dtype": "train.precision",
+    "pipeline_dtype": "train.precision",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "deterministic_mode": "train.deterministic",
+    "autocast_dtype": "train.precision",
+    "moe_z_loss_coeff": "moe.z_loss_coeff",
+    "moe_latent_size": _NOT_SUPPORTED,
+    "mtp_num_layers": _NOT_SUPPORTED,
+    "context_parallel_size": _NOT_SUPPORTED,
+    "calculate_per_token_loss": "the training step (the loss is a mean over the global batch)",
+    "transformer_impl": "the machine (Transformer Engine where it is installed)",
+}
+
+
+def torch_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype of weights and activations."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def passthrough_fields(config: RunConfig) -> dict[str, Any]:
+    """The ``megatron:`` section, with values of the types that TransformerConfig declares.
+
+    Raises:
+        UserError: A field that does not exist, that another key decides, or of another type.
+    """
+    fields = [field.name for field in dataclasses.fields(TransformerConfig)]
+    check_megatron_section(config.megatron, fields, OWNED_FIELDS)
+    types, values = get_type_hints(TransformerConfig), {}
+    for name, value in config.megatron.items():
+        try:
+            values[name] = TypeAdapter(types[name], config=_ANY_CLASS).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise UserError(
+                f"megatron.{name} is {value!r}, which does not fit: {reason}."
+            ) from error
+    return values
+
+
+def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
+    """Megatron's description of the language model of this run.
+
+    Raises:
+        UserError: The ``megatron:`` section names a field that is unknown or not free.
+    """
+    passthrough = passthrough_fields(config)
+    language, moe, parallel = config.language, config.moe, config.parallel
+    dtype = torch_dtype(config)
+    fields: dict[str, Any] = {
+        "num_layers": language.num_layers,
+        "hidden_size": language.hidden_size,
+        "ffn_hidden_size": language.ffn_hidden_size,
+        "num_attention_heads": language.num_attention_heads,
+        "num_query_groups": language.num_query_groups,
+        "layernorm_epsilon": language.norm_epsilon,
+        "normalization": "RMSNorm",
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "sequence_parallel": parallel.sequence_parallel,
+        # Micro-batches may differ in length: pipeline stages tell each other the shapes.
+        "variable_seq_lengths": config.data.padding == "longest" and parallel.pipeline > 1,
+        # Dense stages dispatch nothing, but Megatron's default refuses lengths that vary.
+        "moe_token_dispatcher_type": "alltoall",
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "deterministic_mode": config.train.deterministic,
+        "persist_layer_norm": False,
+        # Fused kernels come with Transformer Engine; the same arithmetic runs without them.
+        "bias_activation_fusion": device.is_cuda,
+        # Megatron's own rotary embedding of packed rows would wait for their lengths in every
+        # layer, when they are on the GPU.
+        "apply_rope_fusion": config.data.packing and has_transformer_engine(device),
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": device.is_cuda and _has_fused_accumulation(),
+        "batch_p2p_comm": device.is_cuda,
+        "use_cpu_initialization": not device.is_cuda,
+    }
+    if language.sliding_window is not None:
+        # transformers: a token sees `sliding_window` positions, itself included.
+        fields["window_size"] = (language.sliding_window - 1, 0)
+    if language.longrope is not None:
+        # transformers multiplies queries and keys by the factor, so scores have it twice.
+        head_size = language.hidden_size // language.num_attention_heads
+        fields["softmax_scale"] = language.longrope.attention_factor**2 / math.sqrt(head_size)
+    moe_layers = config.moe_layers
+    if moe_layers:
+        fields |= {
+            "num_moe_experts": moe.layout.num_experts,
+            "moe_layer_freq": [int(i in moe_layers) for i in range(language.num_layers)],
+            "moe_ffn_hidden_size": language.ffn_hidden_size,
+            "moe_router_topk": moe.top_k,
+            "moe_router_dtype": "fp32" if moe.router_dtype == "fp32" else None,
+            "moe_router_load_balancing_type": "none",  # ours: moe/losses.py
+            # Megatron's name for the dispatcher that ours stands in for.
+            "moe_token_dispatcher_type": (
+                "alltoall" if moe.dispatcher == "moiie" else moe.dispatcher
+            ),
+            "moe_grouped_gemm": True,
+            "expert_model_parallel_size": parallel.expert,
+            "expert_tensor_parallel_size": parallel.expert_tensor,
+        }
+    try:
+        return TransformerConfig(**(fields | passthrough))
+    except (AssertionError, TypeError) as error:
+        if not config.megatron:
+            raise
+        raise UserError(
+            f"Megatron-Core refuses the megatron section {config.megatron} "
+            f"({str(error) or 'a failed assertion'}): change or leave out its keys."
+        ) from error
+
+
+def _has_fused_accumulation() -> bool:
+    """Whether weight gradients can be added to fp32 buffers inside the matrix product.
+
+    Transformer Engine's layers do it by themselves, but the output layer is always Megatron's own,
+    which refuses the flag without Apex's extension.
+    """
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def ddp_config(config: RunConfig, device: Device) -> DistributedDataParallelConfig:
+    """Gradients are reduced in fp32; they overlap with the backward pass on GPUs."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.optimizer.distributed,
+        overlap_grad_reduce=device.is_cuda,
+        overlap_param_gather=False,
+        check_for_nan_in_grad=False,
+    )
+
+
+def optimizer_config(config: RunConfig) -> MegatronOptimizerConfig:
+    """AdamW; learning rates come from the parameter groups (``part_overrides``)."""
+    optimizer = config.optimizer
+    max_lr = max(config.stage.learning_rates.values())
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=max_lr,
+        min_lr=max_lr * optimizer.min_lr_ratio,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.epsilon,
+        clip_grad=optimizer.clip_grad,
+        bf16=config.train.precision == "bf16",
+        params_dtype=torch_dtype(config),
+        use_distributed_optimizer=optimizer.distributed,
+    )
+
+
+def part_overrides(config: RunConfig, marks: dict[str, str]) -> dict[ParamKey, Any]:
+    """Parameter-group settings: a learning rate per part, and no weight decay on vectors.
+
+    Args:
+        marks: Name of the attribute that marks the parameters of a part, by part.
+    """
+    overrides: dict[ParamKey, Any] = get_standard_config_overrides(optimizer_config(config))
+    for part, lr in config.stage.learning_rates.items():
+        overrides[ParamKey(attr=marks[part])] = {
+            "max_lr": lr,
+            "min_lr": lr * config.optimizer.min_lr_ratio,
+        }
+    return overrides
+
+
+def fuse_updates(optimizer: Any) -> None:
+    """Let torch's AdamW update a parameter in one pass over memory instead of five.
+
+    Megatron falls back to it where Transformer Engine and Apex are missing, and leaves torch's
+    default, which is the slow one on the CPU.  Their own optimizers are fused already.
+
+    Args:
+        optimizer: Megatron's optimizer, chained or not.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
+
+
+def lr_scheduler(config: RunConfig, optimizer: Any, steps: int) -> OptimizerParamScheduler:
+    """Cosine decay over ``steps`` after a linear warm-up; one tick is one step."""
+    max_lr = max(config.stage.learning_rates.values())
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=max_lr,
+        min_lr=max_lr * config.optimizer.min_lr_ratio,
+        lr_warmup_steps=min(round(config.optimizer.warmup_ratio * steps), steps - 1),
+        lr_decay_steps=steps,
+        lr_decay_style="cosine",
+        start_wd=config.optimizer.weight_decay,
+        end_wd=config.optimizer.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=False,
+    )
+
+
+def connect_schedules(model: Any, ddp_model: Any, optimizer: Any) -> None:
+    """Tell the model's config what Megatron's pipeline schedules call back."""
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.grad_scale_func = optimizer.scale_loss
+    if ddp_model.ddp_config.overlap_grad_reduce:
+        model.config.no_sync_func = ddp_model.no_sync

@@ -1,0 +1,1 @@
+"""Every patch of Megatron-Core, one subject per file."""

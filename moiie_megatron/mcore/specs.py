@@ -1,0 +1,79 @@
+"""Which modules a decoder layer is made of: Transformer Engine's on GPUs, local ones otherwise."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from moiie_megatron.mcore.attention import SDPACoreAttention
+from moiie_megatron.mcore.device import Device, has_transformer_engine
+from moiie_megatron.mcore.norm import RMSNorm
+
+
+def decoder_spec(
+    config: TransformerConfig,
+    device: Device,
+    *,
+    moe_module: ModuleSpec | None,
+    pp_rank: int,
+) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage, in order.
+
+    Args:
+        moe_module: What replaces the FFN in the layers that ``config.moe_layer_freq`` marks;
+            None for a dense model.
+    """
+    dense = _dense_layer(config, device)
+    layers = [dense] * config.num_layers
+    if moe_module is not None:
+        moe = _with_mlp(dense, moe_module, device)
+        assert isinstance(config.moe_layer_freq, list)
+        layers = [moe if flag else dense for flag in config.moe_layer_freq]
+    first = get_transformer_layer_offset(config, pp_rank=pp_rank)
+    here = layers[first : first + get_num_layers_to_build(config, pp_rank=pp_rank)]
+    return TransformerBlockSubmodules(layer_specs=here, layer_norm=_norm(device))
+
+
+def _norm(device: Device) -> Any:
+    if has_transformer_engine(device):
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return RMSNorm
+
+
+def _dense_layer(config: TransformerConfig, device: Device) -> ModuleSpec:
+    if has_transformer_engine(device):
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    return spec
+
+
+def _with_mlp(dense: ModuleSpec, mlp: ModuleSpec, device: Device) -> ModuleSpec:
+    """The same layer with experts; its norm stands alone (no linear layer to fuse it into)."""
+    spec = copy.deepcopy(dense)
+    spec.submodules.mlp = mlp
+    spec.submodules.pre_mlp_layernorm = _norm(device)
+    # The checkpoint name of the norm in front of experts is its own, as in Megatron's MoE specs
+    # for Transformer Engine.
+    spec.submodules.sharded_state_dict_keys_map = {
+        source: target
+        for source, target in spec.submodules.sharded_state_dict_keys_map.items()
+        if source.startswith("input_layernorm")
+    }
+    return spec

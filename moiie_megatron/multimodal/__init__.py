@@ -1,1 +1,0 @@
-"""Vision encoder, connector and language model as one model."""

@@ -1,0 +1,1 @@
+"""What the routers did: buffers of a layer, records of a run."""

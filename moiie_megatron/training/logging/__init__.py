@@ -1,0 +1,1 @@
+"""What a run reports: standard output, JSON lines, TensorBoard."""

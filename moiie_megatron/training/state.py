@@ -1,0 +1,67 @@
+"""Model, data parallelism, optimizer and schedule of a run, ready to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.mcore.config import (
+    connect_schedules,
+    ddp_config,
+    fuse_updates,
+    lr_scheduler,
+    optimizer_config,
+    part_overrides,
+)
+from moiie_megatron.mcore.optimizer import SkipNonFiniteOptimizer
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.training.stages import PARTS, apply_stage, part_mark
+from moiie_megatron.vlm.model import MoIIEModel
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a step needs: the bare model, its data-parallel wrapper, optimizer and schedule."""
+
+    model: MoIIEModel
+    ddp: DistributedDataParallel
+    optimizer: SkipNonFiniteOptimizer
+    scheduler: OptimizerParamScheduler
+
+    def state_parts(self) -> dict[str, Any]:
+        """The stateful pieces by their name in a checkpoint."""
+        return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+
+
+def prepare_training(
+    config: RunConfig, context: ParallelContext, model: MoIIEModel, steps: int
+) -> TrainState:
+    """Wrap a model that holds its initial weights; the optimizer copies them in fp32.
+
+    Args:
+        steps: Optimizer steps of the whole run, which the schedule spans.
+    """
+    apply_stage(model, config.stage)
+    ddp = DistributedDataParallel(
+        model.config,
+        ddp_config(config, context.device),
+        model,
+        pg_collection=context.groups,
+    )
+    ddp.broadcast_params()
+    chained = get_megatron_optimizer(
+        optimizer_config(config),
+        [ddp],
+        config_overrides=part_overrides(config, {part: part_mark(part) for part in PARTS}),
+        use_gloo_process_groups=False,
+        pg_collection=context.groups,
+    )
+    fuse_updates(chained)
+    optimizer = SkipNonFiniteOptimizer(chained.chained_optimizers)
+    connect_schedules(model, ddp, optimizer)
+    return TrainState(model, ddp, optimizer, lr_scheduler(config, optimizer, steps))

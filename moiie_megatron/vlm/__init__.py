@@ -1,0 +1,1 @@
+"""Vision encoder, connector and decoder as one model."""

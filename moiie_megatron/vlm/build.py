@@ -1,0 +1,122 @@
+"""From a configuration to this rank's model."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.mcore.config import torch_dtype, transformer_config
+from moiie_megatron.mcore.device import has_transformer_engine
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.mcore.rope import scaled_rotary_embedding
+from moiie_megatron.mcore.specs import decoder_spec
+from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
+from moiie_megatron.moe.layer import moiie_module
+from moiie_megatron.moe.reference_aux_loss import PooledLoads
+from moiie_megatron.moe.router import RouterSettings
+from moiie_megatron.vlm.connector import Connector
+from moiie_megatron.vlm.language_model import LanguageModel
+from moiie_megatron.vlm.model import MoIIEModel
+from moiie_megatron.vlm.vision import VisionEncoder
+
+
+def build_model(config: RunConfig, context: ParallelContext) -> MoIIEModel:
+    """Build this rank's part of the model on its device, in the dtype of the run.
+
+    Raises:
+        UserError: A setting that Megatron-Core cannot express.
+    """
+    language, device = config.language, context.device
+    mconfig = transformer_config(config, device)
+    experts = moe_module(config, context) if config.moe_layers else None
+    spec = decoder_spec(mconfig, device, moe_module=experts, pp_rank=context.groups.pp.rank())
+    language_model = LanguageModel(
+        config=mconfig,
+        transformer_layer_spec=spec,
+        vocab_size=language.vocab_size,
+        max_sequence_length=language.max_position_embeddings,
+        pre_process=context.is_first_stage,
+        post_process=context.is_last_stage,
+        share_embeddings_and_output_weights=language.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=language.rotary_base,
+        # Images are merged into the whole sequence first, then it is cut (vlm/model.py).
+        scatter_embedding_sequence_parallel=False,
+        pg_collection=context.groups,
+    )
+    rope = scaled_rotary_embedding(language, mconfig, context.groups)
+    if rope is not None:
+        language_model.rotary_pos_emb = rope
+    vision_encoder = connector = None
+    if context.is_first_stage:
+        connector_size = config.connector.hidden_size or language.hidden_size
+        vision_encoder = VisionEncoder(config.vision)
+        connector = Connector(config.vision.hidden_size, connector_size, language.hidden_size)
+        for part in (vision_encoder, connector):
+            part.to(device=device.torch_device, dtype=torch_dtype(config))
+        _same_on_all_tensor_ranks((vision_encoder, connector), context)
+    model = MoIIEModel(
+        mconfig,
+        language_model,
+        vision_encoder,
+        connector,
+        context.groups,
+        last_image_token_as_text=config.moe.last_image_token_as_text,
+    )
+    return model.to(device=device.torch_device)
+
+
+def router_settings(config: RunConfig) -> RouterSettings:
+    """The routers' settings, with alpha shared out over the MoE layers.
+
+    The reference adds ``alpha * aux`` once, with ``aux`` on the scale of one layer's loss; the
+    losses of our layers add up, so each gets ``alpha / number of MoE layers``.
+    """
+    moe = config.moe
+    alphas = {
+        "vision": moe.vision_aux_loss_coeff,
+        "text": moe.text_aux_loss_coeff,
+        "joint": moe.text_aux_loss_coeff,
+    }
+    is_pooled = moe.aux_loss == "pooled"
+    layers = 1 if is_pooled else len(config.moe_layers)
+    return RouterSettings(
+        layout=moe.layout,
+        aux_loss_coeffs={name: alphas[name] / layers for name in moe.layout.routers},
+        init_std=moe.router_init_std,
+        seed=config.train.seed,
+        z_loss_coeff=moe.z_loss_coeff / len(config.moe_layers),
+        pooled=PooledLoads(config.moe_layers) if is_pooled else None,
+    )
+
+
+def moe_module(config: RunConfig, context: ParallelContext) -> ModuleSpec:
+    """What stands in place of the FFN in a layer with experts."""
+    placement = config.placement
+    return moiie_module(
+        router_settings(config),
+        context.groups,
+        dispatcher=MoIIETokenDispatcher if config.moe.dispatcher == "moiie" else None,
+        order=None if placement.is_identity else placement.order,
+        experts=_te_experts() if has_transformer_engine(context.device) else None,
+    )
+
+
+def _te_experts() -> ModuleSpec:
+    """Transformer Engine's grouped experts, as Megatron's own MoE specification has them."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+
+    return get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True).submodules.experts
+
+
+def _same_on_all_tensor_ranks(
+    modules: tuple[torch.nn.Module, ...], context: ParallelContext
+) -> None:
+    """Replicas start equal: the seed alone would do so, a broadcast makes it certain."""
+    if context.groups.tp.size() == 1:
+        return
+    source = torch.distributed.get_global_rank(context.groups.tp, 0)
+    for module in modules:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            torch.distributed.broadcast(tensor.data, source, group=context.groups.tp)

@@ -1,0 +1,190 @@
+"""The whole model: vision encoder, connector, Megatron's GPTModel with MoIIE layers.
+
+Shapes: b batch, s sequence, h hidden, n images, p image tokens per image, l tokens with a label.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moiie_megatron.layout.token_types import TEXT
+from moiie_megatron.utils.errors import UserError
+from moiie_megatron.vlm.connector import Connector
+from moiie_megatron.vlm.language_model import LanguageModel
+from moiie_megatron.vlm.merge import merge_images
+from moiie_megatron.vlm.reference_types import reference_types
+from moiie_megatron.vlm.vision import VisionEncoder
+
+
+class MoIIEModel(MegatronModule):
+    """One pipeline stage of the vision-language model.
+
+    Vision encoder and connector live on the first stage, replicated over tensor-parallel ranks.
+
+    Args:
+        config: Megatron's description of the language model.
+        language_model: This stage's part of the decoder.
+        vision_encoder: On the first stage; None elsewhere.
+        connector: On the first stage; None elsewhere.
+        groups: Megatron's process groups.
+        last_image_token_as_text: See ``last_image_token_as_text.py``.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        language_model: LanguageModel,
+        vision_encoder: VisionEncoder | None,
+        connector: Connector | None,
+        groups: ProcessGroupCollection,
+        *,
+        last_image_token_as_text: bool = False,
+    ) -> None:
+        super().__init__(config=config)
+        self.language_model = language_model
+        self.vision_encoder = vision_encoder
+        self.connector = connector
+        self.groups = groups
+        self.last_image_token_as_text = last_image_token_as_text
+        # Megatron's schedules and gradient reductions ask the outermost module for these.
+        self.pre_process = language_model.pre_process
+        self.post_process = language_model.post_process
+        self.share_embeddings_and_output_weights = (
+            language_model.share_embeddings_and_output_weights
+        )
+        self.model_type = language_model.model_type
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the activations of the previous pipeline stage."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight, for Megatron's reduction over first and last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        token_types: Tensor,
+        images: Tensor | None = None,
+        labels: Tensor | None = None,
+        label_positions: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Run this stage.
+
+        Args:
+            tokens: int64 ``(b, s)``; what stands at image positions does not matter.
+            position_ids: int64 ``(b, s)``.
+            token_types: int8 ``(b, s)``, needed on every stage.
+            images: Normalised ``(n, 3, H, W)``, in the order of their runs in the batch; first
+                stage only.
+            labels: int64 ``(b, s)``, already shifted, -100 where there is none; last stage only.
+            label_positions: int64 ``(l,)``, where the labels are in ``(s, b)`` order; to be looked
+                up in the labels, which waits for the device, if it is not given.
+            inputs_embeds: ``(b, s, h)`` instead of tokens and images (parity tests).
+            packed_seq_params: The segments of a packed row (b = 1), needed on every stage;
+                attention and positions begin anew in each.
+
+        Returns:
+            Hidden states on earlier stages; on the last one the loss per token ``(b, s)`` (0
+            where there is no label), or without labels the logits ``(b, s, vocabulary)``.
+
+        Raises:
+            UserError: Token types of another shape than the tokens, or a number of image
+                positions that does not match the images.
+        """
+        if token_types is None or token_types.shape != tokens.shape:
+            got = None if token_types is None else tuple(token_types.shape)
+            raise UserError(
+                f"The token types have shape {got}, the tokens {tuple(tokens.shape)}: every token "
+                "needs one."
+            )
+        decoder_input = None
+        if self.pre_process:
+            decoder_input = self._embed(tokens, position_ids, token_types, images, inputs_embeds)
+        routed_types = (
+            reference_types(token_types) if self.last_image_token_as_text else token_types
+        )
+        if labels is not None:
+            labels_sb = labels.t().reshape(-1)
+            if label_positions is None:
+                label_positions = (labels_sb >= 0).nonzero().squeeze(1)
+            labels = labels_sb.index_select(0, label_positions).unsqueeze(0)
+        output: Tensor = self.language_model(
+            input_ids=tokens,
+            position_ids=position_ids,
+            attention_mask=None,
+            decoder_input=decoder_input,
+            labels=labels,
+            loss_mask=label_positions,
+            # See MoIIELayer: Megatron's one per-token slot carries the token types.  GPTModel
+            # does not cut it for sequence parallelism when it gets decoder_input.
+            padding_mask=self._cut_like_hidden_states(routed_types),
+            runtime_gather_output=labels is None,
+            packed_seq_params=packed_seq_params,
+        )
+        if labels is None or not self.post_process:
+            return output
+        losses_sb = output.new_zeros(tokens.numel()).index_copy(
+            0, label_positions, output.flatten()
+        )
+        return losses_sb.view(tokens.t().shape).t()
+
+    def _cut_like_hidden_states(self, token_types: Tensor) -> Tensor:
+        if not self.config.sequence_parallel:
+            return token_types
+        return token_types.chunk(self.groups.tp.size(), dim=1)[self.groups.tp.rank()].contiguous()
+
+    def _embed(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        token_types: Tensor,
+        images: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor:
+        """Embed text, encode images, merge; ``(s, b, h)``, cut for sequence parallelism."""
+        if inputs_embeds is not None:
+            merged = inputs_embeds.transpose(0, 1).contiguous()
+        else:
+            # An image id may lie outside the vocabulary: it is never looked up.
+            text = torch.where(token_types == TEXT, tokens, 0)
+            merged = self.language_model.embedding(input_ids=text, position_ids=position_ids)
+            merged = self._add_images(merged, token_types, images)
+        if torch.is_grad_enabled() and not merged.requires_grad:
+            # Nothing before the decoder trains.  Megatron's recompute checkpoints give their
+            # output a gradient only if an input has one: without it the experts would not train.
+            merged = merged.detach().requires_grad_()
+        if self.config.sequence_parallel:
+            merged = scatter_to_sequence_parallel_region(merged, group=self.groups.tp)
+        return merged
+
+    def _add_images(self, embeddings: Tensor, token_types: Tensor, images: Tensor | None) -> Tensor:
+        assert self.vision_encoder is not None and self.connector is not None
+        if images is None or not len(images):
+            merge_images(embeddings, embeddings.new_zeros(0, 1, embeddings.shape[2]), token_types)
+            return embeddings + self._idle(embeddings)
+        return merge_images(embeddings, self.connector(self.vision_encoder(images)), token_types)
+
+    def _idle(self, like: Tensor) -> Tensor:
+        """A zero that depends on every trained vision weight.
+
+        Gradient reductions that overlap with the backward pass wait for every parameter: a
+        micro-batch without images must not leave one out.
+        """
+        modules = (self.vision_encoder, self.connector)
+        trained = [
+            p.flatten()[0] for module in modules for p in module.parameters() if p.requires_grad
+        ]
+        return (torch.stack(trained).sum() * 0.0).to(like.dtype) if trained else like.new_zeros(())

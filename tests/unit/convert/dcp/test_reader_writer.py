@@ -1,0 +1,137 @@
+"""Writer and reader of torch_dist checkpoints, against torch's own and each other."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION
+from moiie_megatron.convert.dcp.reader import CheckpointReader
+from moiie_megatron.convert.dcp.writer import CheckpointWriter
+
+PLAIN = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.tensor(2.0)}
+EXPERTS = torch.randn(4, 6, 2)
+COMMON = {"format_version": FORMAT_VERSION, "progress": {"step": 0}}
+
+
+def _write(folder: Path, common: dict[str, Any] | None = None, bytes_per_file: int = 1) -> Path:
+    folder.mkdir(exist_ok=True)
+    with CheckpointWriter(folder, bytes_per_file) as writer:
+        for name, tensor in PLAIN.items():
+            writer.write(name, tensor)
+        for expert in (2, 0, 3, 1):
+            place = writer.write_expert("experts", EXPERTS[expert], expert, 4)
+            assert torch.equal(place.read()[0], EXPERTS[expert])
+        writer.finish(common or COMMON)
+    (folder / CONFIG_FILE).touch()
+    return folder
+
+
+@pytest.mark.parametrize("bytes_per_file", [1, 4000, 1 << 30])
+def test_torch_reads_what_is_written(bytes_per_file: int, tmp_path: Path) -> None:
+    folder = _write(tmp_path, bytes_per_file=bytes_per_file)
+    files = list(folder.glob("*.distcp"))
+    assert len(files) == {1: 7, 4000: 3, 1 << 30: 1}[bytes_per_file]
+    state = {name: torch.zeros_like(tensor) for name, tensor in PLAIN.items()}
+    state["experts"] = torch.zeros_like(EXPERTS)
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    for name, tensor in (PLAIN | {"experts": EXPERTS}).items():
+        assert torch.equal(state[name], tensor)
+
+
+def test_reads_what_is_written(tmp_path: Path) -> None:
+    reader = CheckpointReader(_write(tmp_path))
+    assert set(reader.tensors) == {*PLAIN, "experts"} and reader.common == COMMON
+    for name, tensor in PLAIN.items():
+        assert torch.equal(reader.get(name), tensor)
+        assert reader.info(name).dtype == tensor.dtype
+    assert torch.equal(reader.get("experts"), EXPERTS)
+    for expert in range(4):
+        assert torch.equal(reader.get("experts", expert), EXPERTS[expert])
+    assert reader.info("experts", 1).shape == (6, 2)
+
+
+def _cut(folder: Path, pieces: list[tuple[slice, ...]]) -> CheckpointReader:
+    """A checkpoint of ``EXPERTS`` in several pieces, as ranks of some layout would write it."""
+    with CheckpointWriter(folder) as writer:
+        for piece in pieces:
+            offsets = [part.start or 0 for part in piece]
+            writer._write("experts", EXPERTS[piece], EXPERTS.shape, offsets)
+        writer.finish(COMMON)
+    (folder / CONFIG_FILE).touch()
+    return CheckpointReader(folder)
+
+
+PIECES = {
+    "expert, gate and up": [
+        (slice(e, e + 1), slice(r, r + 3), slice(None)) for e in range(4) for r in (0, 3)
+    ],
+    "columns of two experts": [
+        (slice(e, e + 2), slice(None), slice(c, c + 1)) for e in (0, 2) for c in (0, 1)
+    ],
+    "uneven rows": [(slice(None), slice(0, 5), slice(None)), (slice(None), slice(5, 6))],
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_any_cut_is_put_together(name: str, tmp_path: Path) -> None:
+    pieces = [piece + (slice(None),) * (3 - len(piece)) for piece in PIECES[name]]
+    reader = _cut(tmp_path, pieces)
+    assert torch.equal(reader.get("experts"), EXPERTS)
+    for expert in range(4):
+        assert torch.equal(reader.get("experts", expert), EXPERTS[expert])
+
+
+def test_a_missing_piece(tmp_path: Path) -> None:
+    reader = _cut(tmp_path, PIECES["expert, gate and up"][:-1])
+    with pytest.raises(ValueError, match="hold 6 of its 12 values"):
+        reader.get("experts", 3)
+    assert torch.equal(reader.get("experts", 2), EXPERTS[2])
+
+
+def test_a_piece_that_is_not_what_metadata_says(tmp_path: Path) -> None:
+    folder = _write(tmp_path)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    places = metadata.storage_data
+    places[MetadataIndex("a", [0, 0])] = places[MetadataIndex("b", [0])]
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"holds \(5,\) values for a where \(3, 4\)"):
+        CheckpointReader(folder).get("a")
+
+
+def test_tensors_and_experts_that_are_not_there(tmp_path: Path) -> None:
+    reader = CheckpointReader(_write(tmp_path))
+    with pytest.raises(ValueError, match=f"{tmp_path} has no tensor d"):
+        reader.get("d")
+    with pytest.raises(ValueError, match="experts holds 4 experts"):
+        reader.get("experts", 4)
+
+
+@pytest.mark.parametrize("name", ["metadata.json", ".metadata", "common.pt"])
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_incomplete_folders(name: str, is_cut: bool, tmp_path: Path) -> None:
+    file = _write(tmp_path) / name
+    if is_cut and name != "metadata.json":
+        file.write_bytes(file.read_bytes()[:20])
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a complete Megatron checkpoint"):
+        CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize("version", [None, FORMAT_VERSION + 1])
+def test_other_versions(version: int | None, tmp_path: Path) -> None:
+    _write(tmp_path, {"format_version": version})
+    with pytest.raises(ValueError, match=f"format version {version}, .* update moiie-megatron"):
+        CheckpointReader(tmp_path)
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path} is no checkpoint"):
+        CheckpointReader(tmp_path)

@@ -1,0 +1,169 @@
+"""Images: the pixels, and every way in which a file can be refused."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moiie_megatron.data.encode.images import ImageLoader, normalize, pixel_statistics
+from moiie_megatron.data.records.llava import BadRecord
+
+MEAN = (0.5, 0.25, 0.75)
+
+
+def loader(root: Path, size: int = 8, mode: str = "square", **options: int) -> ImageLoader:
+    return ImageLoader(root, size, mode, MEAN, (0.5, 0.5, 0.5), **options)  # type: ignore[arg-type]
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_same_size_keeps_the_pixels(tmp_path: Path) -> None:
+    pixels = photo(8, 8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for mode in ("square", "pad"):
+        loaded = loader(tmp_path, mode=mode).load("a.png")
+        assert loaded.dtype == torch.uint8
+        assert torch.equal(loaded, torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def test_square_is_bicubic(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(photo(20, 30)).save(tmp_path / "deep" / "a.png")
+    expected = Image.fromarray(photo(20, 30)).resize((8, 8), Image.Resampling.BICUBIC)
+    loaded = loader(tmp_path).load("deep/a.png")
+    assert np.array_equal(loaded.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_pad_centres_on_the_mean_colour(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 8, 3), 255, np.uint8)).save(tmp_path / "wide.png")
+    Image.fromarray(np.full((8, 4, 3), 255, np.uint8)).save(tmp_path / "high.png")
+    wide = loader(tmp_path, mode="pad").load("wide.png")
+    expected = torch.full((3, 8, 8), 255, dtype=torch.uint8)
+    for channel, value in enumerate((127, 63, 191)):
+        expected[channel, :2] = expected[channel, 6:] = value
+    assert torch.equal(wide, expected)
+    assert torch.equal(loader(tmp_path, mode="pad").load("high.png"), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(photo(8, 8)).convert(mode)
+    name = "a.jpg" if mode == "CMYK" else "a.png"
+    image.save(tmp_path / name)
+    loaded = loader(tmp_path).load(name)
+    with Image.open(tmp_path / name) as again:
+        assert np.array_equal(loaded.permute(1, 2, 0).numpy(), np.asarray(again.convert("RGB")))
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+    pixels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    loaded = loader(tmp_path).load("a.png")
+    assert loaded[2].flatten().tolist() == [4 * i for i in range(64)]
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(BadRecord, match="floating-point"):
+        loader(tmp_path).load("a.tiff")
+
+
+def test_exif_orientation_is_honoured(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated clockwise by 90 degrees
+    Image.fromarray(photo(8, 8)).save(tmp_path / "a.png", exif=exif)
+    expected = np.rot90(photo(8, 8), k=-1)
+    assert np.array_equal(loader(tmp_path).load("a.png").permute(1, 2, 0).numpy(), expected)
+
+
+def test_paths_stay_inside_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "in").mkdir(parents=True)
+    for place in (tmp_path, root / "in"):
+        Image.fromarray(photo(8, 8)).save(place / "a.png")
+    (root / "out.png").symlink_to(tmp_path / "a.png")
+    (root / "up").symlink_to(tmp_path)
+    (root / "fine.png").symlink_to(root / "in" / "a.png")
+    (root / "loop.png").symlink_to(root / "loop.png")
+    images = loader(root)
+    assert images.load("fine.png").shape == (3, 8, 8)
+    for path, message in [
+        ("../a.png", "not a plain path"),
+        ("in/../in/a.png", "not a plain path"),
+        (str(root / "in" / "a.png"), "not a plain path"),
+        ("in/a.png\0", "not a plain path"),
+        ("out.png", "leads out of"),
+        ("up/a.png", "leads out of"),
+        ("none.png", "does not exist"),
+        ("in", "does not exist"),
+        ("", "does not exist"),
+        ("loop.png", "cannot be read|does not exist"),
+        ("x" * 5000, "cannot be read"),
+    ]:
+        with pytest.raises(BadRecord, match=message):
+            images.load(path)
+    with pytest.raises(ValueError, match="does not exist or is not a folder"):
+        loader(tmp_path / "none")
+    with pytest.raises(ValueError, match="stage.image_mode is crop"):
+        loader(root, mode="crop")
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    Image.fromarray(photo(64, 64)).save(tmp_path / "a.jpg")
+    Image.fromarray(photo(64, 64)).save(tmp_path / "a.png")
+    for name in ("a.jpg", "a.png"):
+        whole = (tmp_path / name).read_bytes()
+        for keep in (0, 3, 30, len(whole) // 2):
+            (tmp_path / f"cut-{name}").write_bytes(whole[:keep])
+            with pytest.raises(BadRecord, match=f"image cut-{name} cannot be read"):
+                loader(tmp_path).load(f"cut-{name}")
+    broken = bytearray((tmp_path / "a.png").read_bytes())
+    broken[60:90] = b"\0" * 30
+    (tmp_path / "broken.png").write_bytes(broken)
+    (tmp_path / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    for name in ("broken.png", "page.eps"):
+        with pytest.raises(BadRecord, match="cannot be read"):
+            loader(tmp_path).load(name)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size; the pixels are not there."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    data = b"IDAT" + zlib.compress(b"\0" * 99)
+    end = struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    return b"\x89PNG\r\n\x1a\n" + chunk + end
+
+
+@pytest.mark.parametrize("side", [10_000, 30_000])
+def test_decompression_bombs_are_not_decoded(tmp_path: Path, side: int) -> None:
+    """PIL warns about the first and raises for the second."""
+    (tmp_path / "bomb.png").write_bytes(png_header(side, side))
+    with pytest.raises(BadRecord, match="bomb.png cannot be read .*decompression bomb"):
+        loader(tmp_path).load("bomb.png")
+
+
+def test_own_pixel_limit_counts_the_padded_square(tmp_path: Path) -> None:
+    Image.fromarray(photo(4, 32)).save(tmp_path / "a.png")
+    assert loader(tmp_path, max_pixels=128).load("a.png").shape == (3, 8, 8)
+    with pytest.raises(BadRecord, match="32 x 4 needs 128 pixels, more than 127"):
+        loader(tmp_path, max_pixels=127).load("a.png")
+    with pytest.raises(BadRecord, match="32 x 4 needs 1024 pixels, more than 1023"):
+        loader(tmp_path, mode="pad", max_pixels=1023).load("a.png")
+
+
+def test_normalize() -> None:
+    images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 1, 1)
+    siglip = pixel_statistics("siglip")
+    out = normalize(images, siglip.mean, siglip.std)
+    assert out.shape == (2, 3, 1, 1) and out.dtype == torch.float32
+    torch.testing.assert_close(out[1].flatten(), torch.tensor([-1.0, 128 / 127.5 - 1, 1.0]))
+    clip = pixel_statistics("clip")
+    blue = (1.0 - 0.40821073) / 0.27577711
+    assert normalize(images, clip.mean, clip.std)[0, 2].item() == pytest.approx(blue, rel=1e-6)
+    assert normalize(images[:0], clip.mean, clip.std).shape == (0, 3, 1, 1)

@@ -1,0 +1,121 @@
+"""Templates: the text of every format, and which of it is learnt, written out by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from moiie_megatron.data.encode.templates import Segment, load_template
+from moiie_megatron.data.encode.tokenizers import Tokenizer
+from moiie_megatron.data.records.llava import Turn
+
+TURNS = [
+    Turn("user", "<image>\nhi "),
+    Turn("assistant", "yes"),
+    Turn("user", "why"),
+    Turn("assistant", " so"),
+]
+
+
+def test_plain_keeps_image_and_last_caption(phi3: Tokenizer) -> None:
+    template = load_template("plain", phi3)
+    assert template.render(TURNS) == [Segment("<image>", False), Segment("so</s>", True)]
+    two = [Turn("user", "a <image> b <image>"), Turn("assistant", "c")]
+    assert template.render(two) == [Segment("<image><image>", False), Segment("c</s>", True)]
+    assert template.render(TURNS[2:]) == [Segment("so</s>", True)]
+    assert template.render(TURNS[:1], add_generation_prompt=True) == [Segment("<image>", False)]
+
+
+def test_llama3(llama3: Tokenizer) -> None:
+    template = load_template("llama3", llama3)
+    user = "<|start_header_id|>user<|end_header_id|>\n\n"
+    assistant = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert template.render(TURNS) == [
+        Segment(f"<|begin_of_text|>{user}<image>\nhi<|eot_id|>{assistant}", False),
+        Segment("yes<|eot_id|>", True),
+        Segment(f"{user}why<|eot_id|>{assistant}", False),
+        Segment("so<|eot_id|>", True),
+    ]
+    prompt = template.render([Turn("system", "be"), *TURNS[:1]], add_generation_prompt=True)
+    system = "<|start_header_id|>system<|end_header_id|>\n\nbe<|eot_id|>"
+    text = f"<|begin_of_text|>{system}{user}<image>\nhi<|eot_id|>{assistant}"
+    assert prompt == [Segment(text, False)]
+
+
+def test_phi3(phi3: Tokenizer) -> None:
+    template = load_template("phi3", phi3)
+    assert template.render(TURNS) == [
+        Segment("<|user|>\n<image>\nhi <|end|>\n<|assistant|>\n", False),
+        Segment("yes<|end|>", True),
+        Segment("\n<|user|>\nwhy<|end|>\n<|assistant|>\n", False),
+        Segment(" so<|end|>", True),
+        Segment("\n", False),
+    ]
+    # The prompt of the second answer is exactly what stood before it in training.
+    trained = template.render(TURNS)
+    prompt = template.render(TURNS[:3], add_generation_prompt=True)
+    assert prompt == trained[:3]
+
+
+def with_template(tokenizer: Tokenizer, text: str | None) -> Tokenizer:
+    changed = copy.copy(tokenizer)
+    changed.chat_template = text
+    return changed
+
+
+def test_the_tokenizers_own_template(llama3: Tokenizer) -> None:
+    template = load_template("tokenizer", llama3)
+    head = "<|start_header_id|>{}<|end_header_id|>"
+    assert template.render(TURNS) == [
+        Segment(f"{head.format('user')}<image>\nhi <|eot_id|>\n{head.format('assistant')}", False),
+        Segment("yes<|eot_id|>", True),  # not the line feed after it
+        Segment(f"\n{head.format('user')}why<|eot_id|>\n{head.format('assistant')}", False),
+        Segment(" so<|eot_id|>", True),
+        Segment("\n", False),
+    ]
+    assert template.render(TURNS[:3], add_generation_prompt=True) == template.render(TURNS)[:3]
+
+
+def test_a_line_feed_may_be_the_end_of_a_turn(llama3: Tokenizer) -> None:
+    bare = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
+    bare += "{% if add_generation_prompt %}assistant:{% endif %}"
+    template = load_template("tokenizer", with_template(llama3, bare))
+    assert template.render(TURNS[2:]) == [
+        Segment("user:why\nassistant:", False),
+        Segment(" so\n", True),
+    ]
+
+
+def test_llama3s_published_template_agrees(llama3: Tokenizer) -> None:
+    published = (
+        "{% for m in messages %}{% set c = '<|start_header_id|>' + m['role'] + "
+        "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
+        "{% if loop.first %}{% set c = bos_token + c %}{% endif %}{{ c }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+        "{% endif %}"
+    )
+    own = load_template("tokenizer", with_template(llama3, published))
+    assert own.render(TURNS) == load_template("llama3", llama3).render(TURNS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "changes"),
+        ("{{ raise_exception('no') }}", "refuses"),
+        (None, "no chat template"),
+    ],
+)
+def test_templates_that_cannot_be_used(llama3: Tokenizer, text: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_template("tokenizer", with_template(llama3, text))
+
+
+def test_a_template_needs_its_markers(llama3: Tokenizer, phi3: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"phi3 but the tokenizer has no <\|user\|>"):
+        load_template("phi3", llama3)
+    with pytest.raises(ValueError, match=r"llama3 but the tokenizer has no <\|begin_of_text"):
+        load_template("llama3", phi3)
+    with pytest.raises(ValueError, match="stage.template is vicuna"):
+        load_template("vicuna", phi3)

@@ -1,0 +1,130 @@
+"""Which steps get a line, what it covers, and what a resumed run keeps."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from moiie_megatron.training.logging.router_stats import RouterLosses
+from moiie_megatron.training.logging.run_log import RunLog
+from moiie_megatron.training.logging.scalars import routing_scalars
+from moiie_megatron.training.step import StepResult
+from tests.unit.analysis.routing_records import record
+from tests.unit.config.minimal import load_minimal
+
+RESULT = StepResult(
+    2.5,
+    1.0,
+    label_tokens=10,
+    tokens=100,
+    image_tokens=40,
+    positions=125,
+    updated=True,
+    stop_flags=[],
+    losses_M=torch.zeros(1),
+)
+LOSSES = RouterLosses({"vision": 2.25, "text": 2.0})
+ROUTES = {k: v for k, v in record(0, [10, 10, 0, 0], [0, 5, 5, 10]).items() if k != "step"}
+
+
+def open_log(folder: Path, start: int = 0, rank: int = 0) -> RunLog:
+    overrides = [f"output={folder / 'run'}", "log.interval=2"]
+    config = load_minimal(folder, overrides)
+    return RunLog(config, SimpleNamespace(rank=rank), start_step=start, total_steps=5)
+
+
+def report(log: RunLog, step: int) -> None:
+    log.step(step, RESULT, {"moe": 1e-3}, LOSSES if log.is_due(step) else None, 0, 0, None)
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
+
+
+def test_lines_at_the_interval_and_at_both_ends(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    for step in range(1, 6):
+        time.sleep(0.01)
+        report(log, step)
+    log.close()
+    metrics = lines(tmp_path, "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 4, 5]
+    assert metrics[2]["lm_loss"] == 2.5 and metrics[2]["aux_vision"] == 2.25
+    assert metrics[2]["tokens"] == 100 and metrics[2]["image_fraction"] == 0.4
+    assert metrics[2]["padding_fraction"] == pytest.approx(0.2)
+    # Two steps lie between this line and the one before, with 200 tokens.
+    assert metrics[2]["seconds"] >= 0.02
+    assert metrics[2]["tokens_per_second"] * metrics[2]["seconds"] == pytest.approx(200)
+    assert "expert_share" not in metrics[2]
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    for step in range(1, 4):
+        report(log, step)
+        log.routing(step, ROUTES)
+    log.close()
+    with (tmp_path / "run" / "routing.jsonl").open("a") as file:
+        file.write('{"step": 4, "cut o')
+    again = open_log(tmp_path, start=2)
+    report(again, 3)
+    report(again, 4)
+    again.routing(4, ROUTES)
+    again.close()
+    assert [line["step"] for line in lines(tmp_path, "metrics.jsonl")] == [1, 2, 4]
+    routing = lines(tmp_path, "routing.jsonl")
+    assert [line["step"] for line in routing] == [1, 2, 4]
+    assert routing[-1] == {"step": 4, **ROUTES}
+
+
+def test_other_ranks_and_dense_models_write_nothing(tmp_path: Path) -> None:
+    log = open_log(tmp_path, rank=1)
+    report(log, 1)
+    log.routing(1, ROUTES)
+    log.close()
+    assert not (tmp_path / "run").exists()
+    dense = open_log(tmp_path)
+    dense.routing(1, None)
+    dense.close()
+    assert lines(tmp_path, "routing.jsonl") == []
+
+
+def test_routing_reaches_tensorboard(tmp_path: Path) -> None:
+    scalars = routing_scalars(ROUTES)
+    # Of ten image tokens all take V0, and none takes an expert that is not theirs.
+    assert scalars["expert_fraction_vision/layer_03/vision.0"] == 1.0
+    assert "expert_fraction_vision/layer_03/text.0" not in scalars
+    assert scalars["rank_load_max_over_mean/layer_11"] == 1.0
+    assert scalars["dead_experts/layer_03"] == 0
+    assert scalars["dispatched_bytes/vision"] == 2 * 7 * 100
+    assert sum(name.startswith("load_entropy_") for name in scalars) == 4
+    log = open_log(tmp_path)
+    log.routing(3, ROUTES)
+    log.close()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(scalars)
+    (event,) = events.Scalars("expert_fraction_text/layer_11/shared.0")
+    assert (event.step, event.value) == (3, 0.5)
+
+
+def test_a_pause_is_no_time_of_a_step(tmp_path: Path) -> None:
+    """Neither the pause counts nor do the steps before it get lost."""
+    log = open_log(tmp_path)
+    report(log, 2)
+    report(log, 3)
+    time.sleep(0.2)
+    with log.paused():
+        time.sleep(1.0)
+    report(log, 4)
+    log.close()
+    line = lines(tmp_path, "metrics.jsonl")[-1]
+    assert line["step"] == 4 and 0.2 <= line["seconds"] < 1.0
+    assert line["tokens_per_second"] == pytest.approx(200 / line["seconds"])
