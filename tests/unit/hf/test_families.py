@@ -131,7 +131,7 @@ def test_router_dtype() -> None:
         ({"num_experts_per_tok": 4}, "num_experts_per_tok is 4, .* a router has 3 to choose"),
         ({"router_dtype": "bf16"}, "router_dtype is bf16: use float32 or model"),
         ({"top_k": 2}, "top_k is 2: write it as num_experts_per_tok"),
-        ({"text_config": {"model_type": "gpt2"}}, "text_config.model_type is gpt2: use llama or"),
+        ({"text_config": {"model_type": "gpt2"}}, "model_type is gpt2, which has no intermediate"),
     ],
 )
 def test_a_wrong_config_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -139,10 +139,17 @@ def test_a_wrong_config_is_refused(changes: dict[str, Any], message: str) -> Non
         tiny.config(**changes)
 
 
+def test_a_decoder_of_another_structure_is_refused() -> None:
+    """Gemma 2 has the same kinds of modules, but norms behind attention and FFN as well."""
+    with pytest.raises(ValueError, match="model_type is gemma2, whose layers are not a norm,"):
+        tiny.model(tiny.config(text_config={"model_type": "gemma2"}))
+
+
 def test_config_defaults() -> None:
-    config = MoiieConfig(text_config=tiny.text("llama", tie_word_embeddings=True))
+    text = tiny.text("llama", tie_word_embeddings=True)
+    config = MoiieConfig(text_config=text, vision_config=tiny.vision("siglip"))
     assert config.tie_word_embeddings and config.connector_hidden_size == 64
-    assert config.num_image_tokens == (224 // 16) ** 2
+    assert config.num_image_tokens == (28 // 7) ** 2
     assert config.get_text_config() is config.text_config
     model = MoiieForConditionalGeneration(tiny.config(text_config={"tie_word_embeddings": True}))
     assert model.lm_head.weight is model.get_input_embeddings().weight

@@ -138,7 +138,7 @@ def test_a_run_may_use_fewer_positions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen3"}, "model_type is 'qwen3' in .* only knows llama, phi3 or mixtral"),
+        ({"model_type": "gemma3"}, "model_type is 'gemma3' in .* only knows llama, phi3, mixtral,"),
         ({"model_type": "mllama"}, "model_type is 'mllama'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu' in .* only knows silu"),
         ({"attention_bias": True}, "attention_bias is True"),
@@ -146,7 +146,6 @@ def test_a_run_may_use_fewer_positions(tmp_path: Path) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75 in .* only knows 1.0"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-        ({"head_dim": 32}, "head_dim is 32 in .* only knows 64 / 4 heads"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "without low_freq_factor"),
