@@ -93,6 +93,8 @@ def inverse_frequencies(language: LanguageConfig, sequence_length: int) -> Tenso
     kind: Any = PreTrainedConfig  # takes any attribute
     config = kind(
         head_dim=language.head_size,
+        hidden_size=language.hidden_size,
+        num_attention_heads=language.num_attention_heads,
         max_position_embeddings=language.max_position_embeddings,
         rope_parameters=rope,
     )

@@ -131,7 +131,7 @@ def test_router_dtype() -> None:
         ({"num_experts_per_tok": 4}, "num_experts_per_tok is 4, .* a router has 3 to choose"),
         ({"router_dtype": "bf16"}, "router_dtype is bf16: use float32 or model"),
         ({"top_k": 2}, "top_k is 2: write it as num_experts_per_tok"),
-        ({"text_config": {"model_type": "gpt2"}}, "model_type is gpt2, which has no intermediate"),
+        ({"text_config": {"model_type": "gpt2"}}, "model_type is gpt2, which has no hidden_act"),
     ],
 )
 def test_a_wrong_config_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -140,9 +140,9 @@ def test_a_wrong_config_is_refused(changes: dict[str, Any], message: str) -> Non
 
 
 def test_a_decoder_of_another_structure_is_refused() -> None:
-    """Gemma 2 has the same kinds of modules, but norms behind attention and FFN as well."""
-    with pytest.raises(ValueError, match="model_type is gemma2, whose layers are not a norm,"):
-        tiny.model(tiny.config(text_config={"model_type": "gemma2"}))
+    """OLMo 2 has the same kinds of modules, but norms behind attention and FFN."""
+    with pytest.raises(ValueError, match="model_type is olmo2, whose layers are not a norm,"):
+        tiny.model(tiny.config(text_config={"model_type": "olmo2"}))
 
 
 def test_config_defaults() -> None:
