@@ -75,8 +75,8 @@ def _message(tmp_path: Path, overrides: list[str], text: str = MINIMAL) -> str:
         ("vision.feature_layer=0", "vision.feature_layer is 0: use a whole number not above -1."),
         (
             "language.preset=llama9",
-            "language.preset is 'llama9': use llama3-8b, mistral-7b, phi3-mini, qwen2.5-7b, qwen3-8b, "
-            "tiny-llama or tiny-phi3.",
+            "language.preset is 'llama9': use llama3-8b, mistral-7b, phi3-mini, qwen2.5-7b, "
+            "qwen3-8b, tiny-llama or tiny-phi3.",
         ),
         ("vision.preset=llama3-8b", "vision.preset is 'llama3-8b': use clip-l-336, siglip-"),
         ("language.preset=../schema", "language.preset is '../schema': use llama3-8b,"),
