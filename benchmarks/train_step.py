@@ -38,7 +38,8 @@ from moiie_megatron.config.schema import (
     VisionConfig,
 )
 from moiie_megatron.data.encode.encoder import IGNORE, Encoded
-from moiie_megatron.data.stream.batch import Example, collate
+from moiie_megatron.data.stream.batch import collate
+from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.packing import PackingSpec, pack, split_rows_to_count
 from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.mcore.dist_env import dist_env_from

@@ -30,7 +30,7 @@ from moiie_megatron.utils.errors import UserError
 if TYPE_CHECKING:
     from moiie_megatron.data.audit.audit import Encoding
     from moiie_megatron.data.stream.dataset import Source
-    from moiie_megatron.data.stream.skipped_samples import SkippedSample
+    from moiie_megatron.data.stream.example import SkippedSample
 
 SHOWN_FAULTS = 20
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from moiie_megatron.checkpoint.save_load import Progress
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.stream.batch import Batch
-from moiie_megatron.data.stream.skipped_samples import SkippedSample, SkippedSampleMonitor
+from moiie_megatron.data.stream.example import SkippedSample
+from moiie_megatron.data.stream.skipped_samples import SkippedSampleMonitor
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.logging.jsonl import StepLines, complete_lines
 

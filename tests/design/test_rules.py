@@ -6,6 +6,9 @@ import ast
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "moiie_megatron"
 OUTSIDE = ("tools", "examples", "tests", "benchmarks")
 MAX_LINES = 400
+MAX_MODULES = 15  # in a folder of the package, without __init__.py
 
 # A file imports its own folder or folders of an earlier row, never its row or a later one.
 LEVELS = (
@@ -97,6 +101,11 @@ def test_files_are_short() -> None:
     assert {path: n for path, n in lengths.items() if n > MAX_LINES} == {}
 
 
+def test_folders_are_small() -> None:
+    counts = Counter(path.parent for path in _python_files(PACKAGE) if path.name != "__init__.py")
+    assert {str(folder): n for folder, n in counts.items() if n > MAX_MODULES} == {}
+
+
 def test_files_are_ascii() -> None:
     files = _python_files(PACKAGE, *OUTSIDE)
     assert [str(path) for path in files if not (ROOT / path).read_bytes().isascii()] == []
@@ -114,6 +123,36 @@ def test_imports_point_down() -> None:
         if (names := _wrong_imports(path, (ROOT / path).read_text(encoding="utf-8")))
     }
     assert wrong == {}
+
+
+def _cycle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """A circle in a graph of modules, if there is one."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    """Inside folders too, and where the import is for type checkers alone."""
+    files = {".".join(p.with_suffix("").parts): p for p in _python_files(PACKAGE)}
+    graph = {
+        module: {
+            target
+            for name in _imports(path, (ROOT / path).read_text(encoding="utf-8"))
+            for target in (name, name.rpartition(".")[0])
+            if target in files and target != module
+        }
+        for module, path in files.items()
+    }
+    assert len(graph) > 100
+    assert _cycle(graph) == []
+
+
+def test_the_circle_rule_itself() -> None:
+    assert _cycle({"a": ["b"], "b": ["c"], "c": []}) == []
+    assert set(_cycle({"a": ["b"], "b": ["c"], "c": ["a"], "d": []})) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize(

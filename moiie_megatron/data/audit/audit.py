@@ -19,7 +19,7 @@ from moiie_megatron.data.encode.templates import Template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
 from moiie_megatron.data.records.llava import BadRecord, Record
 from moiie_megatron.data.stream.dataset import Source
-from moiie_megatron.data.stream.skipped_samples import SkippedSample
+from moiie_megatron.data.stream.example import SkippedSample
 from moiie_megatron.utils.errors import UserError
 
 _PORTION: Final = 256  # records that a process takes at a time

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moiie_megatron.data.records.llava import BadRecord
 from moiie_megatron.data.stream.dataset import Source
-from moiie_megatron.data.stream.skipped_samples import SkippedSample
+from moiie_megatron.data.stream.example import SkippedSample
 from moiie_megatron.utils.errors import UserError
 
 

@@ -14,27 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from moiie_megatron.data.encode.encoder import IGNORE, Encoded
-from moiie_megatron.data.stream.skipped_samples import SkippedSample
+from moiie_megatron.data.encode.encoder import IGNORE
+from moiie_megatron.data.stream.example import Example, SkippedSample
 from moiie_megatron.layout.token_types import IMAGE, PADDING
 from moiie_megatron.utils.errors import UserError
-
-
-@dataclass(frozen=True)
-class Example:
-    """One sample with its pixels.
-
-    Attributes:
-        encoded: Ids, labels, token types.
-        images: uint8 [k, 3, S, S], k = 0 for text only.
-        record_id: For messages and predictions.
-        faults: Samples that this one replaces.
-    """
-
-    encoded: Encoded
-    images: Tensor
-    record_id: str
-    skipped_samples: tuple[SkippedSample, ...] = ()
 
 
 @dataclass(frozen=True)

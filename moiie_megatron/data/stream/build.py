@@ -13,8 +13,9 @@ from moiie_megatron.data.encode.images import ImageDecoder, ImageLoader
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
 from moiie_megatron.data.records.llava import RecordFile
-from moiie_megatron.data.stream.batch import Batch, Example, collate
+from moiie_megatron.data.stream.batch import Batch, collate
 from moiie_megatron.data.stream.dataset import LlavaDataset, Source
+from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.loader import build_loader
 from moiie_megatron.data.stream.packed_loader import build_packed_loader
 from moiie_megatron.data.stream.packing import PackingSpec, pack, split_rows_to_count

@@ -14,7 +14,7 @@ from moiie_megatron.data.encode.images import ImageLoader
 from moiie_megatron.data.encode.templates import Template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
 from moiie_megatron.data.records.llava import BadRecord, Record, RecordFile
-from moiie_megatron.data.stream.batch import Example
+from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.order import Blend
 from moiie_megatron.utils.errors import UserError
 

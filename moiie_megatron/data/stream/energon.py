@@ -51,8 +51,8 @@ from moiie_megatron.data.encode.images import ImageDecoder
 from moiie_megatron.data.records.llava import BadRecord, parse_record
 from moiie_megatron.data.stream.batch import Batch as MicroBatch
 from moiie_megatron.data.stream.batch import Example
+from moiie_megatron.data.stream.example import SkippedSample
 from moiie_megatron.data.stream.order import Blend
-from moiie_megatron.data.stream.skipped_samples import SkippedSample
 from moiie_megatron.data.stream.stream_state import StreamState
 from moiie_megatron.utils.errors import UserError
 

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from moiie_megatron.data.stream.batch import Batch, Example, collate
+from moiie_megatron.data.stream.batch import Batch, collate
+from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.order import Blend, SampleOrder
 from moiie_megatron.data.stream.skipped_samples import read_sample
 from moiie_megatron.data.stream.worker import ignore_group_signals

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moiie_megatron.data.encode.encoder import IGNORE
-from moiie_megatron.data.stream.batch import Batch, Example
-from moiie_megatron.data.stream.skipped_samples import SkippedSample
+from moiie_megatron.data.stream.batch import Batch
+from moiie_megatron.data.stream.example import Example, SkippedSample
 from moiie_megatron.layout.token_types import IMAGE, PADDING
 from moiie_megatron.utils.errors import UserError
 

@@ -8,27 +8,16 @@ they met inside the batch, and the main process counts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Protocol
+from dataclasses import replace
+from typing import Final, Protocol
 
 from numpy.random import Philox, SeedSequence
 
 from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.stream.example import Example, SkippedSample
 from moiie_megatron.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from moiie_megatron.data.stream.batch import Example
-
 MAX_CHAIN: Final = 10  # bad samples in a row, one replacing the other, before the run stops
-
-
-@dataclass(frozen=True)
-class SkippedSample:
-    """A sample that was left out: record number ``index`` of ``file``, and why."""
-
-    file: str
-    index: int
-    reason: str
 
 
 class Samples(Protocol):

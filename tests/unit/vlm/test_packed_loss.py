@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moiie_megatron.config.schema import MoEConfig, ParallelConfig
 from moiie_megatron.data.encode.encoder import IGNORE, Encoded
-from moiie_megatron.data.stream.batch import Batch, Example, collate
+from moiie_megatron.data.stream.batch import Batch, collate
+from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.packing import PackingSpec, pack
 from moiie_megatron.evaluation.layout_equivalence import differences
 from moiie_megatron.layout.token_types import IMAGE, TEXT

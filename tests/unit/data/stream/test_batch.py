@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moiie_megatron.data.encode.encoder import Encoded
-from moiie_megatron.data.stream.batch import Batch, Example, collate
-from moiie_megatron.data.stream.skipped_samples import SkippedSample
+from moiie_megatron.data.stream.batch import Batch, collate
+from moiie_megatron.data.stream.example import Example, SkippedSample
 
 
 def example(tokens: list[int], types: list[int], images: int, name: str = "r") -> Example:

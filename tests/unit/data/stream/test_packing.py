@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from moiie_megatron.data.stream.batch import Batch, Example
+from moiie_megatron.data.stream.batch import Batch
+from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.packing import (
     PackingSpec,
     best_fit_decreasing,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from moiie_megatron.data.stream.dataset import LlavaDataset
+from moiie_megatron.data.stream.example import SkippedSample
 from moiie_megatron.data.stream.skipped_samples import (
-    SkippedSample,
     SkippedSampleMonitor,
     read_sample,
     replacement,
