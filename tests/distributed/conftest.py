@@ -65,7 +65,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def make_family(folder: Path, family: str) -> None:
     """An upcycled checkpoint of a family's tiny model, as ``folder/FAMILY-checkpoint``."""
     values = {"vocab_size": 512, "max_position_embeddings": 512, **FAMILIES[family]}
-    llm = write_language(folder / f"{family}-llm", family, torch.float32, **values)
+    llm = folder / f"{family}-llm"
+    write_language(llm, family, torch.float32, random_vectors=True, **values)
     vision = write_vision(folder / f"{family}-vision", dtype=torch.float32)
     upcycle_checkpoint(llm, vision, folder / f"{family}-checkpoint")
 

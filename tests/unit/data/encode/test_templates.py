@@ -101,14 +101,18 @@ def test_llama3s_published_template_agrees(llama3: Tokenizer) -> None:
 
 CHATML = (
     "{%% for m in messages %%}<|im_start|>{{ m.role }}\n%s{{ m.content }}<|im_end|>\n{%% endfor %%}"
-    "{%% if add_generation_prompt %%}<|im_start|>assistant\n{%% endif %%}"
+    "{%% if add_generation_prompt %%}<|im_start|>assistant\n%s{%% endif %%}"
 )
 # Qwen2.5 begins with a system turn of its own.
 QWEN2 = "{% if messages[0].role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
-QWEN2 += CHATML % ""
-# Qwen3 puts an empty block of reasoning in front of the last answer, and of that one alone.
+QWEN2 += CHATML % ("", "")
+# Qwen3 puts an empty block of reasoning in front of the last answer, and of that one alone; its
+# prompt ends with one where reasoning is switched off.
 THINK = "<think>\n\n</think>\n\n"
-QWEN3 = CHATML % ("{% if loop.last and m.role == 'assistant' %}" + THINK + "{% endif %}")
+QWEN3 = CHATML % (
+    "{% if loop.last and m.role == 'assistant' %}" + THINK + "{% endif %}",
+    "{% if enable_thinking is defined and enable_thinking is false %}" + THINK + "{% endif %}",
+)
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -120,21 +124,21 @@ def test_templates_of_families_without_an_own_one(family: str, llama3: Tokenizer
     """As their tokenizers write conversations: both answers learnt, and the token behind each."""
     text = {"qwen2": QWEN2, "qwen3": QWEN3, "mistral": MISTRAL}[family]
     template = load_template("tokenizer", with_template(llama3, text))
-    ask, answer = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n"
-    first, second = ask.format("<image>\nhi "), "\n" + ask.format("why")
-    rest = [Segment("\n", False)]
-    if family == "mistral":
-        first, second, answer, rest = "<|begin_of_text|>[INST] <image>\nhi [/INST]", "", "", []
-        answers, second = (" yes<|eot_id|>", "  so<|eot_id|>"), "[INST] why[/INST]"
-    elif family == "qwen2":
-        first = "<|im_start|>system\nHelp.<|im_end|>\n" + first
-        answers = ("yes<|im_end|>", " so<|im_end|>")
+    head, answer, rest = "<|im_start|>{}\n", "<|im_start|>assistant\n", [Segment("\n", False)]
+    first = head.format("user") + "<image>\nhi <|im_end|>\n" + answer
+    second = "\n" + head.format("user") + "why<|im_end|>\n" + answer
+    answers = ["yes<|im_end|>", " so<|im_end|>"]
+    if family == "qwen2":
+        first = head.format("system") + "Help.<|im_end|>\n" + first
+    elif family == "qwen3":
+        second += THINK
     else:
-        answers = ("yes<|im_end|>", THINK + " so<|im_end|>")
+        first, second, rest = "<|begin_of_text|>[INST] <image>\nhi [/INST]", "[INST] why[/INST]", []
+        answers = [" yes<|eot_id|>", "  so<|eot_id|>"]
     assert template.render(TURNS) == [
-        Segment(first + answer, False),
+        Segment(first, False),
         Segment(answers[0], True),
-        Segment(second + answer, False),
+        Segment(second, False),
         Segment(answers[1], True),
         *rest,
     ]
