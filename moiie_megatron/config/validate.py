@@ -125,9 +125,8 @@ def _check_language(config: RunConfig) -> None:
         value, wanted = getattr(language, name), family.fixed.get(name, False)
         if value != wanted:
             raise UserError(
-                f"language.{name} is {str(value).lower()}, but language.family is "
-                f"{language.family}, whose weights {'have' if wanted else 'do not have'} them: "
-                f"set it to {str(wanted).lower()}."
+                f"language.{name} is {_yaml(value)}, but it is {_yaml(wanted)} in every model of "
+                f"the family {language.family}: set it to {_yaml(wanted)}."
             )
     pairs = language.head_size // 2
     for name in ("short_factor", "long_factor") if language.longrope is not None else ():
@@ -353,3 +352,7 @@ def _divisors(number: int) -> str:
 
 def _null(value: object) -> object:
     return "null" if value is None else value
+
+
+def _yaml(value: bool) -> str:
+    return str(value).lower()

@@ -14,9 +14,19 @@ from tests.parity.hf_models import randomise_vectors
 
 
 def write_language(
-    folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **changes: Any
+    folder: Path,
+    family: str = "llama",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    random_vectors: bool = False,
+    **changes: Any,
 ) -> Path:
-    """Four layers with random weights, and a tokenizer of four words."""
+    """Four layers with random weights, and a tokenizer of four words.
+
+    Args:
+        random_vectors: Norms and biases are random, too.
+        changes: To transformers' configuration.
+    """
     values: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -29,7 +39,8 @@ def write_language(
     }
     torch.manual_seed(3)
     model: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**(values | changes)))
-    randomise_vectors(model)
+    if random_vectors:
+        randomise_vectors(model)
     model.to(dtype).save_pretrained(folder)
     return write_tokenizer(folder)
 

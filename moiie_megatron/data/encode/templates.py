@@ -126,9 +126,9 @@ class TokenizerTemplate:
     An assistant turn is what the text grows by after the generation prompt.  Where an end-of-turn
     token follows the turn, white space after that token belongs to the next header.
 
-    Some templates write the last answer in another way than earlier ones (with an empty block of
-    reasoning in front).  The conversation is rendered once, as a whole, and every answer is learnt
-    as it stands there.
+    Templates of models that can reason are asked for answers without it (``enable_thinking``).
+    Some then write an empty block of reasoning in front of the last answer and of no other: the
+    conversation is rendered once, as a whole, and every answer is learnt as it stands there.
 
     Raises:
         UserError: No chat template, or one in which the prompt of an answer is not the beginning
@@ -153,7 +153,7 @@ class TokenizerTemplate:
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            prompt = self._text(turns[:i], add_generation_prompt=True)
+            prompt = self._prompt(turns[:i], whole)
             answered = self._text(turns[: i + 1], add_generation_prompt=False)
             _check_growth(prompt, whole)
             _check_growth(prompt, answered)
@@ -169,7 +169,17 @@ class TokenizerTemplate:
         rest = whole[done:]
         return [*segments, Segment(rest, train=False)] if rest else segments
 
-    def _text(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+    def _prompt(self, turns: Sequence[Turn], whole: str) -> str:
+        """What stands in front of an answer in the whole text."""
+        prompt = self._text(turns, add_generation_prompt=True)
+        if whole.startswith(prompt):
+            return prompt
+        # An earlier answer, which has no empty block of reasoning in front.
+        return self._text(turns, add_generation_prompt=True, enable_thinking=True)
+
+    def _text(
+        self, turns: Sequence[Turn], add_generation_prompt: bool, enable_thinking: bool = False
+    ) -> str:
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -178,6 +188,7 @@ class TokenizerTemplate:
             **self._special_tokens,
             "chat_template": self._template,
             "add_generation_prompt": add_generation_prompt,
+            "enable_thinking": enable_thinking,
         }
         try:
             rendered: Any = render_jinja_template([messages], **arguments)

@@ -42,7 +42,7 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _language(folder: Path, family: str, **changes: Any) -> Path:
     values = {**SPECIAL.get(family, {}), **STD, **changes}
-    return write_language(folder, family, torch.float32, **values)
+    return write_language(folder, family, torch.float32, random_vectors=True, **values)
 
 
 @pytest.mark.parametrize("is_tied", [False, True])

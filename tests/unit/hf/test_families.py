@@ -23,6 +23,10 @@ TEXTS = {
     "phi3": {},
     "phi3-longrope": tiny.LONGROPE,
     "phi3-window": {"sliding_window": 5},
+    "mistral-window": {"sliding_window": 5, "head_dim": 24},
+    "qwen2": {},
+    "qwen2-window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    "qwen3": {"head_dim": 24},
 }
 
 
@@ -87,6 +91,15 @@ def test_router_scores_are_recorded() -> None:
     assert model(**batch).router_logits is None
     model.config.output_router_logits = True
     assert len(model(**batch).router_logits) == 2
+
+
+def test_attentions_are_recorded() -> None:
+    model, batch = tiny.model(tiny.config("qwen3", text_config={"head_dim": 24})), _batch()
+    model.set_attn_implementation("eager")
+    attentions = model(**batch, output_attentions=True).attentions
+    assert [tuple(weights.shape) for weights in attentions] == [(2, 4, 24, 24)] * 4
+    # Layers of every kind stay on one device.
+    assert model._no_split_modules >= {"MoiieDecoderLayer", "SiglipEncoderLayer"}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
