@@ -101,7 +101,7 @@ def layouts(processes: int, own_variant: str) -> Iterator[Layout]:
         sizes, degrees, degrees, (1, 2, 4), degrees
     ):
         dense, experts = tensor * pipeline, expert * expert_tensor * pipeline
-        if n % dense or n % experts or max(dense, experts) < n and n > 2:
+        if n % dense or n % experts or (max(dense, experts) < n and n > 2):
             continue  # data parallelism beyond what the grid needs adds nothing new
         yield Layout(tensor, pipeline, expert, expert_tensor, n // dense)
     # Two processes share the experts; four also the layers, or also the sequence.
@@ -240,7 +240,7 @@ def compare_losses(arguments: argparse.Namespace) -> int:
     worst = 0.0
     for step in common:
         a, b = (run[step]["lm_loss"] for run in runs)
-        if a == b or math.isnan(a) and math.isnan(b):
+        if a == b or (math.isnan(a) and math.isnan(b)):
             continue
         difference = abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf
         worst = max(worst, difference)

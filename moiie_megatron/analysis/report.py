@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone, UTC
 from importlib import resources
 from pathlib import Path
 from statistics import median
@@ -108,7 +108,7 @@ def _stage(name: str, folder: Path) -> dict[str, Any]:
     metrics = read_metrics(folder / "metrics.jsonl")
     routing = folder / "routing.jsonl"
     has_routing = routing.exists() and routing.stat().st_size > 0
-    written = datetime.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime, timezone.utc)
+    written = datetime.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime, UTC)
     return {
         "name": name,
         "folder": str(folder),
@@ -199,7 +199,7 @@ def _checkpoints(folder: Path) -> list[dict[str, Any]]:
         if not (path / CONFIG_FILE).is_file():
             continue
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        saved = datetime.fromtimestamp((path / CONFIG_FILE).stat().st_mtime, timezone.utc)
+        saved = datetime.fromtimestamp((path / CONFIG_FILE).stat().st_mtime, UTC)
         found.append(
             {
                 "name": path.name,

@@ -69,7 +69,7 @@ def routing_record(
     """The record of a stretch of training, see the head of this file."""
     size = layout.num_experts // placement.ep_size
     starts = range(0, layout.num_experts, size)
-    ranks = [list(placement.order[start : start + size]) for start in starts]
+    ranks = [list(placement.physical_to_logical[start : start + size]) for start in starts]
     return {
         "version": VERSION,
         "experts": [layout.name(expert) for expert in range(layout.num_experts)],

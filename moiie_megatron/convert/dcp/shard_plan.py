@@ -63,7 +63,7 @@ def shard_plan(config: RunConfig, name: str, shape: tuple[int, ...]) -> list[Ten
 def _expert_cuts(
     config: RunConfig, name: str, shape: tuple[int, ...], stage: int
 ) -> list[TensorShards]:
-    parallel, places = config.parallel, config.placement.order
+    parallel, places = config.parallel, config.placement.physical_to_logical
     local = len(places) // parallel.expert
     return [
         TensorShards((expert, *offsets), (1, *sizes), stage, ("expert", place // local, owner or 0))

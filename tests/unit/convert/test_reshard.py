@@ -222,5 +222,5 @@ def test_owners_follow_the_placement(checkpoint: Path) -> None:
         for cut in shard_plan(changed, name, (4, 32, 48)):
             assert cut.stage == 1 and cut.shape == (1, 32, 48) and cut.owner[0] == "expert"
             ranks.setdefault(int(cut.owner[1]), []).append(cut.offsets[0])
-        places = changed.placement.order
+        places = changed.placement.physical_to_logical
         assert ranks == {0: list(places[:2]), 1: list(places[2:])}
