@@ -1,4 +1,4 @@
-"""Reads what a run logged: ``metrics.jsonl``, ``routing.jsonl`` and other files of its kind."""
+"""Read the logs of a run: ``metrics.jsonl``, ``routing.jsonl`` and other JSON lines."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Records = list[dict[str, Any]]  # in the order of training
 
 
 def read_metrics(path: str | Path) -> Records:
-    """The lines of ``metrics.jsonl``, in order; a last line cut off by a kill is left out.
+    """The lines of ``metrics.jsonl``, in order; an incomplete last line is ignored.
 
     Raises:
-        UserError: The file cannot be read, holds no step, or is damaged before its end.
+        UserError: The file cannot be read, has no step, or has a broken line before its last.
     """
     records = read_lines(path)
     if not records:
-        raise UserError(f"{path} holds no steps yet: train first.")
+        raise UserError(f"{path} has no steps yet: train first.")
     return records
 
 
@@ -32,12 +32,12 @@ def read_routing(path: str | Path) -> Records:
     """
     records = read_lines(path)
     if not records:
-        raise UserError(f"{path} holds no routing records: only runs with experts write some.")
+        raise UserError(f"{path} has no routing records: name a run with experts.")
     for record in records:
         if record.get("version") != VERSION:
             raise UserError(
-                f"{path} has a routing record of version {record.get('version')}, this program "
-                f"reads version {VERSION}: use the program that wrote it."
+                f"{path} has a routing record of version {record.get('version')}, but this program "
+                f"reads version {VERSION}: use the version that wrote it."
             )
     return records
 
@@ -52,21 +52,25 @@ def newest(records: Records, steps: int) -> Records:
 
 
 def read_lines(path: str | Path) -> Records:
-    """One JSON object per line; a last line cut off by a kill is left out.
+    """One JSON object per line; a last line that a kill left incomplete is ignored.
 
     Raises:
-        UserError: The file cannot be read, or is damaged before its end.
+        UserError: The file cannot be read, or has a broken line before its last.
     """
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The log {path} cannot be read ({error}).") from error
+        raise UserError(
+            f"The log {path} cannot be read ({error}): name the output directory of a run."
+        ) from error
     records: Records = []
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise UserError(f"{path}, line {number} is no JSON ({error}).") from error
+                raise UserError(
+                    f"{path}, line {number} is not JSON ({error}): repair or delete the line."
+                ) from error
     return records

@@ -1,4 +1,4 @@
-"""All pictures of routing from the records of one model."""
+"""All figures of routing from the records of one model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from moiie_megatron.analysis.records import Records, newest
 
 
 def plot_routing(records: Records, out: str | Path, *, last: int = 50) -> list[Path]:
-    """Draw ``pathways.png``, ``groups.png`` and, of a training run, ``load_map.png``.
+    """Write ``pathways.png``, ``groups.png`` and, for a training run, ``load_map.png``.
 
     Args:
-        records: Of one model (``read_routing``).
-        out: Folder.
-        last: Optimizer steps at the end that the first two pictures cover.
+        records: Routing records of one model (``read_routing``).
+        out: Output directory.
+        last: Number of final optimizer steps that the first two figures average over.
+
+    Returns:
+        The files.
 
     Raises:
         UserError: Records of several models, or none.

@@ -1,4 +1,4 @@
-"""Shares are counts over counts, and the pictures show them."""
+"""Fractions are ratios of counts, and the figures show them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from moiie_megatron.analysis.load_map import load_map_figure, plot_load_map, rel
 from moiie_megatron.analysis.pathways import pathways_figure, plot_pathways
 from moiie_megatron.analysis.records import newest
 from moiie_megatron.analysis.routing_plots import plot_routing
+from tests.helpers.user_errors import user_error
 from tests.unit.analysis.routing_records import RECORDS, record
 
 COLOURS = {"vision": (0xE6, 0x9F, 0x00), "shared": (0x8C, 0x8C, 0x8C), "text": (0x00, 0x72, 0xB2)}
@@ -83,15 +84,15 @@ def test_load_over_training() -> None:
 
 @pytest.mark.parametrize("plot", [plot_pathways, plot_groups])
 def test_png_in_the_colours_of_the_groups(plot: object, tmp_path: Path) -> None:
-    file = plot(USE, tmp_path / "new" / "picture.png")
+    file = plot(USE, tmp_path / "new" / "figure.png")
     with Image.open(file) as image:
         assert image.format == "PNG" and min(image.size) > 300
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
     assert set(COLOURS.values()) <= colours
-    assert [path.name for path in file.parent.iterdir()] == ["picture.png"]
+    assert [path.name for path in file.parent.iterdir()] == ["figure.png"]
 
 
-def test_all_pictures_of_a_run_and_of_a_checkpoint(tmp_path: Path) -> None:
+def test_all_figures_of_a_run_and_of_a_checkpoint(tmp_path: Path) -> None:
     names = ["pathways.png", "groups.png", "load_map.png"]
     assert [file.name for file in plot_routing(RECORDS, tmp_path / "run")] == names
     measured = [{key: value for key, value in RECORDS[0].items() if not key.startswith("step")}]
@@ -109,9 +110,9 @@ def test_many_layers_are_drawn_without_numbers(tmp_path: Path) -> None:
 
 def test_refusals() -> None:
     other = [*RECORDS, record(30, [6, 10, 4, 0], [0, 5, 5, 10], layers=(1,))]
-    with pytest.raises(ValueError, match="no routing records"):
+    with user_error("routing records"):
         ExpertUse.from_records([])
-    with pytest.raises(ValueError, match="different experts or layers"):
+    with user_error("different experts or layers"):
         ExpertUse.from_records(other)
-    with pytest.raises(ValueError, match="records of one model, these come from 2"):
+    with user_error("routing records", 2):
         relative_loads(other)
