@@ -212,12 +212,12 @@ def compare_step(
     """
     import torch
 
-    from moiie_megatron.evaluation.layout_equivalence import differences
+    from moiie_megatron.evaluation.layout_equivalence import ShardMismatch, differences
 
     reference = torch.load(reference_file) if reference_file.exists() else None
     try:
         record = take_step(config, context, reference)
-    except UserError as error:
+    except (ShardMismatch, UserError) as error:
         return "FAIL", str(error)
     if record is None or reference is None:
         if record is not None:

@@ -22,12 +22,15 @@ from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.logging.router_stats import RoutingCounters
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import count_tokens, evaluate_loss, run_schedule
-from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.build import build_model
 from moiie_megatron.vlm.model import MoIIEModel
 
 # A shard: name of its tensor, full shape, offset of the shard in it, and the values.
 _Shard = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
+
+
+class ShardMismatch(Exception):
+    """Replicas of a shard differ between ranks, or a part of a tensor is on no rank."""
 
 
 def record_step(
@@ -50,7 +53,7 @@ def record_step(
         optimizer) by logical tensor name, and ``loss``, ``eval_loss``, ``aux``; elsewhere None.
 
     Raises:
-        UserError: Replicas of a tensor differ between ranks.
+        ShardMismatch: Replicas of a tensor differ between ranks.
     """
     # With the distributed optimizer a rank would hold shards of the gradients only.
     config = config.model_copy(
@@ -112,7 +115,7 @@ def _gather(kind: str, shards: Iterator[_Shard], context: ParallelContext) -> di
     """Full tensors on rank 0, an empty dictionary on the other ranks.
 
     Raises:
-        UserError: On all ranks: two ranks hold different values of the same shard.
+        ShardMismatch: On all ranks: two ranks hold different values of the same shard.
     """
     received: list[list[_Shard]] | None = [[]] * context.size if context.rank == 0 else None
     dist.gather_object(list(shards), received)
@@ -120,11 +123,11 @@ def _gather(kind: str, shards: Iterator[_Shard], context: ParallelContext) -> di
     problem = [""]
     try:
         full = _assemble(kind, received or [])
-    except UserError as error:
+    except ShardMismatch as error:
         problem = [str(error)]
     dist.broadcast_object_list(problem, src=0)
     if problem[0]:
-        raise UserError(problem[0])
+        raise ShardMismatch(problem[0])
     return full
 
 
@@ -132,7 +135,7 @@ def _assemble(kind: str, received: list[list[_Shard]]) -> dict[str, Tensor]:
     """Full tensors from the shards of all ranks.
 
     Raises:
-        UserError: Two ranks hold different values of the same shard, or a part is missing.
+        ShardMismatch: Two ranks hold different values of a shard, or a part is missing.
     """
     full: dict[str, Tensor] = {}
     for rank_shards in received:
@@ -142,16 +145,14 @@ def _assemble(kind: str, received: list[list[_Shard]]) -> dict[str, Tensor]:
             seen = ~region.isnan()
             difference = (region - part)[seen].abs().max() if seen.any() else torch.zeros(())
             if difference > 1e-5 * part.abs().max():
-                raise UserError(
+                raise ShardMismatch(
                     f"{kind} of {name} differs by {float(difference):.2e} between ranks that "
-                    "hold the same shard: the layouts cannot be compared."
+                    "hold the same shard."
                 )
             region.copy_(part)
     for name, tensor in full.items():
         if tensor.isnan().any():
-            raise UserError(
-                f"{kind} of {name} is NaN, or incomplete: the layouts cannot be compared."
-            )
+            raise ShardMismatch(f"{kind} of {name} is incomplete on all ranks together, or is NaN.")
     return full
 
 
@@ -169,13 +170,11 @@ def differences(
         ``loss``, ``eval_loss``, ``aux``, ``grad`` and ``next``.
 
     Raises:
-        UserError: The records hold different tensors.
+        ValueError: The records hold different tensors.
     """
     if record.keys() != reference.keys():
         odd = sorted(record.keys() ^ reference.keys())
-        raise UserError(
-            f"The layouts have different tensors, such as {', '.join(odd[:5])}: use one model."
-        )
+        raise ValueError(f"The layouts have different tensors, such as {', '.join(odd[:5])}.")
     errors: dict[str, list[tuple[float, float, str]]] = {}
     for name, want in reference.items():
         kind = name.split("/")[0]

@@ -77,8 +77,8 @@ def balanced(
             chooses its experts uniformly.
 
     Raises:
-        UserError: ``ep_size`` does not divide the number of experts, or there is not one load
-            per expert.
+        UserError: ``ep_size`` does not divide the number of experts.
+        ValueError: There is not one load per expert.
     """
     if layout.num_experts % ep_size:
         raise UserError(
@@ -86,10 +86,7 @@ def balanced(
             f"divisor of {layout.num_experts}."
         )
     if loads is not None and len(loads) != layout.num_experts:
-        raise UserError(
-            f"moe.expert_loads has {len(loads)} numbers but there are {layout.num_experts} experts: "
-            "give one per expert."
-        )
+        raise ValueError(f"{len(loads)} loads for {layout.num_experts} experts")
     used = expected_loads(layout, image_fraction) if loads is None else [float(x) for x in loads]
     groups = _groups(layout)
     if loads is None and all(len(group) % ep_size == 0 for group in groups):
