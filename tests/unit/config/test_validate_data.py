@@ -14,7 +14,7 @@ SHARDS = ["data.loader=energon", "data.sources=[{records: shards}]", "data.token
 
 
 def test_the_plain_loader_needs_images(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.sources.1.images is missing: give a folder."):
+    with pytest.raises(ValueError, match=r"data.sources.1.images is missing: give a directory."):
         load_minimal(tmp_path, ["data.sources=[{records: a, images: b}, {records: c}]"])
     with pytest.raises(ValueError, match="data.loader is 'webdataset': use plain or energon"):
         load_minimal(tmp_path, ["data.loader=webdataset"])
@@ -47,5 +47,5 @@ def test_shards_are_a_folder_or_an_address(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="'s3://me/shards': .*so use msc://PROFILE/PATH"):
         check_paths(load_minimal(tmp_path, [*SHARDS, "data.sources=[{records: 's3://me/shards'}]"]))
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is 'file', which is not a folder of shards"):
+    with pytest.raises(ValueError, match="is 'file', which is not a directory of shards"):
         check_paths(load_minimal(tmp_path, [*SHARDS, "data.sources=[{records: file}]"]))
