@@ -334,7 +334,7 @@ def test_paths(tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer.model"
     assert message() == (
         f"data.tokenizer is '{tokenizer}', which does not exist: name a tokenizer "
-        "folder or "
+        "directory or "
         ".model file that exists."
     )
     tokenizer.touch()
