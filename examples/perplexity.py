@@ -28,7 +28,9 @@ clouds above the lighthouse, waits a moment, and tells you that it is going to r
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", type=Path, nargs="+", help="model directories; code in them is run")
+    parser.add_argument(
+        "models", type=Path, nargs="+", help="model directories; code in them is run"
+    )
     options = parser.parse_args()
     for folder in options.models:
         if not (folder / "config.json").is_file():
