@@ -96,6 +96,7 @@ def measure(arguments: argparse.Namespace, dist_env: DistEnv, out: Path) -> None
     from moiie_megatron.checkpoint.directory import find_checkpoint
     from moiie_megatron.checkpoint.load_weights import load_weights
     from moiie_megatron.data.stream.build import build_dataset
+    from moiie_megatron.data.stream.dataset import LlavaDataset
     from moiie_megatron.evaluation.generate import checkpoint_config
     from moiie_megatron.evaluation.routing import measure_routing
     from moiie_megatron.mcore.parallel import ParallelContext
@@ -114,6 +115,7 @@ def measure(arguments: argparse.Namespace, dist_env: DistEnv, out: Path) -> None
         )
     check_config(config, world_size=dist_env.world_size)
     dataset = build_dataset(config)
+    assert isinstance(dataset, LlavaDataset)  # what the plain loader reads
 
     def body(context: ParallelContext) -> None:
         model = build_model(config, context)

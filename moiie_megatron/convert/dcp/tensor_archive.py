@@ -48,7 +48,7 @@ def write_piece(stream: IO[bytes], tensor: Tensor) -> tuple[int, int]:
     stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
     offset = stream.tell()
     # torch.load does not look at the zip format's checksum, which costs more than writing.
-    with serialization.patch({"save.compute_crc32": False}):
+    with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
         torch.save(tensor, stream)
     return offset, stream.tell() - offset
 

@@ -223,8 +223,13 @@ PROBLEMS = {
     "short tower": (
         {
             f"{TOWER}encoder.layers.0.{part}.{kind}": None
-            for part in ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
-            + tuple(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out"))
+            for part in (
+                "layer_norm1",
+                "layer_norm2",
+                "mlp.fc1",
+                "mlp.fc2",
+                *tuple(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")),
+            )
             for kind in ("weight", "bias")
         },
         {},

@@ -8,7 +8,7 @@ import torch
 from moiie_megatron.layout.token_types import IMAGE, PADDING, TEXT
 from moiie_megatron.vlm.reference_types import reference_types
 
-T, I, P = TEXT, IMAGE, PADDING
+T, I, P = TEXT, IMAGE, PADDING  # noqa: E741
 
 
 @pytest.mark.parametrize(
