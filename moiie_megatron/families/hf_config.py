@@ -43,14 +43,18 @@ _SectionT = TypeVar("_SectionT", bound=Section)
 def find_language_family(section: Mapping[str, Any], file: Path) -> LanguageFamily:
     """The family of a language model's section.
 
-    It is the word in ``model_type`` that names one, so that ``llama_moiie`` is a llama.
+    It is the word in ``model_type`` that names one, so that ``llama_moiie`` is a llama; but not
+    where transformers has another model of that name (``..._moe``).
 
     Raises:
         UserError: No family, or several.
     """
+    from transformers import CONFIG_MAPPING
+
     model_type = str(section.get("model_type", ""))
     names = [word for word in re.split("[-_]", model_type) if word in LANGUAGE_FAMILIES]
-    if len(names) != 1:
+    is_other = model_type in CONFIG_MAPPING and model_type not in LANGUAGE_FAMILIES
+    if len(names) != 1 or is_other:
         raise _unknown(file, "model_type", model_type, listed(LANGUAGE_FAMILIES))
     return language_family(names[0])
 
