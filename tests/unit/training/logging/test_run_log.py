@@ -12,12 +12,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moiie_megatron.training.logging.router_stats import RouterLosses
+from moiie_megatron.routing_stats.counters import RouterLosses
+from moiie_megatron.routing_stats.scalars import routing_scalars
 from moiie_megatron.training.logging.run_log import RunLog
-from moiie_megatron.training.logging.scalars import routing_scalars
 from moiie_megatron.training.step import StepResult
-from tests.unit.analysis.routing_records import record
 from tests.unit.config.minimal import load_minimal
+from tests.unit.routing_stats.routing_records import record
 
 RESULT = StepResult(
     2.5,

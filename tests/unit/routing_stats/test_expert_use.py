@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from moiie_megatron.analysis.expert_use import ExpertUse
 from moiie_megatron.analysis.groups import groups_figure, plot_groups
 from moiie_megatron.analysis.load_map import load_map_figure, plot_load_map, relative_loads
 from moiie_megatron.analysis.pathways import pathways_figure, plot_pathways
-from moiie_megatron.analysis.records import newest
 from moiie_megatron.analysis.routing_plots import plot_routing
-from tests.unit.analysis.routing_records import RECORDS, record
+from PIL import Image
+
+from moiie_megatron.analysis.records import newest
+from tests.unit.routing_stats.routing_records import RECORDS, record
 
 COLOURS = {"vision": (0xE6, 0x9F, 0x00), "shared": (0x8C, 0x8C, 0x8C), "text": (0x00, 0x72, 0xB2)}
 USE = ExpertUse.from_records(newest(RECORDS, 15))
