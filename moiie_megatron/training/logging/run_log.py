@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +50,28 @@ class RunLog:
     ``z_ROUTER``), ``seconds`` and ``tokens_per_second``.  ``routing_stats/record.py`` describes
     ``routing.jsonl``.  A resumed run drops what was logged after its checkpoint, so that the
     files read as if the run had never stopped.
+
+    Args:
+        start_step: Steps done before.
+        total_steps: Steps of the whole run.
+        clock: Seconds, from any origin.
     """
 
     def __init__(
-        self, config: RunConfig, context: ParallelContext, *, start_step: int, total_steps: int
-    ):
+        self,
+        config: RunConfig,
+        context: ParallelContext,
+        *,
+        start_step: int,
+        total_steps: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.interval = config.log.interval
         self.total_steps = total_steps
         self.start_step = start_step
         self.active = context.rank == 0
-        self.start_time = self.last_time = time.monotonic()
+        self.clock = clock
+        self.start_time = self.last_time = clock()
         self.tokens = 0
         if not self.active:
             return
@@ -78,7 +90,7 @@ class RunLog:
         self.tokens += result.tokens
         if losses is None:
             return
-        now = time.monotonic()
+        now = self.clock()
         seconds, self.last_time = now - self.last_time, now
         tokens, self.tokens = self.tokens, 0
         if not self.active:
@@ -129,9 +141,9 @@ class RunLog:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the time of the block out of ``seconds`` and ``tokens_per_second``."""
-        begin = time.monotonic()
+        begin = self.clock()
         yield
-        self.last_time += time.monotonic() - begin
+        self.last_time += self.clock() - begin
 
     def saved(self, checkpoint: Path, seconds: float) -> None:
         """Report a complete checkpoint, and the seconds since its save began."""
