@@ -1,7 +1,8 @@
 """What the routers of one layer did since their counters were read.
 
-Shapes: M modalities (``MODALITIES``), R routers of the layer, E experts (logical ids), T tokens,
-N expert-parallel ranks, A = M + 1: the modalities, then all tokens with padding.
+Shape letters (``moe/__init__.py``): T tokens, M modalities (``MODALITIES``), A = M + 1 the modalities,
+then all tokens with padding, E experts in logical order, G gates (the layer's routers), N
+expert-parallel ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from moiie_megatron.layout.token_types import MODALITIES
 
 _ROUTING = ("tokens_M", "load_ME", "prob_ME", "rows_A", "remote_A")
-_LOSSES = ("aux_R", "z_R")
+_LOSSES = ("aux_G", "z_G")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class LoadStats(torch.nn.Module):
     """The same sums of one layer on its device, reduced over ranks only when they are logged.
 
     Buffers (not part of checkpoints; fp64, which counts exactly to 2**53 where fp32 stops at 17
-    million): those of ``LayerSums``, and ``aux_R`` balance losses, ``z_R`` z-losses.  Only
+    million): those of ``LayerSums``, and ``aux_G`` balance losses, ``z_G`` z-losses.  Only
     ``rows_A`` and ``remote_A`` count padding.
     """
 
@@ -63,8 +64,8 @@ class LoadStats(torch.nn.Module):
     prob_ME: Tensor
     rows_A: Tensor
     remote_A: Tensor
-    aux_R: Tensor
-    z_R: Tensor
+    aux_G: Tensor
+    z_G: Tensor
 
     def __init__(self, num_routers: int, num_experts: int, device: torch.device) -> None:
         super().__init__()
@@ -81,10 +82,10 @@ class LoadStats(torch.nn.Module):
         self.prob_ME += prob_ME.detach()
 
     @torch.no_grad()
-    def add_losses(self, aux_R: Tensor, z_R: Tensor) -> None:
+    def add_losses(self, aux_G: Tensor, z_G: Tensor) -> None:
         """Add this rank's parts of the losses of one micro-batch."""
-        self.aux_R += aux_R
-        self.z_R += z_R
+        self.aux_G += aux_G
+        self.z_G += z_G
 
     @torch.no_grad()
     def add_rows(self, masks_TM: Tensor, rows_TN: Tensor, own_rank: int) -> None:
@@ -102,8 +103,8 @@ class LoadStats(torch.nn.Module):
         self.remote_A += rows_A - rows_AN[:, own_rank]
 
     def losses(self) -> Tensor:
-        """Balance losses and z-losses as one vector ``(2 * R,)``."""
-        return torch.cat([self.aux_R, self.z_R])
+        """Balance losses and z-losses as one vector ``(2 * G,)``."""
+        return torch.cat([self.aux_G, self.z_G])
 
     def routing(self) -> Tensor:
         """The routing sums as one vector, so that one collective reduces it (``LayerSums``)."""
@@ -111,8 +112,8 @@ class LoadStats(torch.nn.Module):
 
     def reset_losses(self) -> None:
         """Set to zero what ``losses`` returns."""
-        self.aux_R.zero_()
-        self.z_R.zero_()
+        self.aux_G.zero_()
+        self.z_G.zero_()
 
     def reset_routing(self) -> None:
         """Set to zero what ``routing`` returns."""
