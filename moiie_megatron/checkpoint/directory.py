@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moiie_megatron.utils.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 described the run in sentences (older_progress.py)
 CONFIG_FILE = "run.yaml"
 RECEIPT_FILE = "receipt.json"
 LATEST_FILE = "latest"
