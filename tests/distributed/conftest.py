@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 
 from tests.distributed.joint_runs import (
+    FAMILIES,
     LONGROPE,
     ONE_LAYER,
     SAVE_EVERY,
     STEPS,
+    family_values,
     go_back,
     joint_values,
+    make_family,
     train_in_turn,
 )
 from tests.helpers.shared import made_once, session_folder
@@ -60,6 +63,10 @@ def single(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
             "bf16": joint("bf16", train={"precision": "bf16", "steps": 3}),
             "fp32": joint("fp32", train={"steps": 3}),
         }
+        for family in FAMILIES:
+            make_family(folder, family)
+            checkpoint = folder / f"{family}-checkpoint"
+            runs[family] = family_values(digits, folder / family, checkpoint)
         train_in_turn(folder, runs, processes=1, timeout=400)
 
     return made_once(session_folder(tmp_path_factory) / "single", make)
@@ -99,6 +106,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path) -
             "pp2longrope": joint("pp2longrope", {"pipeline": 2}, **longrope),
             "connector": connector,
         }
+        for family in FAMILIES:
+            for layout, degrees in (("ep2", {"expert": 2}), ("tp2", {"tensor": 2})):
+                name, checkpoint = f"{family}-{layout}", single / f"{family}-checkpoint"
+                runs[name] = family_values(digits, folder / name, checkpoint, parallel=degrees)
         train_in_turn(folder, runs, processes=2, timeout=500)
 
     return made_once(session_folder(tmp_path_factory) / "pair", make)

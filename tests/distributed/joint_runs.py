@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from moiie_megatron.config.load import load_saved_config
+from moiie_megatron.convert.upcycle import upcycle_checkpoint
 from tests.helpers.launch import TRAIN, command, run
+from tests.helpers.tiny_hf import write_language, write_vision
 from tests.helpers.tiny_run import tiny_values, write_config
 
 STEPS = 6
@@ -36,6 +40,33 @@ def joint_values(digits: Path, output: Path, seed: Path, **sections: Mapping[str
     for section, changes in sections.items():
         values[section] = {**values.get(section, {}), **changes}
     return values
+
+
+# Families whose attention has what others lack, and how their tiny models show it.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"head_dim": 16, "sliding_window": 20},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+}
+
+
+def make_family(folder: Path, family: str) -> None:
+    """An upcycled checkpoint of a family's tiny model, as ``folder/FAMILY-checkpoint``."""
+    values = {"vocab_size": 512, "max_position_embeddings": 512, **FAMILIES[family]}
+    llm = folder / f"{family}-llm"
+    write_language(llm, family, torch.float32, random_vectors=True, **values)
+    vision = write_vision(folder / f"{family}-vision", dtype=torch.float32)
+    upcycle_checkpoint(llm, vision, folder / f"{family}-checkpoint")
+
+
+def family_values(digits: Path, output: Path, checkpoint: Path, **sections: Any) -> Any:
+    """Five steps from a family's checkpoint."""
+    config = load_saved_config(checkpoint / "run.yaml")
+    values = joint_values(digits, output, checkpoint, train={"steps": 5}, **sections)
+    return values | {
+        "language": config.language.model_dump(),
+        "vision": config.vision.model_dump(),
+    }
 
 
 def train_in_turn(folder: Path, runs: Mapping[str, Any], processes: int, timeout: float) -> None:
