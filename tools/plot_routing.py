@@ -83,8 +83,8 @@ def main() -> int:
 
 def draw(file: Path, out: Path, last: int) -> None:
     """Write the figures of a routing.jsonl."""
-    from moiie_megatron.analysis.records import read_routing
-    from moiie_megatron.analysis.routing_plots import plot_routing
+    from moiie_megatron.analysis.routing.plots import plot_routing
+    from moiie_megatron.routing_stats.reading import read_routing
 
     for figure in plot_routing(read_routing(file), out, last=last):
         print(figure)

@@ -1,5 +1,6 @@
-"""The files of a checkpoint folder, where to find one, and folders that appear complete or not
-at all.  Nothing here needs torch or Megatron.
+"""Checkpoint directories: their files, how to find one, and how to write one atomically.
+
+Nothing here needs torch or Megatron.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from pathlib import Path
 
 from moiie_megatron.utils.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 described the run in sentences (older_progress.py)
 CONFIG_FILE = "run.yaml"
-RECEIPT_FILE = "receipt.json"
+REPORT_FILE = "conversion_report.json"
+EARLIER_REPORT_FILE = "receipt.json"  # what it was called in version 0.1.0
 LATEST_FILE = "latest"
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moiie_megatron.analysis.expert_use import MODALITY_TITLES, ExpertUse, groups_of, short_name
 from moiie_megatron.analysis.figure import (
     INK,
     expert_colour,
@@ -21,6 +20,12 @@ from moiie_megatron.analysis.figure import (
     panel_title,
     save_png,
     tidy,
+)
+from moiie_megatron.routing_stats.expert_use import (
+    MODALITY_TITLES,
+    ExpertUse,
+    groups_of,
+    short_name,
 )
 
 _MAX_LABELLED_LAYERS = 8  # beyond, numbers inside the bars would not be legible
@@ -48,11 +53,11 @@ def groups_figure(use: ExpertUse) -> Figure:
 def _stack(axes: Axes, use: ExpertUse, modality: str) -> None:
     positions = np.arange(len(use.layers))
     bottom = np.zeros(len(use.layers))
-    usable = [e for e in range(len(use.experts)) if use.is_open(e, modality)]
+    usable = [e for e in range(len(use.experts)) if use.is_allowed(e, modality)]
     # The modality's own experts below, the shared ones on top, in both panels.
     for expert in sorted(usable, key=lambda e: use.group(e) == "shared"):
         name = use.experts[expert]
-        heights = np.array([use.shares[modality][n][expert] for n in use.layers]) / use.top_k
+        heights = np.array([use.fractions[modality][n][expert] for n in use.layers]) / use.top_k
         colour = expert_colour(name, use.experts)
         bars = axes.bar(
             positions, heights, 0.72, bottom, color=colour, edgecolor="white", linewidth=1.2

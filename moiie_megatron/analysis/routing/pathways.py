@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moiie_megatron.analysis.expert_use import MODALITY_TITLES, ExpertUse, groups_of, short_name
 from moiie_megatron.analysis.figure import (
     GROUP_COLOURS,
     INK,
@@ -22,6 +21,12 @@ from moiie_megatron.analysis.figure import (
     new_figure,
     panel_title,
     save_png,
+)
+from moiie_megatron.routing_stats.expert_use import (
+    MODALITY_TITLES,
+    ExpertUse,
+    groups_of,
+    short_name,
 )
 
 _LANE = 0.42  # inches
@@ -52,11 +57,10 @@ def _panel(axes: Axes, use: ExpertUse, modality: str) -> None:
     layers = use.layers
     x = np.arange(len(layers), dtype=float)
     for expert, name in enumerate(use.experts):
-        is_open = use.is_open(expert, modality)
         axes.axhline(expert, color="#dddddd", linewidth=0.8, zorder=0)
-        if not is_open:
+        if not use.is_allowed(expert, modality):
             continue
-        fractions = np.array([use.shares[modality][layer][expert] for layer in layers])
+        fractions = np.array([use.fractions[modality][layer][expert] for layer in layers])
         along, half = _smooth(x, fractions * _HALF_BAND)
         axes.fill_between(
             along, expert - half, expert + half, color=expert_colour(name, use.experts), lw=0

@@ -10,11 +10,11 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from moiie_megatron.analysis.expert_use import groups_of, short_name
 from moiie_megatron.analysis.figure import GROUP_COLOURS, INK, group_legend, new_figure, save_png
-from moiie_megatron.analysis.records import Records
 from moiie_megatron.layout.token_types import MODALITIES
+from moiie_megatron.routing_stats.expert_use import groups_of, short_name
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.jsonl import Records
 
 _MAX_NAMED_ROWS = 40  # with more, the names would overlap
 
