@@ -348,7 +348,7 @@ def test_paths(tmp_path: Path) -> None:
     check_paths(config())
     for key in ("language.pretrained", "vision.pretrained", "checkpoint.init_from"):
         assert message(f"{key}={tmp_path}/w").startswith(f"{key} is '{tmp_path}/w', which does not")
-        assert message(f"{key}={tokenizer}").startswith(f"{key} is '{tokenizer}', which is not a f")
+        assert message(f"{key}={tokenizer}").startswith(f"{key} is '{tokenizer}', which is not a d")
         check_paths(config(f"{key}={tmp_path}/images"))
 
 
