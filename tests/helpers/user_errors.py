@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,5 +36,11 @@ def assert_user_error(finished: Finished, *parts: object, code: int = 1) -> None
 def _check(message: str, parts: tuple[object, ...]) -> None:
     assert parts, "name at least the key or the file"
     assert message.strip() and "\n" not in message.strip(), message
-    missing = [str(part) for part in parts if str(part) not in message]
+    missing = [str(part) for part in parts if not _holds(message, str(part))]
     assert not missing, f"{missing} not in: {message}"
+
+
+def _holds(message: str, part: str) -> bool:
+    if re.fullmatch(r"[-\d.]+", part):  # a number, not the digits of another one
+        return re.search(rf"(?<![\d.]){re.escape(part)}(?!\.?\d)", message) is not None
+    return part in message
