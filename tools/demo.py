@@ -159,8 +159,8 @@ def collect_metrics(plan: Plan) -> dict[str, list[dict[str, Any]]]:
 
 def plot(plan: Plan, metrics: Mapping[str, list[dict[str, Any]]]) -> None:
     from moiie_megatron.analysis.curves import plot_curves
-    from moiie_megatron.analysis.records import read_routing
-    from moiie_megatron.analysis.routing_plots import plot_routing
+    from moiie_megatron.analysis.routing.plots import plot_routing
+    from moiie_megatron.routing_stats.reading import read_routing
 
     plot_curves(metrics, plan.out / "losses.png")
     plot_routing(read_routing(plan.out / "stage2" / "routing.jsonl"), plan.out)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from moiie_megatron.cli.log import configure_logging
 from moiie_megatron.config.optional_dependencies import check_extras
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate import check_config, check_paths
@@ -66,6 +67,7 @@ def exit_code(task: Callable[[], None], dist_env: DistEnv) -> int:
     is 1.  One process of a job prints: the first that fails, whichever rank it is.  The launcher
     ends the others; what they meet because a peer is gone would hide the cause.
     """
+    configure_logging(dist_env.rank)
     try:
         task()
     except Exception as error:

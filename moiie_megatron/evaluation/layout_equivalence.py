@@ -20,7 +20,7 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.fill_model import fill_model
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.mcore.parallel import ParallelContext
-from moiie_megatron.training.logging.router_stats import RoutingCounters
+from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import count_tokens, evaluate_loss, run_schedule
 from moiie_megatron.vlm.build import build_model

@@ -114,8 +114,8 @@ def test_packing_changes_no_loss(alone: Path) -> None:
     plain_routing, packed_routing = (read_routing(alone / name) for name in ("plain", "packed"))
     for record, other in zip(packed_routing, plain_routing, strict=True):
         for modality in ("vision", "text"):
-            shares, wanted = (r["layers"]["1"][modality]["share"] for r in (record, other))
-            assert shares == pytest.approx(wanted, abs=1e-6)
+            fractions, wanted = (r["layers"]["1"][modality]["fraction"] for r in (record, other))
+            assert fractions == pytest.approx(wanted, abs=1e-6)
     assert all(line["padding_fraction"] == 0 for line in packed)
     # The comparison would hold for runs in which nothing happens.
     assert packed[0]["lm_loss"] - packed[-1]["lm_loss"] > 0.02
