@@ -27,9 +27,15 @@ def user_error(*parts: object) -> Iterator[None]:
 def assert_user_error(finished: Finished, *parts: object, code: int = 1) -> None:
     """A command must have ended with one ``error: ...`` line that names every part."""
     assert finished.code == code, f"exit code {finished.code}\n{finished.stderr[-4000:]}"
-    assert "Traceback" not in finished.stderr, finished.stderr[-4000:]
-    lines = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, finished.stderr[-4000:]
+    assert_one_error(finished.stderr, *parts)
+
+
+def assert_one_error(text: str, *parts: object) -> None:
+    """What one or several processes have printed must hold one ``error: ...`` line, with every
+    part in it, and no traceback."""
+    assert "Traceback" not in text, text[-4000:]
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text[-4000:]
     _check(lines[0].removeprefix("error: "), parts)
 
 
