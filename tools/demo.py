@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moiie_megatron.utils.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("dense", "stage1", "stage2")
 PROCESSES = 2
@@ -71,7 +73,7 @@ def main() -> int:
     plan = Plan(Path(arguments.out).absolute(), arguments.quick)
     try:
         return run(plan)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -68,7 +68,7 @@ def agree_on_newest(output: str | Path, context: ParallelContext) -> Path | None
             for note in notes:
                 LOGGER.warning("%s", note)
             found = [(path, "")]
-        except ValueError as error:
+        except UserError as error:
             found = [(None, str(error))]
     dist.broadcast_object_list(found, src=0)
     path, problem = found[0]

@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.conftest import go_back, joint_values, train_in_turn
-from tests.distributed.test_layouts import TOLERANCE, assert_same_course
+from tests.distributed.joint_runs import (
+    TOLERANCE,
+    assert_same_course,
+    go_back,
+    joint_values,
+    train_in_turn,
+)
 from tests.helpers.launch import TRAIN, command, run
 from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import read_metrics, read_routing, tiny_values
