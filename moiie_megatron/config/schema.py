@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -25,7 +24,7 @@ from pydantic import (
 
 from moiie_megatron.config.families import LANGUAGE_FAMILIES, VISION_FAMILIES
 from moiie_megatron.layout.experts import ExpertLayout, moe_layers
-from moiie_megatron.layout.placement import Placement, balanced, contiguous
+from moiie_megatron.layout.placement import Placement, place_experts
 
 Part = Literal["vision", "connector", "language", "moe"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -378,7 +377,7 @@ class RunConfig(Section):
         """The physical order of the experts over this run's expert-parallel ranks."""
         moe = self.moe
         loads = None if moe.expert_loads is None else tuple(moe.expert_loads)
-        return _placement(
+        return place_experts(
             moe.placement, moe.layout, self.parallel.expert, moe.image_fraction, loads
         )
 
@@ -388,18 +387,3 @@ class RunConfig(Section):
         if self.moe_layers:
             return self.parallel
         return self.parallel.model_copy(update={"expert": 1, "expert_tensor": 1})
-
-
-# Not a cached property: pydantic's model_copy(update=...) would keep the old value.
-@lru_cache(maxsize=64)
-def _placement(
-    kind: str,
-    layout: ExpertLayout,
-    ep_size: int,
-    image_fraction: float,
-    loads: tuple[float, ...] | None,
-) -> Placement:
-    """The placement of these settings; ``balanced`` searches, so it is computed once for each."""
-    if kind == "contiguous":
-        return contiguous(layout, ep_size, image_fraction)
-    return balanced(layout, ep_size, image_fraction=image_fraction, loads=loads)
