@@ -13,6 +13,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION
+from moiie_megatron.checkpoint.progress import Progress
 from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.conversion_report import ConversionReport
@@ -129,5 +130,5 @@ def initial_state(seed: int) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "world_size": 1,
-        "progress": {"step": 0, "consumed_samples": 0, "num_samples": 0, "seed": seed},
+        "progress": Progress(step=0, consumed_samples=0, identity={"seed": seed}).to_state(),
     }
