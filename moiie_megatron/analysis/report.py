@@ -18,7 +18,11 @@ from moiie_megatron.analysis.records import read_metrics
 from moiie_megatron.analysis.routing.groups import groups_figure
 from moiie_megatron.analysis.routing.load_map import load_map_figure
 from moiie_megatron.analysis.routing.pathways import pathways_figure
-from moiie_megatron.checkpoint.directory import CONFIG_FILE, checkpoints_folder, latest_checkpoint
+from moiie_megatron.checkpoint.directory import (
+    CONFIG_FILE,
+    checkpoints_directory,
+    latest_checkpoint,
+)
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.routing_stats.expert_use import MODALITY_TITLES, ExpertUse
@@ -197,7 +201,7 @@ def _cell(value: Any) -> str:
 def _checkpoints(directory: Path) -> list[dict[str, Any]]:
     newest_one = latest_checkpoint(directory)
     found = []
-    for path in sorted(checkpoints_folder(directory).glob("step_*")):
+    for path in sorted(checkpoints_directory(directory).glob("step_*")):
         if not (path / CONFIG_FILE).is_file():
             continue
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -7,7 +7,6 @@ machine.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
@@ -23,8 +22,8 @@ from moiie_megatron.config.model_schema import (
     VisionFamilyName,
 )
 from moiie_megatron.config.section import Fraction, NonNegativeInt, Section
-from moiie_megatron.layout.experts import ExpertLayout, moe_layers
-from moiie_megatron.layout.placement import Placement, balanced, contiguous
+from moiie_megatron.layout.experts import moe_layers
+from moiie_megatron.layout.placement import Placement, place_experts
 
 __all__ = [
     "CheckpointConfig",
@@ -283,7 +282,7 @@ class RunConfig(Section):
         """The mapping of the experts to this run's expert-parallel ranks."""
         moe = self.moe
         loads = None if moe.expert_loads is None else tuple(moe.expert_loads)
-        return _placement(
+        return place_experts(
             moe.placement, moe.layout, self.parallel.expert, moe.image_fraction, loads
         )
 
@@ -293,18 +292,3 @@ class RunConfig(Section):
         if self.moe_layers:
             return self.parallel
         return self.parallel.model_copy(update={"expert": 1, "expert_tensor": 1})
-
-
-# Not a cached property: pydantic's model_copy(update=...) would keep the old value.
-@lru_cache(maxsize=64)
-def _placement(
-    kind: str,
-    layout: ExpertLayout,
-    ep_size: int,
-    image_fraction: float,
-    loads: tuple[float, ...] | None,
-) -> Placement:
-    """The placement of these settings; ``balanced`` searches, so it is computed once for each."""
-    if kind == "contiguous":
-        return contiguous(layout, ep_size, image_fraction)
-    return balanced(layout, ep_size, image_fraction=image_fraction, loads=loads)

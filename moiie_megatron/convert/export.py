@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moiie_megatron.checkpoint.directory import CONFIG_FILE, check_output, new_directory
+from moiie_megatron.checkpoint.directory import CONFIG_FILE
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.dcp.reader import CheckpointReader
 from moiie_megatron.convert.hf.export_files import write_files
@@ -21,6 +21,7 @@ from moiie_megatron.convert.tensor_bytes import TensorBytes, transformed
 from moiie_megatron.families import weight_map
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.families.weight_map import WeightMapping
+from moiie_megatron.utils.directories import check_output, new_directory
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.progress import ProgressCounter, ProgressFn
 
@@ -70,7 +71,7 @@ def export_checkpoint(
             its configuration says, or an output that may not be replaced or does not fit.
     """
     out = Path(out)
-    check_output(out, force=force, ours=MARKER)
+    check_output(out, force=force, marker=MARKER)
     export_from(CheckpointReader(checkpoint), out, force, bytes_per_file, progress)
     return out
 
@@ -89,7 +90,7 @@ def export_from(
     total = sum(info.num_bytes for _, info in names)
     dtype = reader.info(rows[-1].megatron, rows[-1].expert).dtype
     with (
-        new_directory(out, num_bytes=total, force=force, ours=MARKER) as folder,
+        new_directory(out, num_bytes=total, force=force, marker=MARKER) as folder,
         SafetensorsWriter(folder, names, bytes_per_file) as writer,
     ):
         # First, because what they need may be missing.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.utils.errors import UserError
@@ -52,6 +53,24 @@ class Placement:
             else f"most loaded rank at {self.imbalance:.2f} of the mean"
         )
         return f"{' | '.join(ranks)} ({balance})"
+
+
+@lru_cache(maxsize=64)
+def place_experts(
+    kind: str,
+    layout: ExpertLayout,
+    ep_size: int,
+    image_fraction: float,
+    loads: tuple[float, ...] | None,
+) -> Placement:
+    """``balanced`` or ``contiguous`` by name; the search runs once for each set of arguments.
+
+    Raises:
+        UserError: See ``balanced``.
+    """
+    if kind == "contiguous":
+        return contiguous(layout, ep_size, image_fraction)
+    return balanced(layout, ep_size, image_fraction=image_fraction, loads=loads)
 
 
 def contiguous(layout: ExpertLayout, ep_size: int, image_fraction: float = 0.5) -> Placement:
