@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,25 +18,19 @@ from transformers import CLIPVisionConfig, LlamaConfig, Phi3Config, SiglipVision
 from moiie_megatron.checkpoint.directory import FORMAT_VERSION
 from moiie_megatron.checkpoint.save_load import sharding_metadata
 from moiie_megatron.config.load import dump_config, load_config
-from moiie_megatron.config.schema import LanguageConfig, LongRope, ParallelConfig, RopeScaling
+from moiie_megatron.config.schema import LanguageConfig, LongRope, RopeScaling
 from moiie_megatron.convert.export import export_checkpoint, exported_rows
 from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
 from moiie_megatron.convert.hf.safetensors_writer import INDEX, SafetensorsWriter
 from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.vlm.build import build_model
 from tests.helpers.tiny_hf import write_language, write_vision
 from tests.helpers.user_errors import user_error
 from tests.parity import tiny
 
 DTYPES = [torch.bfloat16, torch.float32]
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ParallelContext]:
-    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    destroy_parallel()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,19 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moiie_megatron.config.schema import MoEConfig, ParallelConfig, RunConfig, VisionConfig
+from moiie_megatron.config.schema import MoEConfig, RunConfig, VisionConfig
 from moiie_megatron.convert.fill_model import fill_model
 from moiie_megatron.convert.load_pretrained import load_pretrained
 from moiie_megatron.families.weight_map import CONNECTOR, connector_rows, vision_rows
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.parallel import ParallelContext
 from tests.helpers.user_errors import user_error
 from tests.parity import golden, tiny
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ParallelContext]:
-    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    destroy_parallel()
 
 
 @pytest.fixture

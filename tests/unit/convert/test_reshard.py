@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ from moiie_megatron.convert.reshard import reshard_checkpoint
 from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 from moiie_megatron.convert.verify import compare_tensors
 from moiie_megatron.families.weight_map import model_rows
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.utils.digest import same_bytes
 from moiie_megatron.vlm.build import build_model
 from tests.helpers.tiny_hf import write_language, write_vision
@@ -49,12 +48,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def checkpoint(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "checkpoint"
     return upcycle_checkpoint(*sources, out, UpcycleOptions(perturb=0.1))
-
-
-@pytest.fixture
-def context() -> Iterator[ParallelContext]:
-    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    destroy_parallel()
 
 
 def _metadata(folder: Path) -> Metadata:

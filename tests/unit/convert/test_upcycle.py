@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,23 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from moiie_megatron.checkpoint.load_weights import load_weights
 from moiie_megatron.config.load import load_config
-from moiie_megatron.config.schema import ParallelConfig, RunConfig
+from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.dcp.reader import CheckpointReader
 from moiie_megatron.convert.load_pretrained import load_pretrained
 from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.vlm.build import build_model
 from moiie_megatron.vlm.model import MoIIEModel
 from tests.helpers.tiny_hf import write_language, write_vision
 from tests.helpers.user_errors import user_error
 
 FC1 = "language_model.decoder.layers.{}.mlp.experts.experts.linear_fc1.weight"
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ParallelContext]:
-    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    destroy_parallel()
 
 
 @pytest.fixture(scope="module")

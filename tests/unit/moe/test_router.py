@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moiie_megatron.config.schema import ParallelConfig
 from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.token_types import IMAGE, PADDING, TEXT
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.moe.router import ModalityRouter, RouterSettings
 
 HIDDEN, TOKENS = 32, 50
 LAYOUT = ExpertLayout.from_variant("moiie")
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ParallelContext]:
-    torch.set_num_threads(1)
-    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    destroy_parallel()
 
 
 def router(

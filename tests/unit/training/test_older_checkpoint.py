@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from moiie_megatron.checkpoint.progress import Progress
 from moiie_megatron.checkpoint.save_load import load_common
 from moiie_megatron.config.load import load_saved_config
-from moiie_megatron.config.schema import ParallelConfig, RunConfig
-from moiie_megatron.mcore.dist_env import DistEnv
-from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.loop import train
 from tests.helpers.launch import command, run
 from tests.helpers.tiny_run import read_metrics, read_routing
@@ -23,13 +20,6 @@ from tests.helpers.user_errors import user_error
 
 OLD = Path(__file__).resolve().parents[2] / "data" / "checkpoint_8b7a41c"
 STEP = 3  # of the checkpoint; the run has 5
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ParallelContext]:
-    torch.set_num_threads(1)
-    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    destroy_parallel()
 
 
 @pytest.fixture

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from moiie_megatron.config.schema import MoEConfig, ParallelConfig
+from moiie_megatron.config.schema import MoEConfig
 from moiie_megatron.data.encode.encoder import IGNORE, Encoded
 from moiie_megatron.data.stream.batch import Batch, collate
 from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.packing import PackingSpec, pack
 from moiie_megatron.evaluation.layout_equivalence import differences
 from moiie_megatron.layout.token_types import IMAGE, TEXT
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.step import forward_inputs
 from moiie_megatron.vlm.model import MoIIEModel
 from tests.parity.tiny import build, language, run_config
@@ -30,13 +28,6 @@ PARTS = {
     "two turns": [1, "image", 5, "image", 8],
     "short": [3],
 }
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ParallelContext]:
-    torch.set_num_threads(1)
-    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    destroy_parallel()
 
 
 def example(name: str) -> Example:
