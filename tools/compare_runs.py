@@ -192,7 +192,7 @@ def probe(job_file: str) -> int:
             consumed_samples=0,
             dp_rank=context.dp_rank,
             dp_size=context.dp_size,
-            most=context.most,
+            max_over_dp=context.max_over_dp,
         )
         batches = next(loader)
         reference_file = Path(job["references"]) / f"{layout.variant}.pt"

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.stream.batch import Batch
-from moiie_megatron.data.stream.loader import SampleOrder
+from moiie_megatron.data.stream.order import SampleOrder
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.step import StepResult
 

@@ -104,7 +104,7 @@ def train(config: RunConfig, context: ParallelContext, stop: StopRequest | None 
         consumed_samples=progress.consumed_samples,
         dp_rank=context.dp_rank,
         dp_size=context.dp_size,
-        most=context.most,
+        max_over_dp=context.max_over_dp,
         pin_memory=context.device.is_cuda,
         state=stream,
     )

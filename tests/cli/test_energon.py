@@ -80,7 +80,7 @@ def steps(
         consumed_samples=0,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        most=lambda number: number,
+        max_over_dp=lambda number: number,
         state=state,
     )
 
@@ -165,13 +165,13 @@ def test_broken_samples_are_named(
 ) -> None:
     values = values_of(shards, digits, tmp_path / "run", "broken", workers=1)
     batches = sum(take(steps(load(tmp_path, values), StreamState()), 40), [])
-    skipped_samples = {fault.index: fault for batch in batches for fault in batch.skipped_samples}
-    # Missing pictures and malformed records were left out when the shards were made.
+    skipped_samples = {one.index: one for batch in batches for one in batch.skipped_samples}
+    # Missing pictures and malformed records were skipped when the shards were made.
     kinds = {"truncated", "empty", "bomb"}
     assert set(skipped_samples) == {i for i, kind in damaged.damage.items() if kind in kinds}
-    for index, fault in skipped_samples.items():
-        assert DAMAGES[damaged.damage[index]] in fault.reason
-        assert fault.file.startswith(f"{shards['broken']}/shard_0")
+    for index, skipped in skipped_samples.items():
+        assert DAMAGES[damaged.damage[index]] in skipped.reason
+        assert skipped.file.startswith(f"{shards['broken']}/shard_0")
     names = {name for batch in batches for name in batch.record_ids}
     assert names <= damaged.good_ids and len(names) > 100
 
@@ -183,7 +183,7 @@ def test_nothing_usable_ends_in_a_sentence(
     values["data"]["sequence_length"] = 18  # the image fits, no answer does
     values["stage"]["template"] = "phi3"
     with pytest.raises(
-        ValueError, match="Stopping: too many samples in a row .*last: (no answer|the last im)"
+        ValueError, match="Stopping: too many samples in a row .*last: (no trainable|the last im)"
     ):
         take(steps(load(tmp_path, values), StreamState()), 1)
     values["data"]["sources"] = [{"records": str(digits / "data")}]

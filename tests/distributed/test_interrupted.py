@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moiie_megatron.data.stream.loader import SampleOrder
+from moiie_megatron.data.stream.order import SampleOrder
 from tests.distributed.conftest import go_back
 from tests.distributed.test_resume import plain_tensors
 from tests.helpers.launch import TRAIN, descendants, started, torchrun
