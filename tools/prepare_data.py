@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from moiie_megatron.cli.launch import exit_code
 from moiie_megatron.cli.overrides import parse_with_overrides
 from moiie_megatron.cli.progress_bar import progress_bar
+from moiie_megatron.config.families import template_names
+from moiie_megatron.config.messages import listed
 from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.files import atomic_write
@@ -136,7 +138,7 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     direct.add_argument("--records", metavar="FILE", help=".json or .jsonl of LLaVA records")
     direct.add_argument("--images", metavar="DIR")
     direct.add_argument("--tokenizer", metavar="PATH", help="without it, no lengths")
-    direct.add_argument("--template", default="plain", help="plain, llama3, phi3 or tokenizer")
+    direct.add_argument("--template", default="plain", help=listed(template_names()))
     direct.add_argument("--image-token", default="<image>")
     direct.add_argument(
         "--image-tokens", type=_positive, default=729, metavar="N", help="positions per image"
@@ -196,12 +198,13 @@ def _sources(arguments: argparse.Namespace) -> tuple[list[Source], Encoding | No
 
 
 def _plain_source(records: str, images: str, mode: Any) -> Source:
-    from moiie_megatron.data.encode.images import SIGLIP_STATISTICS, ImageLoader
+    from moiie_megatron.data.encode.images import ImageLoader
     from moiie_megatron.data.records.llava import RecordFile
     from moiie_megatron.data.stream.dataset import Source
 
     # Images are decoded only to find unusable ones: the size of the result does not matter.
-    loader = ImageLoader(images, 32, mode, SIGLIP_STATISTICS.mean, SIGLIP_STATISTICS.std)
+    grey = (0.5, 0.5, 0.5)
+    loader = ImageLoader(images, 32, mode, mean=grey, std=grey)
     return Source(RecordFile(records), loader)
 
 

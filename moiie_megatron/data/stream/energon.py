@@ -186,9 +186,12 @@ class EnergonStream:
                 for step in steps:
                     yield [b.pin_memory() if self._pin_memory else b for b in step.batches]
         except FatalSampleError as error:
+            reason = _bad_record(error)
+            if reason is None:
+                raise
             raise UserError(
                 "Stopping: too many samples in a row could not be read, so the shards, the "
-                f"template or the tokenizer must be wrong; last: {_cause(error)}."
+                f"template or the tokenizer must be wrong; last: {reason}."
             ) from error
 
 
@@ -269,22 +272,31 @@ class _TaskEncoder(DefaultTaskEncoder):  # type: ignore[misc]
         )
 
     def note_skipped(self, error: Exception, sample: Any, sources: Any) -> None:
-        """Energon calls this, in the worker, for every sample that it skips."""
+        """Energon calls this, in the worker, for every sample that it would skip.
+
+        Raises:
+            Exception: ``error`` itself if it is a bug, not a bad record.
+        """
+        if not isinstance(error, BadRecord):
+            raise error
         found = sources[0] if sources else None
         file = f"{found.dataset_path}/{found.shard_name}" if found else "a shard"
         # The key of the sample, which our shards take from the number of the record.
         key = found.file_names[0].split(".")[0] if found and found.file_names else ""
         index = int(key) if key.isdecimal() else -1
-        self._skipped.append(SkippedSample(file, index, _cause(error)))
+        self._skipped.append(SkippedSample(file, index, str(error)))
 
 
-def _cause(error: BaseException) -> str:
-    """The reason, without the layers that energon and torch's workers wrap around it."""
-    while not isinstance(error, BadRecord) and error.__cause__ is not None:
-        error = error.__cause__
-    # A worker's error arrives as the text of its traceback.
-    found = re.findall(r"BadRecord: (.*)", str(error))
-    return found[-1] if found else (str(error).splitlines() or [type(error).__name__])[0]
+def _bad_record(error: BaseException | None) -> str | None:
+    """The bad record for which energon has stopped; None if it stopped for another reason."""
+    while error is not None:
+        if isinstance(error, BadRecord):
+            return str(error)
+        # A worker's error arrives as the text of its traceback.
+        if found := re.findall(r"BadRecord: (.*)", str(error)):
+            return str(found[-1])
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _num_samples(path: str) -> int:

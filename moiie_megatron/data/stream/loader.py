@@ -51,12 +51,12 @@ class ReadSamples(Dataset[Any]):
         self._make = make
 
     def __getitem__(self, indices: list[int]) -> Any:
-        # torch would raise a worker's error again with the worker's traceback as its message;
-        # a user error is one sentence, so it travels as a value.
+        # torch raises a worker's exception again with the worker's traceback in its message: right
+        # for a bug, but a user error is one sentence, so it travels as a value.
         try:
             return self._make([read_sample(self._source, i, self._seed) for i in indices])
-        except ValueError as error:
-            return str(error)
+        except UserError as error:
+            return error
 
 
 def build_loader(
@@ -99,15 +99,15 @@ def read_ahead(
         # Its own generator: the default would draw from the RNG that dropout uses.
         generator=torch.Generator(),
     )
-    return _raise_messages(loader)
+    return _raise_errors(loader)
 
 
 def _unchanged(item: Any) -> Any:
     return item
 
 
-def _raise_messages(loader: DataLoader[Any]) -> Iterator[Any]:
+def _raise_errors(loader: DataLoader[Any]) -> Iterator[Any]:
     for item in loader:
-        if isinstance(item, str):
-            raise UserError(item)
+        if isinstance(item, UserError):
+            raise item
         yield item
