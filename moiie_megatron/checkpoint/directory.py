@@ -1,5 +1,6 @@
-"""The files of a checkpoint folder, where to find one, and folders that appear complete or not
-at all.  Nothing here needs torch or Megatron.
+"""Checkpoint directories: their files, how to find one, and how to write one atomically.
+
+Nothing here needs torch or Megatron.
 """
 
 from __future__ import annotations

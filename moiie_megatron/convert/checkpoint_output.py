@@ -1,6 +1,4 @@
-"""A Megatron checkpoint that a conversion writes: it appears complete, with its report, or not
-at all.
-"""
+"""Write a Megatron checkpoint, with the report of the conversion, completely or not at all."""
 
 from __future__ import annotations
 

@@ -5,9 +5,12 @@ Needs only the checkpoint: no process group, no Megatron, one tensor in memory a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
+
+from torch import Tensor
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, check_output, new_directory
 from moiie_megatron.config.schema import RunConfig
@@ -93,13 +96,17 @@ def export_from(
         write_files(reader.folder, reader.config, folder, dtype)
         counter = ProgressCounter(total, progress)
         for row, _ in plan:
-            to_hf = row.transform.to_hf
             whole = reader.get_bytes(row.megatron, row.expert)
-            parts = transformed(lambda whole, to_hf=to_hf: to_hf(whole[0]), [whole])
+            parts = transformed(partial(_to_hf, row), [whole])
             for name, part in zip(row.hf, parts, strict=True):
                 writer.write(name, part)
             counter.add(whole.info.num_bytes)
         writer.finish()
+
+
+def _to_hf(row: WeightMapping, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    (tensor,) = tensors
+    return row.transform.to_hf(tensor)
 
 
 def exported_rows(config: RunConfig) -> list[WeightMapping]:

@@ -93,7 +93,7 @@ class OneExpert:
         self._sources = {
             weight_map.dense_name(row.megatron): (row.megatron, row.expert)
             for row in rows
-            if row.expert is None or row.expert == chosen[row.layer]
+            if row.expert is None or (row.layer is not None and row.expert == chosen[row.layer])
         }
         self.tensors = {row.megatron: self.info(row.megatron) for row in exported_rows(self.config)}
 

@@ -80,7 +80,7 @@ class UpcycleOptions:
             num_vision_experts=vision,
             num_shared_experts=shared,
             num_text_experts=text,
-            layers=self.layers,
+            layers=self.layers,  # type: ignore[arg-type]  # checked by MoEConfig
             top_k=self.top_k,
         )
         layout = section.layout

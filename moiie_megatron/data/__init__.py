@@ -4,12 +4,17 @@
 ``stream`` decides which rank reads which sample and builds the micro-batches, ``audit`` measures a
 data set before a run, ``digits`` is a small data set for tests and the demo.
 
-Shapes are written with the letters of ``moiie_megatron/moe/__init__.py`` (b rows, s positions) and
+Shapes are written with the letters of ``moiie_megatron/moe/__init__.py``, among them
 
-    n  images, of one sample or of a whole micro-batch
+    b  rows of a micro-batch
+    s  positions of a row
+    i  images of a sample or of a whole micro-batch
+    c  segments of a packed row: its samples, then its padding
+    y  positions with a label
+
+and with three of this package's own:
+
     S  pixels per side of an image
     t  tokens of one sample
-    l  positions that have a label
-    q  segments of a packed row: its samples, then its padding
-    N  records of a file, or samples of an epoch
+    r  records of a file, or samples of an epoch
 """

@@ -83,8 +83,8 @@ class ModalityRouter(MegatronModule):
         routers = self.layout.routers
         widths = [float(len(self.layout.allowed(name))) for name in routers]
         coeffs = [settings.aux_loss_coeffs[name] for name in routers]
-        for name, values in (("candidates_R", widths), ("coeffs_R", coeffs)):
-            self.register_buffer(name, torch.tensor(values, device=device), persistent=False)
+        for buffer, values in (("candidates_R", widths), ("coeffs_R", coeffs)):
+            self.register_buffer(buffer, torch.tensor(values, device=device), persistent=False)
         columns = torch.tensor(_columns(self.layout), device=device)
         self.register_buffer("columns_RE", columns, persistent=False)
         self.stats = LoadStats(len(routers), self.layout.num_experts, device)

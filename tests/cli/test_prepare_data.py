@@ -106,7 +106,7 @@ def test_jsonl(digits: Path, tmp_path: Path) -> None:
     lines = (tmp_path / "c.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == json.loads(captions.read_text())
     assert f"c.jsonl: {len(lines)} records" in finished.stdout
-    assert prepare(*words).code == 1
+    assert_user_error(prepare(*words), tmp_path / "c.jsonl")
 
 
 def test_webdataset(damaged: DamagedData, digits: Path, tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_webdataset(damaged: DamagedData, digits: Path, tmp_path: Path) -> None:
         assert sum(name.endswith(".json") for name in tar.getnames()) == 21
     (tmp_path / "file").touch()
     impossible = prepare("webdataset", *words, "--out", tmp_path / "file" / "wds")
-    assert impossible.code == 1 and "cannot be made" in impossible.stderr
+    assert_user_error(impossible, tmp_path / "file" / "wds", "cannot be made")
     again = prepare("webdataset", *words, "--out", out)
-    assert again.code == 1 and "exists: name another folder" in again.stderr
+    assert_user_error(again, out, "exists")
 
 
 def test_a_long_image_suffix(digits: Path, tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ class Audit:
 
     Attributes:
         source: What was read.
-        lengths: int32 (N,), tokens of every record before truncation; 0 if they cannot be counted.
-        images: int32 (N,), images that every record names; 0 if it cannot be parsed.
+        lengths: int32 (r,), tokens of every record before truncation; 0 if they cannot be counted.
+        images: int32 (r,), images that every record names; 0 if it cannot be parsed.
         skipped_samples: Records that training would skip, in order.
     """
 

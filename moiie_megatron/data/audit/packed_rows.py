@@ -14,7 +14,7 @@ def rows_needed(lengths: np.ndarray, capacity: int) -> int:
     close to the fewest rows possible, and about what packing reaches within large steps.
 
     Args:
-        lengths: int (N,), tokens of every sample; 0 for samples that are skipped.
+        lengths: int (r,), tokens of every sample; 0 for samples that are skipped.
         capacity: Maximum number of tokens of a row.
     """
     free: Counter[int] = Counter()  # number of rows by the room that they still have

@@ -122,7 +122,7 @@ def _is_complete(out: Path, settings: DigitSettings) -> bool:
 
 
 def _write(directory: Path, settings: DigitSettings) -> None:
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     scans, labels = load_digits(return_X_y=True)
     tiles = _tiles(scans.reshape(-1, 8, 8), settings.image_size // 2)
@@ -164,7 +164,7 @@ def _write(directory: Path, settings: DigitSettings) -> None:
 
 
 def _tiles(scans: np.ndarray, side: int) -> np.ndarray:
-    """float (scans, 8, 8) in 0..16 to uint8 (scans, side, side)."""
+    """Resize scans: float (scans, 8, 8) in 0..16 to uint8 (scans, side, side)."""
     pixels = np.round(scans * (255 / 16)).astype(np.uint8)
     resized = [
         np.asarray(Image.fromarray(scan).resize((side, side), Image.Resampling.BICUBIC))
@@ -198,8 +198,10 @@ def _record(
 
 
 def _conversations(pictures: list[_Picture], rng: random.Random) -> Iterable[dict[str, Any]]:
-    """For every picture a conversation of 1 to 6 questions; for every 8th also one without a
-    picture, for every 20th also one about two pictures."""
+    """For every picture a conversation of 1 to 6 questions.
+
+    For every 8th picture also one without a picture, for every 20th one about two pictures.
+    """
     for i, picture in enumerate(pictures):
         rounds = rng.choice((1, 2, 4, 6))
         asked = list(dict.fromkeys(ask.about(picture.digits, rng) for _ in range(rounds)))

@@ -44,14 +44,17 @@ def caption(grid: Grid, rng: random.Random) -> str:
 
 
 def caption_request(rng: random.Random) -> str:
+    """One of several ways to ask for a caption."""
     return rng.choice(_CAPTION_REQUESTS)
 
 
 def which_digit(grid: Grid, rng: random.Random) -> Question:
+    """``digit_at`` for a random place."""
     return digit_at(grid, rng.randrange(4))
 
 
 def digit_at(grid: Grid, place: int) -> Question:
+    """Asks for the digit at a place, an index of ``PLACES``."""
     return Question("which", f"Which digit is at the {PLACES[place]}?", str(grid[place]))
 
 
@@ -64,6 +67,7 @@ def is_digit(grid: Grid, rng: random.Random) -> Question:
 
 
 def row_sum(grid: Grid, rng: random.Random) -> Question:
+    """Asks for the sum of a random row."""
     row = rng.choice(sorted(_SUMS))
     total = sum(grid[place] for place in _SUMS[row])
     return Question("sum", f"What is the sum of the {row}?", str(total))
@@ -75,6 +79,7 @@ def about(grid: Grid, rng: random.Random) -> Question:
 
 
 def arithmetic(rng: random.Random) -> Question:
+    """Asks for a sum or difference of two digits, without a picture."""
     a, b = rng.randrange(10), rng.randrange(10)
     if rng.random() < 0.5:
         return Question("text", f"What is {a} plus {b}?", str(a + b))

@@ -36,7 +36,7 @@ _DECODING_ERRORS = (
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 (n, 3, S, S) to normalised float32 (n, 3, S, S), on the device of ``images``."""
+    """uint8 (i, 3, S, S) to normalised float32 (i, 3, S, S), on the device of ``images``."""
     shape = (1, 3, 1, 1)
     mean_t = torch.tensor(mean, device=images.device).view(shape)
     std_t = torch.tensor(std, device=images.device).view(shape)
@@ -109,7 +109,7 @@ class ImageDecoder:
             files: Arguments of ``decode``; read one after the other.
 
         Returns:
-            uint8 (n, 3, S, S); n is 0 for a sample without images.
+            uint8 (i, 3, S, S); i is 0 for a sample without images.
 
         Raises:
             BadRecord: See ``decode``.
@@ -172,7 +172,7 @@ class ImageLoader(ImageDecoder):
         return self.decode(self.locate(path), path)
 
     def load_all(self, paths: Sequence[str]) -> Tensor:
-        """The images at ``paths`` (relative to the root): uint8 (n, 3, S, S).
+        """The images at ``paths`` (relative to the root): uint8 (i, 3, S, S).
 
         Raises:
             BadRecord: See ``load``.

@@ -29,8 +29,8 @@ def index_shards(directory: Path, shards: Sequence[str]) -> bool:
     (directory / DATASET_FILE).write_text(_DATASET)
     if not has_energon():
         return False
-    from megatron.energon.epathlib import EPath  # type: ignore[import-not-found]
-    from megatron.energon.flavors import BaseWebdatasetFactory  # type: ignore[import-not-found]
+    from megatron.energon.epathlib import EPath
+    from megatron.energon.flavors import BaseWebdatasetFactory
 
     with redirect_stdout(io.StringIO()):  # it prints its progress
         BaseWebdatasetFactory.prepare_dataset(

@@ -41,7 +41,7 @@ def record_ranges(path: Path, cached_from: int = CACHED_FROM) -> np.ndarray:
         cached_from: Size in bytes from which the ranges are cached beside the file.
 
     Returns:
-        int64 (N, 2): the first byte of every record, and the byte after its last.
+        int64 (r, 2): the first byte of every record, and the byte after its last.
 
     Raises:
         OSError: The file cannot be read.

@@ -24,11 +24,11 @@ class Batch:
         labels: int64 (b, s), already shifted; -100 where there is no target.
         position_ids: int64 (b, s); 0, 1, ... in every row, starting anew at every segment.
         token_types: int8 (b, s), see ``layout/token_types.py``.
-        images: uint8 (n, 3, S, S), row by row in the order of their positions.
+        images: uint8 (i, 3, S, S), row by row in the order of their positions.
         num_image_tokens: Positions per image.
         record_ids: One per sample.
         skipped_samples: Samples that were skipped while the batch was read.
-        cu_seqlens: int32 (q + 1,) on the CPU: the boundaries of the segments of a packed row, its
+        cu_seqlens: int32 (c + 1,) on the CPU: the boundaries of the segments of a packed row, its
             samples and then its padding (``data/stream/packing.py``; b is 1).  None: every row is
             one sample.
     """
@@ -55,7 +55,7 @@ class Batch:
 
     @property
     def label_positions(self) -> Tensor:
-        """int64 (l,): indices of the labels in the flattened transposed batch (s, b)."""
+        """int64 (y,): indices of the labels in the flattened transposed batch (s, b)."""
         return (self.labels.t().reshape(-1) != IGNORE).nonzero().squeeze(1)
 
     @property

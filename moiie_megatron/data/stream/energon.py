@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from megatron.energon import (  # type: ignore[import-not-found]
+from megatron.energon import (
     Batch,
     Cooker,
     DefaultTaskEncoder,
@@ -35,12 +35,12 @@ from megatron.energon import (  # type: ignore[import-not-found]
     get_train_dataset,
     stateless,
 )
-from megatron.energon.epathlib import EPath  # type: ignore[import-not-found]
-from megatron.energon.errors import FatalSampleError  # type: ignore[import-not-found]
-from megatron.energon.flavors.webdataset.empty_dataset_error import (  # type: ignore[import-not-found]
+from megatron.energon.epathlib import EPath
+from megatron.energon.errors import FatalSampleError
+from megatron.energon.flavors.webdataset.empty_dataset_error import (
     EmptyDatasetError,
 )
-from megatron.energon.flavors.webdataset.metadata import (  # type: ignore[import-not-found]
+from megatron.energon.flavors.webdataset.metadata import (
     WebdatasetMeta,
 )
 
@@ -196,18 +196,18 @@ class EnergonStream:
 
 
 @edataclass
-class _RawSample(Sample):  # type: ignore[misc]
+class _RawSample(Sample):
     record: bytes
     images: list[tuple[str, bytes]]
 
 
 @edataclass
-class _EncodedSample(Sample):  # type: ignore[misc]
+class _EncodedSample(Sample):
     example: Example
 
 
 @edataclass
-class _Step(Batch):  # type: ignore[misc]
+class _Step(Batch):
     """The micro-batches of one rank in a step."""
 
     batches: list[MicroBatch]
@@ -226,7 +226,7 @@ def _cook(sample: dict[str, Any]) -> _RawSample:
     return _RawSample(**basic_sample_keys(sample), record=record, images=images)
 
 
-class _TaskEncoder(DefaultTaskEncoder):  # type: ignore[misc]
+class _TaskEncoder(DefaultTaskEncoder):
     """Energon's hooks, which call the plain loader's functions."""
 
     decoder = None  # files stay bytes in the shuffle buffer; encode_sample decodes them

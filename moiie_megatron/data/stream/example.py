@@ -24,7 +24,7 @@ class Example:
 
     Attributes:
         encoded: Token ids, labels and token types.
-        images: uint8 (n, 3, S, S); n is 0 for text only.
+        images: uint8 (i, 3, S, S); i is 0 for text only.
         record_id: For messages and predictions.
         skipped_samples: Samples that were skipped before this one replaced them.
     """

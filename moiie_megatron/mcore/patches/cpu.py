@@ -137,8 +137,8 @@ def _stand_in_for_torch_cuda() -> None:
 
 def _tensors_stay_on_the_cpu() -> None:
     """``tensor.cuda()`` and ``module.cuda()`` keep what they are given."""
-    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
 
 
 def _type_strings_name_cuda() -> None:
