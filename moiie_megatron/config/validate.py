@@ -13,13 +13,13 @@ from moiie_megatron.config.messages import listed, unknown_key
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate_data import check_exists, check_loader, check_source_paths
 from moiie_megatron.config.validate_packing import check_packing
+from moiie_megatron.layout.alignment import GROUPED_MM_BYTES
 from moiie_megatron.layout.experts import moe_layers
 from moiie_megatron.utils.errors import UserError
 
 TEMPLATES = ("plain", "llama3", "phi3", "tokenizer")
 
-# torch's grouped matrix multiplication needs strides of 16 bytes: 8 values in bf16.
-_GROUPED_MM_MULTIPLE = 8
+_GROUPED_MM_MULTIPLE = GROUPED_MM_BYTES // 2  # values in bf16
 
 
 def check_config(config: RunConfig, *, world_size: int | None = None) -> None:

@@ -1,4 +1,7 @@
-"""The vision encoder: SigLIP or CLIP from transformers, cut after the feature layer."""
+"""The vision encoder: SigLIP or CLIP from transformers, up to the feature layer.
+
+Shape letters: see ``moe/__init__.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from moiie_megatron.config.schema import VisionConfig
 class VisionEncoder(torch.nn.Module):
     """Images to one feature per patch: ``hidden_states[feature_layer]`` without a class token.
 
-    Replicated over tensor-parallel ranks: it holds 1 to 3 % of the arithmetic of the system.
+    Replicated over tensor-parallel ranks: 1 to 3 % of the arithmetic of a step.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -25,11 +28,11 @@ class VisionEncoder(torch.nn.Module):
 
     @property
     def _num_layers(self) -> int:
-        """Layers in front of the features; the others are never run."""
+        """Number of layers that the features depend on; later layers are never run."""
         return self.config.num_layers + 1 + self.config.feature_layer
 
     def _unused(self) -> list[torch.nn.Module]:
-        """Layers behind the features: kept for export, never trained."""
+        """Modules after the feature layer: kept for export, never trained."""
         return [*self.model.encoder.layers[self._num_layers :], self.model.post_layernorm]
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
@@ -41,10 +44,10 @@ class VisionEncoder(torch.nn.Module):
         """Encode normalised images.
 
         Args:
-            images: ``(n, 3, image_size, image_size)``, float.
+            images: ``(i, 3, image_size, image_size)``, float.
 
         Returns:
-            ``(n, num_image_tokens, hidden_size)``.
+            ``(i, p, hidden_size)``, with p of ``VisionConfig.num_image_tokens``.
         """
         dtype = next(self.model.parameters()).dtype
         hidden = self.model.embeddings(images.to(dtype))
@@ -55,14 +58,14 @@ class VisionEncoder(torch.nn.Module):
                 hidden = checkpoint(layer, hidden, None, use_reentrant=False)
             else:
                 hidden = layer(hidden, None)
-        # CLIP puts its class token in front; SigLIP has none.
+        # CLIP's first token is a class token; SigLIP has none.
         return hidden[:, 1:] if self.config.family == "clip" else hidden
 
 
 def build_vision_model(config: VisionConfig) -> torch.nn.Module:
     """A transformers vision model with fresh weights.
 
-    The pooling head is left out: patch features are all that the language model sees.
+    Without the pooling head: the language model sees patch features only.
     """
     sizes = {
         "hidden_size": config.hidden_size,

@@ -97,7 +97,7 @@ def _check_scores(
 ) -> None:
     """Each token's row of the joint scores: its own router's logits, -inf elsewhere."""
     is_image = types.flatten() == IMAGE
-    scores = layer.router._scores(hidden.flatten(0, 1), is_image)
+    scores = layer.router.scores(hidden.flatten(0, 1), types.flatten())
     rows = {"vision": is_image, "text": ~is_image, "joint": torch.ones_like(is_image)}
     stored = {"vision": "vis_router_logits", "text": "lan_router_logits", "joint": "router_logits"}
     for router in layer.router.layout.routers:

@@ -45,7 +45,7 @@ def router(
     )
     coeffs = {"vision": alpha, "text": alpha}
     settings = RouterSettings(LAYOUT, coeffs, init_std=0.5, z_loss_coeff=z_loss)
-    return ModalityRouter(config, context.groups, settings)
+    return ModalityRouter(config, context.groups, settings, device=torch.device("cpu"))
 
 
 def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
