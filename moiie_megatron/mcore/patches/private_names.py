@@ -50,9 +50,13 @@ PATCHES: Final = (
     Patch(
         name="checkpoint entries",
         kind="private name",
-        targets=("torch.distributed.checkpoint.filesystem._StorageInfo",),
-        reason="convert/dcp/writer.py writes the index of torch's distributed checkpoints tensor "
-        "by tensor, which torch's own writer cannot.",
+        targets=(
+            "torch.distributed.checkpoint.filesystem._StorageInfo",
+            "torch._utils._rebuild_tensor_v2",
+            "torch._utils._rebuild_parameter",
+        ),
+        reason="convert/dcp/ reads and writes the files of torch's distributed checkpoints tensor "
+        "by tensor, which torch's own reader and writer cannot.",
         need_not_shown=_NO_CHECK,
     ),
 )
