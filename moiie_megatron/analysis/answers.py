@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from moiie_megatron.data.encode.images import SIGLIP_STATISTICS, ImageLoader
+from moiie_megatron.data.encode.images import ImageLoader
 from moiie_megatron.data.records.llava import PLACEHOLDER, BadRecord
 from moiie_megatron.utils.errors import UserError
 
@@ -90,7 +90,7 @@ def _answer(outcome: Mapping[str, Any], root: str) -> Answer:
     for path in outcome.get("images", ()):
         try:
             pictures.append(_picture(root, path))
-        except ValueError as error:
+        except UserError as error:
             missing = error.reason if isinstance(error, BadRecord) else str(error)
     expected, answer = outcome["expected"], outcome["answer"]
     return Answer(
@@ -110,7 +110,7 @@ def _picture(root: str, path: str) -> str:
     Raises:
         UserError: The folder is gone, or the picture cannot be read.
     """
-    loader = ImageLoader(root, _SIDE, "pad", _WHITE, SIGLIP_STATISTICS.std)
+    loader = ImageLoader(root, _SIDE, "pad", _WHITE, _WHITE)
     image = Image.fromarray(loader.load(path).permute(1, 2, 0).numpy())
     stream = io.BytesIO()
     image.quantize(64).save(stream, format="PNG", optimize=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from moiie_megatron.layout.token_types import IMAGE
-from moiie_megatron.utils.errors import UserError
 
 
 def merge_images(embeddings_sbh: Tensor, features_iph: Tensor, token_types_bs: Tensor) -> Tensor:
@@ -26,14 +25,14 @@ def merge_images(embeddings_sbh: Tensor, features_iph: Tensor, token_types_bs: T
         ``(s, b, h)`` in the dtype of the embeddings.
 
     Raises:
-        UserError: The numbers of image positions and of image features differ.
+        ValueError: The numbers of image positions and of image features differ.
     """
     i, p, _ = features_iph.shape
     is_image_bs = token_types_bs == IMAGE
     # Device-to-host sync, once per micro-batch, on the first pipeline stage only.
     positions = int(is_image_bs.sum())
     if positions != i * p:
-        raise UserError(
+        raise ValueError(
             f"The tokens hold {positions} image positions, but there are {i} images of {p} image "
             f"tokens each ({i * p}): every placeholder must be expanded to {p} image ids."
         )

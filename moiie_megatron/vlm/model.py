@@ -109,7 +109,7 @@ class MoIIEModel(MegatronModule):
             where there is no label), or without labels the logits ``(b, s, vocabulary)``.
 
         Raises:
-            UserError: The number of image positions does not match the images, or (in a MoE
+            ValueError: The number of image positions does not match the images, or (in a MoE
                 layer) the token types do not match the tokens.
         """
         decoder_input = None

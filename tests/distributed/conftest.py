@@ -6,65 +6,30 @@ test reads what it needs from their logs and checkpoints.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.launch import TRAIN, command, run
+from tests.distributed.joint_runs import (
+    FAMILIES,
+    LONGROPE,
+    ONE_LAYER,
+    SAVE_EVERY,
+    STEPS,
+    family_values,
+    go_back,
+    joint_values,
+    make_family,
+    train_in_turn,
+)
 from tests.helpers.shared import made_once, session_folder
-from tests.helpers.tiny_run import make_digits, tiny_values, write_config
-
-STEPS = 6
-SAVE_EVERY = 2
+from tests.helpers.tiny_run import make_digits, tiny_values
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(session_folder(tmp_path_factory) / "digits", make_digits)
-
-
-# A sequence with an image has more than 32 tokens, half of one has not.  Attention is sharp and
-# the frequencies far apart, so that the tiny model feels the difference.
-LONGROPE = {
-    "short_factor": [1.0] * 8,
-    "long_factor": [0.02] * 8,
-    "factor": 1e9,
-    "original_max_position_embeddings": 32,
-}
-
-
-# Of four layers in two pipeline stages, the second stage's have no experts.
-ONE_LAYER = {"layers": [1]}
-
-
-def joint_values(digits: Path, output: Path, seed: Path, **sections: Mapping[str, Any]) -> Any:
-    """A MoE run that starts from the dense checkpoint; ``sections`` are laid over its own."""
-    values = tiny_values(digits, output)
-    values["train"]["steps"] = STEPS
-    values["checkpoint"]["init_from"] = str(seed)
-    for section, changes in sections.items():
-        values[section] = {**values.get(section, {}), **changes}
-    return values
-
-
-def train_in_turn(folder: Path, runs: Mapping[str, Any], processes: int, timeout: float) -> None:
-    """One launch of ``tools/train.py`` for all runs; each gets ``folder/NAME``."""
-    files = [write_config(folder / f"{name}.yaml", values) for name, values in runs.items()]
-    run(command(TRAIN, files, processes), timeout).check()
-
-
-def go_back(output: Path, copy: Path, step: int) -> Path:
-    """A copy of a finished run, as it was after its checkpoint of ``step``."""
-    shutil.copytree(output, copy)
-    checkpoints = copy / "checkpoints"
-    (checkpoints / "latest").write_text(f"step_{step:07d}\n")
-    for folder in checkpoints.glob("step_*"):
-        if folder.name > f"step_{step:07d}":
-            shutil.rmtree(folder)
-    return copy
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +63,10 @@ def single(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
             "bf16": joint("bf16", train={"precision": "bf16", "steps": 3}),
             "fp32": joint("fp32", train={"steps": 3}),
         }
+        for family in FAMILIES:
+            make_family(folder, family)
+            checkpoint = folder / f"{family}-checkpoint"
+            runs[family] = family_values(digits, folder / family, checkpoint)
         train_in_turn(folder, runs, processes=1, timeout=400)
 
     return made_once(session_folder(tmp_path_factory) / "single", make)
@@ -137,6 +106,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path) -
             "pp2longrope": joint("pp2longrope", {"pipeline": 2}, **longrope),
             "connector": connector,
         }
+        for family in FAMILIES:
+            for layout, degrees in (("ep2", {"expert": 2}), ("tp2", {"tensor": 2})):
+                name, checkpoint = f"{family}-{layout}", single / f"{family}-checkpoint"
+                runs[name] = family_values(digits, folder / name, checkpoint, parallel=degrees)
         train_in_turn(folder, runs, processes=2, timeout=500)
 
     return made_once(session_folder(tmp_path_factory) / "pair", make)
