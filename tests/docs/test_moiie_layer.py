@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 from collections.abc import Iterator
@@ -45,5 +46,5 @@ def test_gradients_reach_routers_and_experts(example: dict[str, Any]) -> None:
 
 
 def test_the_part_to_copy_is_short(example: dict[str, Any]) -> None:
-    code = PAGE.read_text().partition("layout = ")[2].partition("\ntokens = ")[0]
-    assert len(("layout = " + code).strip().splitlines()) <= 14
+    code = PAGE.read_text().partition("\nlayout = ")[2].partition("\ntokens = ")[0]
+    assert 5 <= len(ast.parse("layout = " + code).body) <= 10
