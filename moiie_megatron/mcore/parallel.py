@@ -104,8 +104,10 @@ def init_parallel(
 
 
 def seed_everything(seed: int, groups: ProcessGroupCollection) -> None:
-    """Seed torch and Megatron's RNG tracker: alike on data-parallel ranks, different on every
-    pipeline stage."""
+    """Seed torch and Megatron's RNG tracker.
+
+    Data-parallel ranks get the same seed, pipeline stages different ones.
+    """
     torch.manual_seed(seed + 100 * groups.pp.rank())
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * groups.pp.rank())
 

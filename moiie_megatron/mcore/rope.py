@@ -32,6 +32,8 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
         switch: Longest sequence that uses ``inv_freq``; None if every sequence does.
     """
 
+    inv_freq: Tensor
+
     def __init__(
         self,
         mconfig: TransformerConfig,

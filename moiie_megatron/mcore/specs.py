@@ -71,8 +71,10 @@ def _dense_layer(config: TransformerConfig, device: Device) -> ModuleSpec:
 
 
 def _with_mlp(dense: ModuleSpec, mlp: ModuleSpec, device: Device) -> ModuleSpec:
-    """The same layer with experts and, in front of them, a norm that is fused into no linear
-    layer."""
+    """The same layer with experts in place of the FFN.
+
+    The norm in front of them is not fused into a linear layer.
+    """
     spec = copy.deepcopy(dense)
     spec.submodules.mlp = mlp
     spec.submodules.pre_mlp_layernorm = _norm(device)

@@ -99,9 +99,9 @@ class ModalityRouter(MegatronModule):
             # Under sequence parallelism each rank holds part of the gradient: Megatron sums it.
             self.gates[name].sequence_parallel = config.sequence_parallel
         coeffs = [settings.aux_loss_coeffs[name] for name in routers]
-        for name, values in (("num_experts_G", widths), ("coeffs_G", coeffs)):
-            buffer = torch.tensor(values, dtype=torch.float32, device=device)
-            self.register_buffer(name, buffer, persistent=False)
+        for buffer, values in (("num_experts_G", widths), ("coeffs_G", coeffs)):
+            tensor = torch.tensor(values, dtype=torch.float32, device=device)
+            self.register_buffer(buffer, tensor, persistent=False)
         self.stats = LoadStats(len(routers), self.layout.num_experts, device)
         self.reset_parameters()
 
@@ -198,8 +198,10 @@ class ModalityRouter(MegatronModule):
         routing_map_TE: Tensor,
         types_T: Tensor,
     ) -> Tensor:
-        """Count the load and attach the losses to ``probs_TE``, which Megatron then scales and
-        adds to the gradient."""
+        """Count the load and attach the losses to ``probs_TE``.
+
+        Megatron scales them together with the main loss and adds their gradient in backward.
+        """
         settings, masks_TG = self.settings, self.masks(types_T)
         all_probs_TE = torch.softmax(scores_TE, dim=-1)
         balance = balance_losses(

@@ -86,8 +86,8 @@ def replace_cuda_functions() -> None:
 
 def keep_tensors_on_cpu() -> None:
     """Let ``tensor.cuda()`` and ``module.cuda()`` return what they are called on."""
-    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
 
 
 def report_cuda_type_strings() -> None:

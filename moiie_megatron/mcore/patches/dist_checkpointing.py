@@ -1,5 +1,7 @@
-"""Saving and loading Megatron-Core's distributed checkpoints: a process that is killed, stages
-with nothing to train, and torch's AdamW."""
+"""Saving and loading Megatron-Core's distributed checkpoints.
+
+In a run that may be killed, with stages that train nothing, and with torch's AdamW.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_when_weights_change(norm: float, should_apply: bool, applied: bool) -> 
     optimizer, part = make(norm)
     updated, found = optimizer.step_if(lambda: should_apply)
     assert (updated, part.updates) == (applied, int(applied))
-    assert found == norm or math.isnan(norm) and math.isnan(found)
+    assert found == norm or (math.isnan(norm) and math.isnan(found))
 
 
 def test_the_caller_is_not_asked_about_a_gradient_that_is_not_finite() -> None:
