@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import ast
+import importlib.util
 import types
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -48,6 +50,17 @@ def _section(kind: Any) -> Any:
 
 @cache
 def _megatron_fields() -> frozenset[str]:
-    from megatron.core.transformer import TransformerConfig
-
-    return frozenset(field.name for field in dataclasses.fields(TransformerConfig))
+    """The fields of Megatron's TransformerConfig, from its source: importing it takes seconds."""
+    spec = importlib.util.find_spec("megatron.core")
+    assert spec is not None and spec.submodule_search_locations
+    root = Path(spec.submodule_search_locations[0])
+    sources = [
+        (root / file).read_text(encoding="utf-8")
+        for file in ("model_parallel_config.py", "transformer/transformer_config.py")
+    ]
+    return frozenset(
+        node.target.id
+        for source in sources
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    )

@@ -7,93 +7,105 @@ import importlib.util
 import io
 import re
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.docs.markdown import PAGES, ROOT, Command, commands
+from tests.docs.markdown import PAGES, ROOT, Command, commands, name
 from tests.docs.schema_keys import is_key
 
-COMMANDS = sorted({str(c): c for page in PAGES for c in commands(page)}.items())
 _OVERRIDE = re.compile(r"([a-z_]+(?:\.[a-z_0-9]+)*)=")
 _OURS = re.compile(r"(tools|examples|benchmarks|docs|docker|tests)/[\w./\-]+")
 _SCRIPT = re.compile(r"(tools|benchmarks|docs/figures|examples)/[\w\-]+\.(py|sh)")
 
 
-def _made() -> list[object]:
-    return [pytest.param(command, id=text) for text, command in COMMANDS]
-
-
 def test_commands_are_found() -> None:
-    programs = {command.words[0] for _, command in COMMANDS}
-    assert {"make", "python", "torchrun", "bash"} <= programs
-    assert sum(any("convert.py" in w for w in command.words) for _, command in COMMANDS) > 6
+    found = [command for page in PAGES for command in commands(page)]
+    assert {"make", "python", "torchrun", "bash"} <= {command.words[0] for command in found}
+    assert sum("tools/convert.py" in command.words for command in found) > 6
 
 
-@pytest.mark.parametrize("command", _made())
-def test_files_of_a_command_exist(command: Command) -> None:
-    words = [word.rpartition("=")[2] for word in command.words]
-    assert [w for w in words if _OURS.fullmatch(w) and not (ROOT / w).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_can_be_typed(page: Path) -> None:
+    assert [why for command in commands(page) for why in problems(command)] == []
 
 
-@pytest.mark.parametrize("command", _made())
-def test_targets_of_make_exist(command: Command) -> None:
-    if command.words[0] != "make":
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("make tea", "no target tea"),
+        ("python tools/trane.py CONFIG.yaml", "no file tools/trane.py"),
+        ("python tools/train.py examples/configs/no.yaml", "no file examples/configs/no.yaml"),
+        ("torchrun tools/train.py C.yaml train.setps=3", "no key train.setps"),
+        ("python tools/convert.py exprot --ckpt C", "no subcommand exprot"),
+        ("python tools/convert.py export --force --tp 2", "no option --tp"),
+        ("bash examples/train_ablation.sh phi3 vanilla moe.top=1", "no key moe.top"),
+        ("python benchmarks/layer.py --no-such", "no option --no-such"),
+    ],
+)
+def test_the_rule_itself(line: str, problem: str) -> None:
+    found = problems(Command(ROOT / "README.md", tuple(line.split())))
+    assert len(found) == 1
+    assert problem in found[0]
+
+
+def problems(command: Command) -> list[str]:
+    """What is wrong with a command, one sentence each."""
+    return [f"{command}: {problem}" for problem in _problems(command)]
+
+
+def _problems(command: Command) -> Iterator[str]:
+    words = command.words
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        yield from (f"no target {word}" for word in words[1:] if word not in targets)
+    files = [word.rpartition("=")[2] for word in words]
+    missing = [file for file in files if _OURS.fullmatch(file) and not (ROOT / file).exists()]
+    yield from (f"no file {file}" for file in missing)
+    place = next((i for i, word in enumerate(words) if _SCRIPT.fullmatch(word)), None)
+    if place is None or words[place] in missing:
         return
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert set(command.words[1:]) <= set(targets)
+    script, arguments = words[place], words[place + 1 :]
+    for found in filter(None, map(_OVERRIDE.match, arguments)):
+        if not is_key(found[1]):
+            yield f"no key {found[1]}"
+    if script.endswith(".py"):
+        yield from _wrong_options(script, arguments)
 
 
-@pytest.mark.parametrize("command", _made())
-def test_overrides_are_keys_of_the_configuration(command: Command) -> None:
-    place = _script_at(command)
-    if place is None:
-        return
-    overrides = [_OVERRIDE.match(word) for word in command.words[place + 1 :]]
-    assert [found[1] for found in overrides if found and not is_key(found[1])] == []
-
-
-@pytest.mark.parametrize("command", _made())
-def test_options_are_those_of_the_program(command: Command) -> None:
-    place = _script_at(command)
-    if place is None or not command.words[place].endswith(".py"):
-        return
-    script, words = command.words[place], command.words[place + 1 :]
-    help_text = help_of(script)
-    choices = re.search(r"\{([\w,]+)\}", help_text.partition("positional")[0])
-    subcommands = choices[1].split(",") if choices and choices[1].count(",") else []
-    if subcommands and words and words[0] in subcommands:
-        help_text = help_of(script, words[0])
-    elif re.search(r"^\s+\{[\w,]+\}", help_text, re.MULTILINE):
-        assert words[:1] in ([], ["--help"]), f"{script} has no command {words[0]}"
-    options = [word.partition("=")[0] for word in words if word.startswith("--")]
-    known = set(re.findall(r"--[\w-]+", help_text))
-    assert [option for option in options if option not in known] == []
-
-
-def _script_at(command: Command) -> int | None:
-    """Where a script of the project stands in a command."""
-    for place, word in enumerate(command.words):
-        if _SCRIPT.fullmatch(word):
-            return place
-    return None
+def _wrong_options(script: str, arguments: tuple[str, ...]) -> Iterator[str]:
+    text = help_of(script)
+    subcommands = re.search(r"^  \{([\w,]+)\}", text, re.MULTILINE)
+    if subcommands and arguments:
+        if arguments[0] not in subcommands[1].split(","):
+            yield f"no subcommand {arguments[0]}"
+            return
+        text = help_of(script, arguments[0])
+    known = set(re.findall(r"--[\w-]+", text))
+    options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    yield from (f"no option {option}" for option in options if option not in known)
 
 
 @cache
 def help_of(script: str, *words: str) -> str:
-    """What a program prints with ``--help``; called in this process, which has imported torch."""
+    """What a program prints with ``--help``, called in this process; of a benchmark, which imports
+    Megatron first, its source instead."""
     path = ROOT / script
+    if script.startswith("benchmarks/"):
+        return path.read_text(encoding="utf-8")
     spec = importlib.util.spec_from_file_location(f"documented_{Path(script).stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    arguments, search = sys.argv, list(sys.path)
+    arguments = sys.argv
     sys.argv, printed = [script, *words, "--help"], io.StringIO()
-    sys.path.insert(0, str(path.parent))  # as for a script: benchmarks share a helper
+    sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             module.main()
     finally:
-        sys.argv, sys.path[:] = arguments, search
+        del sys.modules[spec.name]
+        sys.argv = arguments
     return printed.getvalue()
