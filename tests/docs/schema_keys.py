@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import types
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from moiie_megatron.config.schema import RunConfig
+from tests.docs.doc_pages import megatron_core
 
 SECTIONS = tuple(RunConfig.model_fields)
 
@@ -51,11 +50,8 @@ def _section(kind: Any) -> Any:
 @cache
 def _megatron_fields() -> frozenset[str]:
     """The fields of Megatron's TransformerConfig, from its source: importing it takes seconds."""
-    spec = importlib.util.find_spec("megatron.core")
-    assert spec is not None and spec.submodule_search_locations
-    root = Path(spec.submodule_search_locations[0])
     sources = [
-        (root / file).read_text(encoding="utf-8")
+        (megatron_core() / file).read_text(encoding="utf-8")
         for file in ("model_parallel_config.py", "transformer/transformer_config.py")
     ]
     return frozenset(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.markdown import PAGES, ROOT, Command, commands, name
+from tests.docs.doc_pages import PAGES, ROOT, Command, commands, name
 from tests.docs.schema_keys import is_key
 
 _OVERRIDE = re.compile(r"([a-z_]+(?:\.[a-z_0-9]+)*)=")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -10,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.markdown import PAGES, ROOT, anchors, inline_code, links, name
+from tests.docs.doc_pages import PAGES, ROOT, anchors, inline_code, links, megatron_core, name
 from tests.docs.schema_keys import SECTIONS, is_key
 
-SOURCES = ("moiie_megatron", "tools", "examples", "benchmarks", "tests")
+PROGRAMS = ("moiie_megatron", "tools", "examples", "benchmarks")
+SOURCES = (*PROGRAMS, "tests")
 _FILE = re.compile(r"[\w.\-]+(/[\w.\-]+)*\.(py|md|yaml|sh|toml|cff|sbatch|svg|txt)")
 _WRITTEN = re.compile(r"[\w.\-]+\.(jsonl?|yaml|npy|html|png)")  # by the programs, at run time
 _DIRECTORY = re.compile(r"[\w.\-]+(/[\w.\-]+)*/")
@@ -68,11 +68,12 @@ def missing_files(page: Path) -> Iterator[str]:
 
 def never_written(page: Path) -> Iterator[str]:
     """Files and directories of a run: programs must hold their names."""
+    programs = _text(*PROGRAMS)
     for code in _codes(page):
-        if _WRITTEN.fullmatch(code) and code not in _text() and not _exists(code, page):
+        if _WRITTEN.fullmatch(code) and code not in programs and not _exists(code, page):
             yield code
         if _DIRECTORY.fullmatch(code) and not _exists(code, page):
-            quoted = re.search(rf"[\"'/{{}}]{re.escape(code.rstrip('/'))}[\"'/]", _text())
+            quoted = re.search(rf"[\"'/{{}}]{re.escape(code.rstrip('/'))}[\"'/]", programs)
             if not quoted:
                 yield code
 
@@ -106,7 +107,7 @@ def _codes(page: Path) -> Iterator[str]:
 
 def _exists(code: str, page: Path) -> bool:
     """From the page, the root, the package, or Megatron; a bare name anywhere in the project."""
-    roots = (page.parent, ROOT, ROOT / "moiie_megatron", _megatron().parents[1])
+    roots = (page.parent, ROOT, ROOT / "moiie_megatron", megatron_core().parents[1])
     if any((root / code).exists() for root in roots):
         return True
     return "/" not in code and code in _file_names()
@@ -117,21 +118,14 @@ def _file_names() -> frozenset[str]:
     return frozenset(path.name for folder in SOURCES for path in (ROOT / folder).rglob("*.*"))
 
 
-def _megatron() -> Path:
-    spec = importlib.util.find_spec("megatron.core")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0])
-
-
 @cache
-def _text() -> str:
-    """Everything that the project runs."""
-    files = [p for folder in SOURCES for p in sorted((ROOT / folder).rglob("*.py"))]
-    files = [p for p in files if p.relative_to(ROOT).parts[:2] != ("tests", "docs")]
-    files += sorted((ROOT / "examples").rglob("*.sh")) + [ROOT / "Makefile"]
-    return "\n".join(path.read_text(encoding="utf-8") for path in files)
+def _text(*directories: str) -> str:
+    """The sources below some directories; those of these tests name things that do not exist."""
+    paths = [p for d in directories for p in sorted((ROOT / d).rglob("*.*"))]
+    paths = [p for p in paths if p.suffix in (".py", ".sh") and p.parent != Path(__file__).parent]
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 
 @cache
 def _words() -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", _text()))
+    return frozenset(re.findall(r"\w+", _text(*SOURCES)))

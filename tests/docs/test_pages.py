@@ -14,7 +14,7 @@ import yaml
 
 from moiie_megatron import __version__
 from moiie_megatron.config.renamed_keys import RENAMED
-from tests.docs.markdown import PAGES, ROOT, blocks, name
+from tests.docs.doc_pages import PAGES, ROOT, blocks, megatron_core, name
 
 README_LINES = 160
 # Paths of one machine, and words of a tool that was never part of the project.
@@ -53,10 +53,9 @@ def test_the_figure_is_what_its_script_draws() -> None:
 
 def test_the_figure_names_files_that_exist() -> None:
     text = (ROOT / "docs/figures/data_flow.svg").read_text()
-    megatron = Path(importlib.util.find_spec("megatron.core").submodule_search_locations[0])
     files = re.findall(r"[\w/]+\.py|[\w/]+/(?=[,<])", text)
     assert len(files) > 12
-    roots = (ROOT / "moiie_megatron", ROOT / "moiie_megatron/moe", megatron)
+    roots = (ROOT / "moiie_megatron", ROOT / "moiie_megatron/moe", megatron_core())
     assert [f for f in files if not any((root / f).exists() for root in roots)] == []
 
 

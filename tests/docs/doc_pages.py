@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,7 +11,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The page of golden data and the license are not ours to word.
 PAGES = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "docker/*.md", "examples/**/*.md", "tests/**/*.md")
@@ -20,6 +20,7 @@ PAGES = sorted(
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_INPUT = re.compile(r"<<'(\w+)'\n.*?^\1$", re.MULTILINE | re.DOTALL)  # a here document
 _ASSIGNMENT = re.compile(r"^[A-Z_0-9]+=")
 
 
@@ -32,6 +33,13 @@ class Command:
 
     def __str__(self) -> str:
         return f"{name(self.page)}: {' '.join(self.words)}"
+
+
+def megatron_core() -> Path:
+    """The directory of the installed Megatron-Core; importing it would take seconds."""
+    spec = importlib.util.find_spec("megatron.core")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
 
 
 def name(page: Path) -> str:
@@ -69,6 +77,7 @@ def anchors(page: Path) -> set[str]:
 def commands(page: Path) -> Iterator[Command]:
     """The commands of the bash blocks and of inline code that starts with a known program."""
     for block in blocks(page, "bash"):
+        block = _INPUT.sub("", block)
         for line in block.replace("\\\n", " ").splitlines():
             yield from _commands(page, line)
     for code in inline_code(page):
