@@ -130,11 +130,10 @@ def generate(folder: Path, sizes: argparse.Namespace) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from moiie_megatron.config.schema import LanguageConfig, VisionConfig
-    from moiie_megatron.convert.hf.export_files import text_config, vision_config
     from moiie_megatron.convert.hf.safetensors_writer import SafetensorsWriter
-    from moiie_megatron.families.shapes import language_shape, vision_shape
+    from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
     from moiie_megatron.families.transforms import TensorInfo
-    from moiie_megatron.families.weight_map import LANGUAGE, VISION, language_rows, vision_rows
+    from moiie_megatron.families.weight_map import language_rows, vision_rows
     from moiie_megatron.layout.experts import ExpertLayout
 
     language = LanguageConfig(
@@ -158,27 +157,21 @@ def generate(folder: Path, sizes: argparse.Namespace) -> None:
         activation="gelu_pytorch_tanh",
     )
     parts = {
-        "llm": (
-            language_rows(language, ExpertLayout(0, 0, 0), []),
-            language_shape,
-            language,
-            LANGUAGE,
-        ),
-        "vision": (vision_rows(vision), vision_shape, vision, VISION),
+        "llm": language_rows(language, ExpertLayout(0, 0, 0), []),
+        "vision": vision_rows(vision),
     }
-    for name, (rows, shape_of, section, prefix) in parts.items():
+    for name, rows in parts.items():
         (folder / name).mkdir()
         tensors = []
         for row in rows:
-            shape = shape_of(section, row.megatron.removeprefix(prefix))
-            made = row.transform.to_hf(TensorInfo(shape, torch.bfloat16).meta())
+            made = row.transform.to_hf(TensorInfo(row.full_shape, torch.bfloat16).meta())
             tensors += [(hf, TensorInfo.of(part)) for hf, part in zip(row.hf, made, strict=True)]
         with SafetensorsWriter(folder / name, tensors) as writer:
             for hf, info in tensors:
                 writer.write(hf, torch.empty(info.shape, dtype=info.dtype).normal_(std=0.02))
             writer.finish()
-    text_config(language, {"bos_token_id": 0, "eos_token_id": 1}).save_pretrained(folder / "llm")
-    vision_config(vision).save_pretrained(folder / "vision")
+    language_to_hf(language, {"bos_token_id": 0, "eos_token_id": 1}).save_pretrained(folder / "llm")
+    vision_to_hf(vision).save_pretrained(folder / "vision")
     vocabulary = {word: number for number, word in enumerate(["<s>", "</s>", "<unk>", "<image>"])}
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>")),

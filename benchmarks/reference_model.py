@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.convert.hf.export_files import text_config
-from moiie_megatron.data.encode.images import normalize, pixel_statistics
+from moiie_megatron.data.encode.images import normalize
 from moiie_megatron.data.stream.batch import Batch
+from moiie_megatron.families.hf_config import language_to_hf
+from moiie_megatron.families.registry import vision_family
 from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.token_types import IMAGE, PADDING
 from moiie_megatron.vlm.vision import build_vision_model
@@ -78,7 +79,7 @@ class ReferenceModel(torch.nn.Module):
             torch.nn.GELU(),
             torch.nn.Linear(language.hidden_size, language.hidden_size),
         )
-        self.language = LlamaForCausalLM(text_config(language, {}))
+        self.language = LlamaForCausalLM(language_to_hf(language))
         self.blocks = []
         for layer in config.moe_layers:
             block = LoopOverExperts(
@@ -93,7 +94,7 @@ class ReferenceModel(torch.nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch: summed over its label tokens, and the balance losses."""
-        statistics = pixel_statistics(self.config.vision.family)
+        statistics = vision_family(self.config.vision.family).statistics
         types = batch.token_types
         text = torch.where(types == IMAGE, 0, batch.tokens)
         embeddings = self.language.get_input_embeddings()(text)

@@ -25,7 +25,7 @@ from moiie_megatron.utils.errors import UserError
 def add_upcycle(commands: Any) -> None:
     parser = commands.add_parser("upcycle", help="dense language model + vision encoder -> MoIIE")
     parser.add_argument("--llm", required=True, metavar="DIR", help="Hugging Face language model")
-    parser.add_argument("--vision", required=True, metavar="DIR", help="SigLIP or CLIP model")
+    parser.add_argument("--vision", required=True, metavar="DIR", help="vision encoder")
     parser.add_argument("--connector", metavar="FILE", help="safetensors; default: a fresh one")
     parser.add_argument("--out", required=True, metavar="CKPT")
     parser.add_argument(
@@ -96,7 +96,7 @@ def add_import(commands: Any) -> None:
     )
     parser.add_argument("--out", required=True, metavar="CKPT")
     parser.add_argument(
-        "--vision", metavar="DIR", help="SigLIP or CLIP model, where --hf does not describe its own"
+        "--vision", metavar="DIR", help="vision encoder, where --hf does not describe its own"
     )
     parser.add_argument(
         "--experts", metavar="V,S,T", help="where a checkpoint of the reference does not tell"

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from moiie_megatron.cli.launch import exit_code
 from moiie_megatron.cli.overrides import parse_with_overrides
 from moiie_megatron.cli.progress_bar import progress_bar
+from moiie_megatron.config.families import template_names
+from moiie_megatron.config.messages import listed
 from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.utils.errors import UserError
 
@@ -184,7 +186,7 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     direct.add_argument("--records", metavar="FILE", help=".json or .jsonl of LLaVA records")
     direct.add_argument("--images", metavar="DIR")
     direct.add_argument("--tokenizer", metavar="PATH", help="needed for lengths")
-    direct.add_argument("--template", default="plain", help="plain, llama3, phi3 or tokenizer")
+    direct.add_argument("--template", default="plain", help=listed(template_names()))
     direct.add_argument("--image-token", default="<image>")
     direct.add_argument("--image-tokens", type=_positive, default=729, metavar="N", help="each")
     direct.add_argument("--image-mode", choices=("square", "pad"), default="square")
@@ -249,12 +251,13 @@ def _sources(
 
 
 def _plain_source(records: str, images: str, mode: Any) -> Source:
-    from moiie_megatron.data.encode.images import SIGLIP_STATISTICS, ImageLoader
+    from moiie_megatron.data.encode.images import ImageLoader
     from moiie_megatron.data.records.llava import RecordFile
     from moiie_megatron.data.stream.dataset import Source
 
     # Images are decoded to see whether they can be: the size of the result does not matter.
-    loader = ImageLoader(images, 32, mode, SIGLIP_STATISTICS.mean, SIGLIP_STATISTICS.std)
+    grey = (0.5, 0.5, 0.5)
+    loader = ImageLoader(images, 32, mode, mean=grey, std=grey)
     return Source(RecordFile(records), loader)
 
 

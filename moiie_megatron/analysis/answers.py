@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from moiie_megatron.data.encode.images import SIGLIP_STATISTICS, ImageLoader
+from moiie_megatron.data.encode.images import ImageLoader
 from moiie_megatron.data.records.llava import PLACEHOLDER, BadRecord
 from moiie_megatron.utils.errors import UserError
 
@@ -110,7 +110,7 @@ def _picture(root: str, path: str) -> str:
     Raises:
         UserError: The folder is gone, or the picture cannot be read.
     """
-    loader = ImageLoader(root, _SIDE, "pad", _WHITE, SIGLIP_STATISTICS.std)
+    loader = ImageLoader(root, _SIDE, "pad", _WHITE, _WHITE)
     image = Image.fromarray(loader.load(path).permute(1, 2, 0).numpy())
     stream = io.BytesIO()
     image.quantize(64).save(stream, format="PNG", optimize=True)

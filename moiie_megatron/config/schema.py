@@ -8,9 +8,11 @@ imports torch, so a configuration can be checked on any machine.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -20,6 +22,7 @@ from pydantic import (
     field_validator,
 )
 
+from moiie_megatron.config.families import LANGUAGE_FAMILIES, VISION_FAMILIES
 from moiie_megatron.layout.experts import ExpertLayout, moe_layers
 from moiie_megatron.layout.placement import Placement, balanced, contiguous
 
@@ -31,6 +34,23 @@ class Section(BaseModel):
     """A part of the configuration: immutable, strict about types, closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _one_of(names: Mapping[str, Any]) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in names:
+            raise ValueError(value)  # config/messages.py makes the sentence, from "enum"
+        return value
+
+    return AfterValidator(check)
+
+
+LanguageFamilyName = Annotated[
+    str, _one_of(LANGUAGE_FAMILIES), Field(json_schema_extra={"enum": [*LANGUAGE_FAMILIES]})
+]
+VisionFamilyName = Annotated[
+    str, _one_of(VISION_FAMILIES), Field(json_schema_extra={"enum": [*VISION_FAMILIES]})
+]
 
 
 class RopeScaling(Section):
@@ -65,14 +85,23 @@ class LongRope(Section):
 
 
 class LanguageConfig(Section):
-    """The decoder that is the backbone of the language side; dense but for ``mixtral``."""
+    """The decoder that is the backbone of the language side.
 
-    family: Literal["llama", "phi3", "mixtral"]
+    ``family`` says what the weights are called and how ``config.json`` describes the model; the
+    other keys say all that the model itself needs to know.
+    """
+
+    family: LanguageFamilyName
     num_layers: PositiveInt
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
     num_attention_heads: PositiveInt
     num_query_groups: PositiveInt
+    head_dim: PositiveInt | None = Field(
+        None, description="channels of a head; default: hidden_size / num_attention_heads"
+    )
+    qkv_bias: bool = Field(False, description="query, key and value projections have biases")
+    qk_norm: bool = Field(False, description="RMSNorm on every query and key head, before RoPE")
     vocab_size: PositiveInt
     max_position_embeddings: PositiveInt
     rotary_base: PositiveFloat = 10000.0
@@ -83,11 +112,16 @@ class LanguageConfig(Section):
     sliding_window: PositiveInt | None = None
     pretrained: str | None = Field(None, description="Hugging Face directory with the weights")
 
+    @property
+    def head_size(self) -> int:
+        """Channels of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
 
 class VisionConfig(Section):
     """The vision encoder; its features are the hidden states after layer ``feature_layer``."""
 
-    family: Literal["siglip", "clip"]
+    family: VisionFamilyName
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
     num_layers: PositiveInt
@@ -177,7 +211,10 @@ class StageConfig(Section):
     name: str
     moe: bool = Field(description="False: the FFN stays dense whatever the moe section says")
     learning_rates: dict[Part, PositiveFloat]
-    template: str = Field(description="plain, llama3, phi3 or tokenizer")
+    template: str = Field(
+        description="tokenizer (its own chat template), plain (image and caption alone), or a "
+        "format that a family brings along"
+    )
     image_mode: Literal["square", "pad"]
 
     @field_validator("learning_rates", mode="before")

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from moiie_megatron.config.families import LANGUAGE_FAMILIES, load_family, template_names
 from moiie_megatron.config.messages import listed, unknown_key
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate_data import check_exists, check_loader, check_source_paths
 from moiie_megatron.config.validate_packing import check_packing
 from moiie_megatron.layout.experts import moe_layers
 from moiie_megatron.utils.errors import UserError
-
-TEMPLATES = ("plain", "llama3", "phi3", "tokenizer")
 
 # torch's grouped matrix multiplication needs strides of 16 bytes: 8 values in bf16.
 _GROUPED_MM_MULTIPLE = 8
@@ -106,7 +105,7 @@ def _check_language(config: RunConfig) -> None:
             "language.rope_scaling and language.longrope are both given: a model has one of them, "
             "set the other to null."
         )
-    if language.hidden_size % heads or (language.hidden_size // heads) % 2:
+    if language.head_dim is None and (language.hidden_size % heads or language.head_size % 2):
         raise UserError(
             f"language.hidden_size is {language.hidden_size} but language.num_attention_heads is "
             f"{heads}: use a multiple of {2 * heads}, rotary embeddings turn pairs of channels."
@@ -116,7 +115,20 @@ def _check_language(config: RunConfig) -> None:
             f"language.num_query_groups is {groups} but language.num_attention_heads is {heads}: "
             f"use {_divisors(heads)}."
         )
-    pairs = language.hidden_size // heads // 2
+    if language.head_size % 2:
+        raise UserError(
+            f"language.head_dim is {language.head_dim}: use an even number, rotary embeddings turn "
+            "pairs of channels."
+        )
+    family = load_family(LANGUAGE_FAMILIES, language.family)
+    for name in ("qkv_bias", "qk_norm"):
+        value, wanted = getattr(language, name), family.fixed.get(name, False)
+        if value != wanted:
+            raise UserError(
+                f"language.{name} is {_yaml(value)}, but it is {_yaml(wanted)} in every model of "
+                f"the family {language.family}: set it to {_yaml(wanted)}."
+            )
+    pairs = language.head_size // 2
     for name in ("short_factor", "long_factor") if language.longrope is not None else ():
         count = len(getattr(language.longrope, name))
         if count != pairs:
@@ -150,8 +162,9 @@ def _check_experts(config: RunConfig) -> None:
     layout = config.moe.layout
     if not layout.is_dense:
         moe_layers(config.moe.layers, config.language.num_layers)
-    if config.language.family == "mixtral":
-        _check_mixtral(config)
+    check_family = load_family(LANGUAGE_FAMILIES, config.language.family).check
+    if check_family is not None:
+        check_family(config)
     if not _has_experts(config):
         return
     if not config.moe_layers:
@@ -200,22 +213,10 @@ def _check_experts(config: RunConfig) -> None:
         )
 
 
-def _check_mixtral(config: RunConfig) -> None:
-    """Its experts are pretrained: every stage has them, in every layer, for all tokens."""
-    moe, num_layers = config.moe, config.language.num_layers
-    if config.stage.moe and moe.variant == "vanilla" and len(config.moe_layers) == num_layers:
-        return
-    raise UserError(
-        f"language.family is mixtral, which has experts for all tokens in all of its {num_layers} "
-        f"layers, but stage.moe is {str(config.stage.moe).lower()}, moe.variant is {moe.variant} "
-        f"and moe.layers is {moe.layers}: set them to true, vanilla and all."
-    )
-
-
 def _check_stage(config: RunConfig) -> None:
     stage = config.stage
-    if stage.template not in TEMPLATES:
-        raise UserError(f"stage.template is {stage.template!r}: use {listed(TEMPLATES)}.")
+    if stage.template not in template_names():
+        raise UserError(f"stage.template is {stage.template!r}: use {listed(template_names())}.")
     if not stage.learning_rates:
         raise UserError(
             "stage.learning_rates is empty, so nothing would train: give a rate for at least one "
@@ -248,9 +249,7 @@ def _check_parallel(config: RunConfig) -> None:
     groups = language.num_query_groups
     # Megatron-Core, attention.py: with fewer groups than ranks, ranks share a group, and the
     # fused qkv projection must still split evenly.
-    qkv = (language.num_attention_heads + 2 * groups) * (
-        language.hidden_size // language.num_attention_heads
-    )
+    qkv = (language.num_attention_heads + 2 * groups) * language.head_size
     if (groups % tensor and tensor % groups) or qkv % tensor:
         raise UserError(
             f"parallel.tensor is {tensor} but language.num_query_groups is {groups}: use a "
@@ -353,3 +352,7 @@ def _divisors(number: int) -> str:
 
 def _null(value: object) -> object:
     return "null" if value is None else value
+
+
+def _yaml(value: bool) -> str:
+    return str(value).lower()

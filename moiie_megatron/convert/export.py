@@ -17,7 +17,6 @@ from moiie_megatron.convert.dcp.reader import CheckpointReader
 from moiie_megatron.convert.hf.export_files import write_files
 from moiie_megatron.convert.hf.safetensors_writer import SafetensorsWriter
 from moiie_megatron.families import weight_map
-from moiie_megatron.families.shapes import expected_shape
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.utils.errors import UserError
@@ -107,15 +106,13 @@ def export_from(
 
 def exported_rows(config: RunConfig) -> list[WeightMapping]:
     """Every tensor of an export and what it is made from, in the order of the files."""
-    return weight_map.model_rows(
-        config.language, config.vision, config.moe.layout, config.moe_layers
-    )
+    return weight_map.model_rows(config)
 
 
 def _infos(reader: Readable, row: WeightMapping) -> list[TensorInfo]:
     """Shape and dtype of the tensors that a row becomes."""
     whole = reader.info(row.megatron, row.expert)
-    have, want = reader.tensors[row.megatron].shape, expected_shape(reader.config, row.megatron)
+    have, want = reader.tensors[row.megatron].shape, row.full_shape
     if row.expert is not None:
         want = (reader.config.moe.layout.num_experts, *want)
     if have != want:

@@ -16,7 +16,6 @@ from moiie_megatron.config.messages import listed
 from moiie_megatron.config.schema import MoEConfig, RunConfig
 from moiie_megatron.convert.dcp.reader import CheckpointReader
 from moiie_megatron.convert.export import MARKER, Progress, export_from, exported_rows
-from moiie_megatron.convert.upcycle import layer_number
 from moiie_megatron.families import weight_map
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.utils.errors import UserError
@@ -94,7 +93,7 @@ class OneExpert:
         self._sources = {
             weight_map.dense_name(row.megatron): (row.megatron, row.expert)
             for row in rows
-            if row.expert is None or row.expert == chosen[layer_number(row.megatron)]
+            if row.expert is None or row.expert == chosen[row.layer]
         }
         self.tensors = {row.megatron: self.info(row.megatron) for row in exported_rows(self.config)}
 

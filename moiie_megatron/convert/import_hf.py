@@ -36,17 +36,14 @@ from moiie_megatron.convert.upcycle import (
     Progress,
     common_state,
     fresh_connector,
-    layer_number,
     template_of,
 )
 from moiie_megatron.families import weight_map
-from moiie_megatron.families.shapes import expected_shape
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.layout.experts import moe_layers
 from moiie_megatron.utils.errors import UserError
 
-_EMBEDDING = f"{weight_map.LANGUAGE}embedding.word_embeddings.weight"
 _FIRST = f"{weight_map.CONNECTOR}linear_1.weight"
 _SEED = 1234  # of a fresh connector, and of the run in the checkpoint
 _PROCESSOR = "processor_config.json"
@@ -160,7 +157,10 @@ class _Source:
 def _config(
     directory: Path, out: Path, source: _Source, last_image_token_as_text: bool
 ) -> RunConfig:
-    first, embedding = source.decoder.info(_FIRST, None), source.decoder.info(_EMBEDDING, None)
+    first, embedding = (
+        source.decoder.info(_FIRST, None),
+        source.decoder.info(weight_map.EMBEDDING, None),
+    )
     assert embedding is not None
     moe = source.experts.moe
     if last_image_token_as_text and moe.layout.is_dense:
@@ -208,11 +208,11 @@ class _Weights:
     def __init__(self, source: _Source, config: RunConfig) -> None:
         self._source, self._config = source, config
         self._connector: Mapping[str, Tensor] = {}
-        self.rows = weight_map.model_rows(
-            config.language, config.vision, config.moe.layout, config.moe_layers
-        )
+        self.rows = weight_map.model_rows(config)
         if not source.has_connector:
-            dtype = self._info(next(row for row in self.rows if row.megatron == _EMBEDDING)).dtype
+            dtype = self._info(
+                next(row for row in self.rows if row.megatron == weight_map.EMBEDDING)
+            ).dtype
             self._connector = {
                 weight_map.CONNECTOR + name: tensor.to(dtype)
                 for name, tensor in fresh_connector(config).items()
@@ -224,7 +224,7 @@ class _Weights:
         Raises:
             UserError: Another shape than the configuration means.
         """
-        info, shape = self._info(row), expected_shape(self._config, row.megatron)
+        info, shape = self._info(row), row.full_shape
         if info.shape != shape:
             raise UserError(
                 f"{row.megatron} has shape {info.shape} in the source but its config.json means "
@@ -263,11 +263,12 @@ def _write(
         add = receipt.add_router if weight_map.ROUTER in name else receipt.add
         add(name, tensor, writer.write(name, tensor))
         return
+    assert row.layer is not None
     receipt.add_expert(
         name,
         tensor,
         writer.write_expert(name, tensor, row.expert, layout.num_experts),
-        layer=layer_number(name),
+        layer=row.layer,
         expert=layout.name(row.expert),
         dense=None,  # trained apart
     )

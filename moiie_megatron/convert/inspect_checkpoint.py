@@ -31,7 +31,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     parts: dict[str, dict[str, Any]] = {}
     for name, info in reader.tensors.items():
         empty = {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": []}
-        part = parts.setdefault(_part(name), empty)
+        part = parts.setdefault(weight_map.part_of(name), empty)
         part["tensors"] += 1
         part["bytes"] += info.num_bytes
         part["parameters"] += info.num_bytes // info.dtype.itemsize
@@ -76,19 +76,6 @@ def format_description(description: dict[str, Any]) -> str:
             line += f", experts that equal the dense FFN: {equal}"
         lines.append(line)
     return "\n".join(lines)
-
-
-def _part(name: str) -> str:
-    if weight_map.ROUTER in name and name.startswith(weight_map.LANGUAGE):
-        return "routers"
-    if weight_map.EXPERTS in name and name.startswith(weight_map.LANGUAGE):
-        return "experts"
-    prefixes = {
-        weight_map.LANGUAGE: "language",
-        weight_map.VISION: "vision",
-        weight_map.CONNECTOR: "connector",
-    }
-    return next((part for prefix, part in prefixes.items() if name.startswith(prefix)), "optimizer")
 
 
 def _receipt(file: Path) -> dict[str, Any]:

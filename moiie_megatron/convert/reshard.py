@@ -18,9 +18,10 @@ from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import ParallelConfig, RunConfig
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.convert.dcp.reader import CheckpointReader
-from moiie_megatron.convert.dcp.shard_plan import TensorShards, shard_plan
+from moiie_megatron.convert.dcp.shard_plan import TensorShards, shard_plan, unsplit
 from moiie_megatron.convert.dcp.writer import CheckpointWriter
 from moiie_megatron.convert.upcycle import MARKER
+from moiie_megatron.families.weight_map import model_rows
 from moiie_megatron.utils.errors import UserError
 
 # Optimizer state is named after the weight that it belongs to, and cut like it.
@@ -102,10 +103,12 @@ def _plan(
 ) -> dict[tuple[int, str], list[tuple[str, TensorShards]]]:
     """The pieces of every file: one per stage and owner, optimizer state by itself."""
     by_file: dict[tuple[int, str], list[tuple[str, TensorShards]]] = {}
+    rows = {row.megatron: row for row in model_rows(config)}
     for name, info in reader.tensors.items():
         weight = _OPTIMIZER.sub("", name)
         kind = "weights" if weight == name else "optimizer"
-        for cut in shard_plan(config, weight, info.shape):
+        row = rows.get(weight)
+        for cut in unsplit(info.shape) if row is None else shard_plan(config, row, info.shape):
             owner = " ".join(map(str, cut.owner))
             by_file.setdefault((cut.stage, f"{kind} {owner}"), []).append((name, cut))
     return by_file

@@ -8,7 +8,6 @@ Tensor by tensor, one at a time; no GPU, no process group, no Megatron.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -46,7 +45,7 @@ from moiie_megatron.convert.hf.reader import (
 )
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
 from moiie_megatron.families import weight_map
-from moiie_megatron.families.shapes import expected_shape
+from moiie_megatron.families.registry import language_family
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.layout.experts import Variant, moe_layers
@@ -54,7 +53,6 @@ from moiie_megatron.moe.router_init import fresh_gate
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.connector import Connector
 
-_EMBEDDING = f"{weight_map.LANGUAGE}embedding.word_embeddings.weight"
 MARKER = "metadata.json"  # by which a checkpoint is recognised before it is replaced
 
 Progress = Callable[[int, int], object]  # bytes done, bytes in all
@@ -120,9 +118,9 @@ def upcycle_checkpoint(
     Weights keep their dtype; training casts them to its own.
 
     Args:
-        llm: Hugging Face directory of a language model, with its tokenizer.  Of a Mixtral the
-            experts are taken as they are (Vanilla MoE).
-        vision: Hugging Face directory of a SigLIP or CLIP model, or one that holds it.
+        llm: Hugging Face directory of a language model, with its tokenizer.  Experts
+            that it has are taken as they are (Vanilla MoE).
+        vision: Hugging Face directory of a vision encoder, or one that holds it.
         connector: Safetensors file with a trained connector; a fresh one otherwise.
         force: Replace an earlier checkpoint at ``out``.
         progress: Told about every tensor written.
@@ -201,7 +199,7 @@ class _Sources:
     @property
     def dtype(self) -> torch.dtype:
         """Of the language model; fresh weights get it, too."""
-        info = self.info(_EMBEDDING, None)
+        info = self.info(weight_map.EMBEDDING, None)
         assert info is not None
         return info.dtype
 
@@ -244,7 +242,7 @@ def template_of(llm: Path, language: LanguageConfig) -> str:
     """``stage.template``: the tokenizer's own where it has one."""
     if load_tokenizer(llm).chat_template is not None:
         return "tokenizer"
-    return "phi3" if language.family == "phi3" else "plain"
+    return language_family(language.family).default_template
 
 
 @dataclass(frozen=True)
@@ -258,22 +256,20 @@ class _Piece:
 
 def _plan(config: RunConfig, sources: _Sources) -> list[_Piece]:
     """Everything, in an order in which experts that share a tensor follow each other."""
-    rows = weight_map.model_rows(
-        config.language, config.vision, config.moe.layout, config.moe_layers
-    )
+    rows = weight_map.model_rows(config)
     by_name: dict[str, list[WeightMapping]] = {}
     for row in rows:
         by_name.setdefault(row.megatron, []).append(row)
     new_connector = fresh_connector(config)
     pieces = []
     for row in (row for group in by_name.values() for row in group):
-        name, shape = row.megatron, expected_shape(config, row.megatron)
+        name, shape = row.megatron, row.full_shape
         info = sources.info(name, row.expert)
         read: Callable[[], Tensor | None]
         if info is not None:
             read = partial(sources.get, name, row.expert)
         elif weight_map.ROUTER in name:
-            read = partial(_fresh_router, config, name, sources.dtype)
+            read = partial(_fresh_router, config, row, sources.dtype)
         else:
             fresh = new_connector[name.removeprefix(weight_map.CONNECTOR)].to(sources.dtype)
             read = partial(torch.clone, fresh)
@@ -287,12 +283,13 @@ def _plan(config: RunConfig, sources: _Sources) -> list[_Piece]:
     return pieces
 
 
-def _fresh_router(config: RunConfig, name: str, dtype: torch.dtype) -> Tensor:
+def _fresh_router(config: RunConfig, row: WeightMapping, dtype: torch.dtype) -> Tensor:
+    assert row.layer is not None
     return fresh_gate(
-        expected_shape(config, name),
+        row.full_shape,
         seed=config.train.seed,
-        layer_number=layer_number(name) + 1,
-        router=config.moe.layout.routers.index(name.rpartition(".")[2]),
+        layer_number=row.layer + 1,
+        router=config.moe.layout.routers.index(row.megatron.rpartition(".")[2]),
         std=config.moe.router_init_std,
     ).to(dtype)
 
@@ -318,7 +315,8 @@ def _write(
         add = receipt.add_router if weight_map.ROUTER in name else receipt.add
         add(name, tensor, writer.write(name, tensor))
         return
-    layout, layer, dense = config.moe.layout, layer_number(name), tensor
+    layout, layer, dense = config.moe.layout, piece.row.layer, tensor
+    assert layer is not None
     if perturb:
         part = int(name.endswith("linear_fc2.weight"))
         tensor = with_noise(
@@ -330,15 +328,8 @@ def _write(
         writer.write_expert(name, tensor, expert, layout.num_experts),
         layer=layer,
         expert=layout.name(expert),
-        dense=None if config.language.family == "mixtral" else dense,
+        dense=None if language_family(config.language.family).has_experts else dense,
     )
-
-
-def layer_number(name: str) -> int:
-    """The decoder layer (from 0) that a Megatron name belongs to."""
-    match = re.search(r"\.layers\.(\d+)\.", name)
-    assert match is not None, name
-    return int(match[1])
 
 
 def common_state(seed: int) -> dict[str, Any]:

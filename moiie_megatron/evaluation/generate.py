@@ -22,10 +22,11 @@ from moiie_megatron.checkpoint.load_weights import load_weights
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.encode.encoder import encode_prompt
-from moiie_megatron.data.encode.images import ImageLoader, normalize, pixel_statistics
+from moiie_megatron.data.encode.images import ImageLoader, normalize
 from moiie_megatron.data.encode.templates import Template, load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
 from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
+from moiie_megatron.families.registry import vision_family
 from moiie_megatron.layout.token_types import PADDING, TEXT
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.utils.errors import UserError
@@ -89,7 +90,7 @@ class Generator:
         self.model = model.eval()
         self.tokenizer = load_tokenizer(config.data.tokenizer, config.data.image_token)
         self.template = load_template(config.stage.template, self.tokenizer)
-        self.statistics = pixel_statistics(config.vision.family)
+        self.statistics = vision_family(config.vision.family).statistics
         self.stop_ids = stop_ids(self.tokenizer, self.template)
 
     @classmethod

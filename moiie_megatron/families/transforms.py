@@ -1,7 +1,10 @@
-"""Tensor surgery between Hugging Face's layouts and Megatron's: pure functions, exact inverses.
+"""Tensors from Hugging Face's layout to Megatron's and back: pure functions, exact inverses.
 
-Every weight is ``(out, in)``.  Shapes: h hidden, d head size, n heads, g query groups (key/value
-heads), r = n / g heads per group, f FFN size.
+Every weight is ``(out, in)``, every bias ``(out,)``.  Shapes: h hidden size, d head size, n
+attention heads, g query groups (key/value heads), r = n / g heads per group, f FFN size.
+
+torch is imported when a function is called: the tables of ``families/`` refer to these functions
+and are read on machines without it.
 """
 
 from __future__ import annotations
@@ -9,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,9 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def meta(self) -> Tensor:
-        """A tensor without data: what surgery makes of it shows what it makes of the real one."""
+        """A tensor without data: its transform has the shape and dtype of the real one's."""
+        import torch
+
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     @classmethod
@@ -36,38 +43,117 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class WeightTransform:
-    """How one Megatron tensor is made of Hugging Face tensors, and taken apart again."""
+    """How one Megatron tensor is made of Hugging Face tensors, and split into them again.
+
+    Args:
+        to_megatron: The Hugging Face tensors in the order of the table to the Megatron tensor.
+        to_hf: The exact inverse.
+    """
 
     to_megatron: Callable[[Sequence[Tensor]], Tensor]
     to_hf: Callable[[Tensor], tuple[Tensor, ...]]
 
 
+def same() -> WeightTransform:
+    """One tensor with one layout on both sides."""
+    return WeightTransform(lambda parts: parts[0], lambda full: (full,))
+
+
+def qkv(num_heads: int, num_groups: int) -> WeightTransform:
+    """Three projections, or their biases, and Megatron's ``linear_qkv``.
+
+    Hugging Face: ``q_proj`` ``(n d, h)``, ``k_proj`` ``(g d, h)``, ``v_proj`` ``(g d, h)``, each
+    with its heads one below the other.  Biases are the same without h.
+
+    Megatron: one tensor ``(g (r + 2) d, h)``.  Its rows are sorted by query group: the r query
+    heads of the group, its key head, its value head.  Cutting the rows into equal parts gives
+    every tensor-parallel rank whole groups.
+
+    Example with n = 4 heads in g = 2 groups (r = 2), d rows per head::
+
+        q_proj  q0 q1 q2 q3
+        k_proj  k0 k1            linear_qkv  q0 q1 k0 v0 | q2 q3 k1 v1
+        v_proj  v0 v1
+    """
+    return WeightTransform(
+        lambda parts: fuse_qkv(parts[0], parts[1], parts[2], num_groups),
+        lambda full: split_qkv(full, num_heads, num_groups),
+    )
+
+
+def stacked_qkv(num_heads: int, num_groups: int) -> WeightTransform:
+    """One projection with all queries, then all keys, then all values, and ``linear_qkv``.
+
+    Hugging Face: ``qkv_proj`` ``((n + 2 g) d, h)``, the rows ``[q | k | v]``.
+
+    Megatron: as in ``qkv``.
+
+    Example with n = 4 heads in g = 2 groups, d rows per head::
+
+        qkv_proj  q0 q1 q2 q3 k0 k1 v0 v1      linear_qkv  q0 q1 k0 v0 | q2 q3 k1 v1
+    """
+    return WeightTransform(
+        lambda parts: fuse_stacked_qkv(parts[0], num_heads, num_groups),
+        lambda full: (split_stacked_qkv(full, num_heads, num_groups),),
+    )
+
+
+def gate_up() -> WeightTransform:
+    """The two input projections of a gated FFN and Megatron's ``linear_fc1``.
+
+    Hugging Face: ``gate_proj`` ``(f, h)`` and ``up_proj`` ``(f, h)``.
+
+    Megatron: one tensor ``(2 f, h)``, the rows ``[gate | up]``; the FFN computes
+    ``silu(x gate) * (x up)``.  A tensor-parallel rank holds the same rows of both halves, so
+    checkpoints cut the two halves separately.
+
+    Example with f = 3::
+
+        gate_proj  g0 g1 g2
+        up_proj    u0 u1 u2      linear_fc1  g0 g1 g2 u0 u1 u2
+    """
+    return WeightTransform(lambda parts: fuse_gate_up(*parts), split_gate_up)
+
+
 def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, num_groups: int) -> Tensor:
-    """Megatron's ``linear_qkv``: for each query group its r query heads, its key, its value.
+    """``linear_qkv`` from its three parts, see ``qkv``.
 
     Args:
-        q: ``(n d, h)``.
-        k: ``(g d, h)``.
-        v: ``(g d, h)``.
+        q: ``(n d, h)``, or a bias ``(n d,)``.
+        k: ``(g d, h)``, or ``(g d,)``.
+        v: ``(g d, h)``, or ``(g d,)``.
 
     Returns:
-        ``(g (r + 2) d, h)``.
+        ``(g (r + 2) d, h)``, or ``(g (r + 2) d,)``.
     """
-    grouped = [part.reshape(num_groups, -1, part.shape[-1]) for part in (q, k, v)]
-    return torch.cat(grouped, dim=1).reshape(-1, q.shape[-1])
+    import torch
+
+    grouped = [part.reshape(num_groups, -1, *part.shape[1:]) for part in (q, k, v)]
+    return torch.cat(grouped, dim=1).reshape(-1, *q.shape[1:])
 
 
 def split_qkv(qkv: Tensor, num_heads: int, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of ``fuse_qkv``."""
-    heads = num_heads // num_groups
-    per_group = qkv.reshape(num_groups, heads + 2, -1, qkv.shape[-1])
+    import torch
+
+    rest, heads = qkv.shape[1:], num_heads // num_groups
+    size = qkv.shape[0] // (num_heads + 2 * num_groups)
+    per_group = qkv.reshape(num_groups, heads + 2, size, *rest)
     q, k, v = torch.split(per_group, [heads, 1, 1], dim=1)
-    hidden = qkv.shape[-1]
-    return q.reshape(-1, hidden), k.reshape(-1, hidden), v.reshape(-1, hidden)
+    return q.reshape(-1, *rest), k.reshape(-1, *rest), v.reshape(-1, *rest)
 
 
 def fuse_stacked_qkv(stacked: Tensor, num_heads: int, num_groups: int) -> Tensor:
-    """Phi-3's ``qkv_proj``, rows ``[q | k | v]``, as Megatron's ``linear_qkv``."""
+    """``linear_qkv`` from rows ``[q | k | v]``, see ``stacked_qkv``.
+
+    Args:
+        stacked: ``((n + 2 g) d, h)``.
+
+    Returns:
+        ``(g (r + 2) d, h)``.
+    """
+    import torch
+
     size = stacked.shape[0] // (num_heads + 2 * num_groups)
     q, k, v = torch.split(stacked, [num_heads * size, num_groups * size, num_groups * size])
     return fuse_qkv(q, k, v, num_groups)
@@ -75,11 +161,13 @@ def fuse_stacked_qkv(stacked: Tensor, num_heads: int, num_groups: int) -> Tensor
 
 def split_stacked_qkv(qkv: Tensor, num_heads: int, num_groups: int) -> Tensor:
     """The inverse of ``fuse_stacked_qkv``."""
+    import torch
+
     return torch.cat(split_qkv(qkv, num_heads, num_groups))
 
 
 def fuse_gate_up(gate: Tensor, up: Tensor) -> Tensor:
-    """Megatron's ``linear_fc1`` (and Phi-3's ``gate_up_proj``): rows ``[gate | up]``.
+    """``linear_fc1`` from its two halves, see ``gate_up``.
 
     Args:
         gate: ``(f, h)``.
@@ -88,6 +176,8 @@ def fuse_gate_up(gate: Tensor, up: Tensor) -> Tensor:
     Returns:
         ``(2 f, h)``.
     """
+    import torch
+
     return torch.cat((gate, up))
 
 
@@ -95,29 +185,3 @@ def split_gate_up(fc1: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of ``fuse_gate_up``."""
     gate, up = fc1.chunk(2)
     return gate, up
-
-
-def same() -> WeightTransform:
-    """One tensor on both sides."""
-    return WeightTransform(lambda parts: parts[0], lambda full: (full,))
-
-
-def qkv(num_heads: int, num_groups: int) -> WeightTransform:
-    """q_proj, k_proj, v_proj <-> linear_qkv."""
-    return WeightTransform(
-        lambda parts: fuse_qkv(parts[0], parts[1], parts[2], num_groups),
-        lambda full: split_qkv(full, num_heads, num_groups),
-    )
-
-
-def stacked_qkv(num_heads: int, num_groups: int) -> WeightTransform:
-    """qkv_proj <-> linear_qkv."""
-    return WeightTransform(
-        lambda parts: fuse_stacked_qkv(parts[0], num_heads, num_groups),
-        lambda full: (split_stacked_qkv(full, num_heads, num_groups),),
-    )
-
-
-def gate_up() -> WeightTransform:
-    """gate_proj, up_proj <-> linear_fc1."""
-    return WeightTransform(lambda parts: fuse_gate_up(*parts), split_gate_up)

@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import transformers
 from tokenizers import AddedToken
-from transformers import (
-    CLIPImageProcessorPil,
-    PreTrainedTokenizerFast,
-    SiglipImageProcessorPil,
-)
+from transformers import PreTrainedTokenizerFast
 
 from moiie_megatron.config.schema import VisionConfig
-from moiie_megatron.data.encode.images import pixel_statistics
+from moiie_megatron.families.registry import vision_family
 from moiie_megatron.hf.processing_moiie import MoiieProcessor
 
 
@@ -41,14 +38,14 @@ def build_processor(
     tokenizer = loader.from_pretrained(str(tokenizer_directory), local_files_only=True)
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)])
-    statistics = pixel_statistics(vision.family)
-    kind = SiglipImageProcessorPil if vision.family == "siglip" else CLIPImageProcessorPil
+    family = vision_family(vision.family)
+    kind = getattr(transformers, family.image_processor)
     image_processor = kind(
         size={"height": vision.image_size, "width": vision.image_size},
         crop_size={"height": vision.image_size, "width": vision.image_size},
         do_center_crop=False,
-        image_mean=list(statistics.mean),
-        image_std=list(statistics.std),
+        image_mean=list(family.statistics.mean),
+        image_std=list(family.statistics.std),
     )
     return MoiieProcessor(
         image_processor,

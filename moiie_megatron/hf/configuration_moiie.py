@@ -7,8 +7,26 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-TEXT_MODELS = ("llama", "phi3")
-VISION_MODELS = ("siglip_vision_model", "clip_vision_model")
+# What the model reads from the two configurations inside.
+TEXT_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "hidden_act",
+    "rms_norm_eps",
+)
+VISION_KEYS = ("hidden_size", "num_hidden_layers", "image_size", "patch_size")
+
+
+class _Given(SubConfigSpec):
+    """A configuration inside, of the family that its ``model_type`` names; there is no default."""
+
+    def __init__(self) -> None:
+        super().__init__(config_class=AutoConfig, model_type="")
+
+    def default_config_fields(self) -> dict[str, Any]:
+        return {}
 
 
 class MoiieConfig(PreTrainedConfig):
@@ -19,9 +37,9 @@ class MoiieConfig(PreTrainedConfig):
     (Vanilla MoE) one router serves every token.
 
     Args:
-        text_config: ``LlamaConfig`` or ``Phi3Config``, or the same as a dict with its
-            ``model_type``.
-        vision_config: ``SiglipVisionConfig`` or ``CLIPVisionConfig``, or such a dict.
+        text_config: Configuration of a dense decoder in transformers, or the same as a dict with
+            its ``model_type``.
+        vision_config: The same of a vision encoder.
         experts: Sizes of the groups, ``{"vision": 1, "shared": 2, "text": 1}``.
         num_experts_per_tok: Experts per token.  Not called ``top_k``, which transformers would take
             for a setting of sampling.
@@ -37,13 +55,13 @@ class MoiieConfig(PreTrainedConfig):
         tie_word_embeddings: Default: as ``text_config`` says.
 
     Raises:
-        ValueError: An unknown family, or experts and layers that do not fit together.
+        ValueError: A model of another kind, or experts and layers that do not fit together.
     """
 
     model_type = "moiie"
     sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
+        "text_config": _Given(),
+        "vision_config": _Given(),
     }
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
@@ -68,17 +86,19 @@ class MoiieConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
         text, vision = self.text_config, self.vision_config
-        for key, config, known in (
-            ("text_config", text, TEXT_MODELS),
-            ("vision_config", vision, VISION_MODELS),
+        for key, config, needed in (
+            ("text_config", text, TEXT_KEYS),
+            ("vision_config", vision, VISION_KEYS),
         ):
-            if config.model_type not in known:
+            missing = [name for name in needed if not hasattr(config, name)]
+            if missing:
                 raise ValueError(
-                    f"{key}.model_type is {config.model_type}: use {' or '.join(known)}."
+                    f"{key}.model_type is {config.model_type}, which has no {missing[0]}: use a "
+                    f"model that has {', '.join(needed)}."
                 )
         vision.vision_use_head = False  # only patch features are used
         if self.num_image_tokens is None:
-            self.num_image_tokens = (vision.image_size // vision.patch_size) ** 2
+            self.num_image_tokens = self.num_patches
         if self.connector_hidden_size is None:
             self.connector_hidden_size = text.hidden_size
         if self.tie_word_embeddings is None:
@@ -105,6 +125,11 @@ class MoiieConfig(PreTrainedConfig):
                 f"num_experts_per_tok is {self.num_experts_per_tok}, but with experts "
                 f"{self.experts} a router has {narrowest} to choose from: lower it or add experts."
             )
+
+    @property
+    def num_patches(self) -> int:
+        """Positions of the vision encoder that stand for a part of the image."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
     @property
     def num_experts(self) -> int:

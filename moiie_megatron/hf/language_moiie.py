@@ -9,6 +9,7 @@ Shapes: B batch, S sequence, T = B * S tokens, H hidden, E experts, K experts pe
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -24,18 +25,6 @@ from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
-from transformers.models.phi3.modeling_phi3 import (
-    Phi3Attention,
-    Phi3MLP,
-    Phi3RMSNorm,
-    Phi3RotaryEmbedding,
-)
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -58,17 +47,44 @@ register_checkpoint_conversion_mapping(
 )
 
 
-class _Family(NamedTuple):
+# What a decoder layer of the text model's family must consist of.
+_LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+class DecoderParts(NamedTuple):
+    """transformers' modules for the decoder of a family."""
+
     attention: type[nn.Module]
     mlp: type[nn.Module]
     norm: type[nn.Module]
     rotary: type[nn.Module]
 
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> DecoderParts:
+        """The modules that belong to a text model's configuration.
 
-_FAMILIES = {
-    "llama": _Family(LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding),
-    "phi3": _Family(Phi3Attention, Phi3MLP, Phi3RMSNorm, Phi3RotaryEmbedding),
-}
+        They stand in the file beside the configuration's, under names that begin like its own:
+        ``XConfig`` of ``configuration_x.py`` has ``XAttention`` in ``modeling_x.py``.
+
+        Raises:
+            ValueError: A decoder of another architecture than a norm, attention, a norm and a
+                gated FFN in every layer.
+        """
+        kind = type(config)
+        module = importlib.import_module(kind.__module__.replace("configuration_", "modeling_"))
+        family = kind.__name__.removesuffix("Config")
+        names = ("Attention", "MLP", "RMSNorm", "RotaryEmbedding", "DecoderLayer")
+        found = [getattr(module, family + name, None) for name in names]
+        if None not in found:
+            *parts, layer = found
+            with torch.device("meta"):
+                inside = {name.split(".")[0] for name, _ in layer(config, 0).named_parameters()}
+            if inside == _LAYER_PARTS:
+                return cls(*parts)
+        raise ValueError(
+            f"text_config.model_type is {config.model_type}, whose layers are not a norm, "
+            "attention, a norm and a gated FFN: use a text model with such layers."
+        )
 
 
 class MoiieGate(nn.Module):
@@ -156,15 +172,16 @@ class MoiieSparseMLP(nn.Module):
 class MoiieDecoderLayer(GradientCheckpointingLayer):
     """Attention, then a dense FFN or experts."""
 
-    def __init__(self, config: PreTrainedConfig, moiie: MoiieConfig, layer_idx: int) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, moiie: MoiieConfig, parts: DecoderParts, layer_idx: int
+    ) -> None:
         super().__init__()
-        family = _FAMILIES[config.model_type]
-        self.self_attn = family.attention(config, layer_idx)
+        self.self_attn = parts.attention(config, layer_idx)
         self.is_sparse = layer_idx in moiie.moe_layers
-        self.mlp = MoiieSparseMLP(config, moiie) if self.is_sparse else family.mlp(config)
-        self.input_layernorm = family.norm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = family.norm(config.hidden_size, config.rms_norm_eps)
-        self.dropout = nn.Dropout(getattr(config, "resid_pdrop", 0.0))  # Phi-3 has one
+        self.mlp = MoiieSparseMLP(config, moiie) if self.is_sparse else parts.mlp(config)
+        self.input_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(getattr(config, "resid_pdrop", 0.0))  # some families have one
 
     def forward(self, hidden_states: Tensor, is_image: Tensor, **kwargs: Any) -> Tensor:
         """``kwargs`` go to the attention."""
@@ -182,7 +199,7 @@ class MoiiePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MoiieDecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer"]
+    _no_split_modules = ["MoiieDecoderLayer"]  # the vision tower adds its own
     _skip_keys_device_placement = ["past_key_values"]
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.head\."]
     _supports_flash_attn = True
@@ -212,19 +229,19 @@ class MoiieLanguageModel(MoiiePreTrainedModel):
     config_class = PreTrainedConfig
     _can_record_outputs = {
         "hidden_states": MoiieDecoderLayer,
-        "attentions": [OutputRecorder(family.attention, index=1) for family in _FAMILIES.values()],
+        "attentions": OutputRecorder(None, index=1, class_name="self_attn"),
         "router_logits": OutputRecorder(MoiieTopK, index=0),
     }
 
     def __init__(self, config: PreTrainedConfig, moiie: MoiieConfig) -> None:
         super().__init__(config)
-        family = _FAMILIES[config.model_type]
+        parts = DecoderParts.of(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            [MoiieDecoderLayer(config, moiie, i) for i in range(config.num_hidden_layers)]
+            [MoiieDecoderLayer(config, moiie, parts, i) for i in range(config.num_hidden_layers)]
         )
-        self.norm = family.norm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = family.rotary(config=config)
+        self.norm = parts.norm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = parts.rotary(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 

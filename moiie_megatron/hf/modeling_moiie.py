@@ -66,8 +66,8 @@ class MoiieModel(MoiiePreTrainedModel):
         kwargs["output_hidden_states"] = True
         output = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
         features = output.hidden_states[self.config.vision_feature_layer]
-        if self.config.vision_config.model_type == "clip_vision_model":
-            features = features[:, 1:]  # without the class token
+        # Class tokens, where there are any, stand in front of the patches.
+        features = features[:, -self.config.num_patches :]
         return BaseModelOutputWithPooling(
             last_hidden_state=output.last_hidden_state,
             pooler_output=list(self.multi_modal_projector(features)),
@@ -226,7 +226,7 @@ class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As usual, except where a longrope model outgrows its original context: its rotary
-        frequencies change for all positions, so everything is computed again (as Phi-3 does)."""
+        frequencies change for all positions, so everything is computed again."""
         if self._outgrows_cache(input_ids, past_key_values, attention_mask):
             past_key_values, next_sequence_length, is_first_iteration = None, None, True
         return super().prepare_inputs_for_generation(

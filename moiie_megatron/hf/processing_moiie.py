@@ -22,7 +22,7 @@ class MoiieProcessor(ProcessorMixin):
     other uses).  Images are prepared as in training, with PIL whatever else is installed.
 
     Args:
-        image_processor: SigLIP's or CLIP's; gives image size, mean and standard deviation.
+        image_processor: The vision encoder's; gives image size, mean and standard deviation.
         tokenizer: Must know ``image_token``; gets its end-of-text token for padding where it has
             no padding token.
         num_image_tokens: Ids per image.

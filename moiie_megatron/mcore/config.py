@@ -42,6 +42,9 @@ OWNED_FIELDS = {
     "ffn_hidden_size": "language.ffn_hidden_size",
     "num_attention_heads": "language.num_attention_heads",
     "num_query_groups": "language.num_query_groups",
+    "kv_channels": "language.head_dim",
+    "add_qkv_bias": "language.qkv_bias",
+    "qk_layernorm": "language.qk_norm",
     "layernorm_epsilon": "language.norm_epsilon",
     "normalization": "language.family",
     "activation_func": "language.family",
@@ -118,6 +121,9 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         "ffn_hidden_size": language.ffn_hidden_size,
         "num_attention_heads": language.num_attention_heads,
         "num_query_groups": language.num_query_groups,
+        "kv_channels": language.head_size,
+        "add_qkv_bias": language.qkv_bias,
+        "qk_layernorm": language.qk_norm,
         "layernorm_epsilon": language.norm_epsilon,
         "normalization": "RMSNorm",
         "activation_func": F.silu,
@@ -152,8 +158,8 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         fields["window_size"] = (language.sliding_window - 1, 0)
     if language.longrope is not None:
         # transformers multiplies queries and keys by the factor, so scores have it twice.
-        head_size = language.hidden_size // language.num_attention_heads
-        fields["softmax_scale"] = language.longrope.attention_factor**2 / math.sqrt(head_size)
+        factor = language.longrope.attention_factor
+        fields["softmax_scale"] = factor**2 / math.sqrt(language.head_size)
     moe_layers = config.moe_layers
     if moe_layers:
         fields |= {

@@ -1,6 +1,6 @@
-"""Rotary embeddings with scaled frequencies: Llama-3's, with any constants, and LongRoPE.
+"""Rotary embeddings with scaled frequencies: ``llama3``, with any constants, and LongRoPE.
 
-Megatron-Core's own Llama-3 scaling has every constant but the factor built in, and LongRoPE is
+Megatron-Core's own ``llama3`` scaling has every constant but the factor built in, and LongRoPE is
 not there.  The frequencies are those that transformers computes (``modeling_rope_utils.py``).
 
 Shapes: d head size.
@@ -15,7 +15,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moiie_megatron.config.schema import LanguageConfig
@@ -90,7 +90,9 @@ def inverse_frequencies(language: LanguageConfig, sequence_length: int) -> Tenso
         assert language.rope_scaling is not None
         rope |= {"rope_type": "llama3", **language.rope_scaling.model_dump()}
     # Of the configuration, transformers reads only what is about RoPE, whatever the family.
-    config = LlamaConfig(
+    kind: Any = PreTrainedConfig  # takes any attribute
+    config = kind(
+        head_dim=language.head_size,
         hidden_size=language.hidden_size,
         num_attention_heads=language.num_attention_heads,
         max_position_embeddings=language.max_position_embeddings,

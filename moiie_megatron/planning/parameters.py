@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moiie_megatron.config.schema import LanguageConfig, RunConfig, VisionConfig
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.families.weight_map import EMBEDDING, OUTPUT_LAYER, WeightMapping, model_rows
 
 _ROWS = (
     ("vision", "vision encoder"),
@@ -30,12 +31,12 @@ class ParameterCount:
         vision: The whole encoder, layers after ``vision.feature_layer`` included.
         connector: Both linear layers, with biases.
         embedding: Token embedding.
-        attention: Projections of all layers.
+        attention: Projections of all layers, with biases where the family has them.
         dense_ffn: FFNs of the layers without experts.
         experts: All experts of all layers.
         active_experts: Those of them that one token runs through.
         routers: All routers; every one of them is computed for every token.
-        norms: Norms of the language model.
+        norms: Norms of the language model, those of queries and keys included.
         output_layer: 0 with tied embeddings.
     """
 
@@ -62,24 +63,13 @@ class ParameterCount:
 
 def count_parameters(config: RunConfig) -> ParameterCount:
     """Count the model that ``config`` trains; with ``stage.moe`` false that is the dense one."""
-    language, layout = config.language, config.moe.layout
-    hidden = language.hidden_size
-    num_moe = len(config.moe_layers)
-    ffn = 3 * hidden * language.ffn_hidden_size  # gate, up, down; no biases
-    router_rows = sum(len(layout.allowed(router)) for router in layout.routers)
-    vocabulary = language.vocab_size * hidden
-    return ParameterCount(
-        vision=_vision(config.vision),
-        connector=_connector(config),
-        embedding=vocabulary,
-        attention=language.num_layers * _attention(language),
-        dense_ffn=(language.num_layers - num_moe) * ffn,
-        experts=num_moe * layout.num_experts * ffn,
-        active_experts=num_moe * layout.top_k * ffn,
-        routers=num_moe * router_rows * hidden,
-        norms=(2 * language.num_layers + 1) * hidden,
-        output_layer=0 if language.tied_embeddings else vocabulary,
-    )
+    counts = dict.fromkeys((name for name, _ in _ROWS), 0)
+    for row in model_rows(config):
+        counts[_part(row)] += row.num_parameters
+    layout = config.moe.layout
+    # All experts of a layer are alike.
+    active = counts["experts"] * layout.top_k // layout.num_experts if config.moe_layers else 0
+    return ParameterCount(active_experts=active, **counts)
 
 
 def format_parameters(count: ParameterCount) -> str:
@@ -95,40 +85,16 @@ def format_parameters(count: ParameterCount) -> str:
     return "\n".join(lines)
 
 
-def _attention(language: LanguageConfig) -> int:
-    """Query, key, value and output projections of one layer; no biases."""
-    hidden = language.hidden_size
-    key_value = hidden // language.num_attention_heads * language.num_query_groups
-    return 2 * hidden * hidden + 2 * hidden * key_value
-
-
-def _connector(config: RunConfig) -> int:
-    out = config.language.hidden_size
-    width = config.connector.hidden_size or out
-    return _linear(config.vision.hidden_size, width) + _linear(width, out)
-
-
-def _vision(vision: VisionConfig) -> int:
-    """transformers' SiglipVisionModel without pooling head, or CLIPVisionModel."""
-    hidden, patches = vision.hidden_size, vision.num_image_tokens
-    norm = 2 * hidden
-    layer = (
-        4 * _linear(hidden, hidden)
-        + _linear(hidden, vision.ffn_hidden_size)
-        + _linear(vision.ffn_hidden_size, hidden)
-        + 2 * norm
-    )
-    patch_weights = 3 * vision.patch_size**2 * hidden
-    if vision.family == "siglip":
-        ends = patch_weights + hidden + patches * hidden + norm
-    else:
-        # CLIP: a class token with its own position, no bias on patches, norms at both ends.
-        ends = patch_weights + hidden + (patches + 1) * hidden + 2 * norm
-    return vision.num_layers * layer + ends
-
-
-def _linear(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs
+def _part(row: WeightMapping) -> str:
+    """What a tensor is counted as."""
+    name = row.megatron
+    if row.part != "language":
+        return row.part
+    if name in (EMBEDDING, OUTPUT_LAYER):
+        return "embedding" if name == EMBEDDING else "output_layer"
+    if "norm" in name:
+        return "norms"
+    return "attention" if ".self_attention." in name else "dense_ffn"
 
 
 def _short(number: int) -> str:

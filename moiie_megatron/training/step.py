@@ -13,8 +13,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.encode.images import normalize, pixel_statistics
+from moiie_megatron.data.encode.images import normalize
 from moiie_megatron.data.stream.batch import Batch
+from moiie_megatron.families.registry import vision_family
 from moiie_megatron.layout.token_types import IMAGE, PADDING
 from moiie_megatron.mcore.packed_sequences import segments_of
 from moiie_megatron.mcore.parallel import ParallelContext
@@ -63,7 +64,7 @@ def forward_inputs(config: RunConfig, batch: Batch, context: ParallelContext) ->
 
     images = None
     if context.is_first_stage and len(batch.images):
-        statistics = pixel_statistics(config.vision.family)
+        statistics = vision_family(config.vision.family).statistics
         images = normalize(move(batch.images), statistics.mean, statistics.std)
     return {
         "tokens": move(batch.tokens),

@@ -1,13 +1,15 @@
-"""The vision encoder: SigLIP or CLIP from transformers, cut after the feature layer."""
+"""The vision encoder: a tower of transformers, cut after the feature layer."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoModel
 
 from moiie_megatron.config.schema import VisionConfig
+from moiie_megatron.families.hf_config import vision_to_hf
+from moiie_megatron.families.registry import vision_family
 
 
 class VisionEncoder(torch.nn.Module):
@@ -19,6 +21,7 @@ class VisionEncoder(torch.nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
+        self.family = vision_family(config.family)
         self.model = build_vision_model(config)
         for module in self._unused():
             module.requires_grad_(False)
@@ -48,15 +51,14 @@ class VisionEncoder(torch.nn.Module):
         """
         dtype = next(self.model.parameters()).dtype
         hidden = self.model.embeddings(images.to(dtype))
-        if self.config.family == "clip":
-            hidden = self.model.pre_layrnorm(hidden)
+        if self.family.pre_norm is not None:
+            hidden = self.model.get_submodule(self.family.pre_norm)(hidden)
         for layer in self.model.encoder.layers[: self._num_layers]:
             if self.config.recompute and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, None, use_reentrant=False)
             else:
                 hidden = layer(hidden, None)
-        # CLIP puts its class token in front; SigLIP has none.
-        return hidden[:, 1:] if self.config.family == "clip" else hidden
+        return hidden[:, self.family.num_class_tokens :]
 
 
 def build_vision_model(config: VisionConfig) -> torch.nn.Module:
@@ -64,16 +66,5 @@ def build_vision_model(config: VisionConfig) -> torch.nn.Module:
 
     The pooling head is left out: patch features are all that the language model sees.
     """
-    sizes = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.ffn_hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.norm_epsilon,
-    }
-    if config.family == "siglip":
-        return SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False))
-    return CLIPVisionModel(CLIPVisionConfig(**sizes))
+    model: torch.nn.Module = AutoModel.from_config(vision_to_hf(config))
+    return model

@@ -36,7 +36,7 @@ LEVELS = (
     ("cli",),
 )
 LEVEL = {folder: level for level, row in enumerate(LEVELS) for folder in row}
-WITHOUT_TORCH = ("config", "layout", "planning")
+WITHOUT_TORCH = ("config", "layout", "families", "planning")
 
 
 def _python_files(*folders: str) -> list[Path]:

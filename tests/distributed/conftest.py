@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from moiie_megatron.config.load import load_saved_config
+from moiie_megatron.convert.upcycle import upcycle_checkpoint
 from tests.helpers.launch import TRAIN, command, run
 from tests.helpers.shared import made_once, session_folder
+from tests.helpers.tiny_hf import write_language, write_vision
 from tests.helpers.tiny_run import make_digits, tiny_values, write_config
 
 STEPS = 6
@@ -48,6 +52,33 @@ def joint_values(digits: Path, output: Path, seed: Path, **sections: Mapping[str
     for section, changes in sections.items():
         values[section] = {**values.get(section, {}), **changes}
     return values
+
+
+# Families whose attention has what others lack, and how their tiny models show it.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"head_dim": 16, "sliding_window": 20},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+}
+
+
+def make_family(folder: Path, family: str) -> None:
+    """An upcycled checkpoint of a family's tiny model, as ``folder/FAMILY-checkpoint``."""
+    values = {"vocab_size": 512, "max_position_embeddings": 512, **FAMILIES[family]}
+    llm = folder / f"{family}-llm"
+    write_language(llm, family, torch.float32, random_vectors=True, **values)
+    vision = write_vision(folder / f"{family}-vision", dtype=torch.float32)
+    upcycle_checkpoint(llm, vision, folder / f"{family}-checkpoint")
+
+
+def family_values(digits: Path, output: Path, checkpoint: Path, **sections: Any) -> Any:
+    """Five steps from a family's checkpoint."""
+    config = load_saved_config(checkpoint / "run.yaml")
+    values = joint_values(digits, output, checkpoint, train={"steps": 5}, **sections)
+    return values | {
+        "language": config.language.model_dump(),
+        "vision": config.vision.model_dump(),
+    }
 
 
 def train_in_turn(folder: Path, runs: Mapping[str, Any], processes: int, timeout: float) -> None:
@@ -98,6 +129,10 @@ def single(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
             "bf16": joint("bf16", train={"precision": "bf16", "steps": 3}),
             "fp32": joint("fp32", train={"steps": 3}),
         }
+        for family in FAMILIES:
+            make_family(folder, family)
+            checkpoint = folder / f"{family}-checkpoint"
+            runs[family] = family_values(digits, folder / family, checkpoint)
         train_in_turn(folder, runs, processes=1, timeout=400)
 
     return made_once(session_folder(tmp_path_factory) / "single", make)
@@ -137,6 +172,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path) -
             "pp2longrope": joint("pp2longrope", {"pipeline": 2}, **longrope),
             "connector": connector,
         }
+        for family in FAMILIES:
+            for layout, degrees in (("ep2", {"expert": 2}), ("tp2", {"tensor": 2})):
+                name, checkpoint = f"{family}-{layout}", single / f"{family}-checkpoint"
+                runs[name] = family_values(digits, folder / name, checkpoint, parallel=degrees)
         train_in_turn(folder, runs, processes=2, timeout=500)
 
     return made_once(session_folder(tmp_path_factory) / "pair", make)

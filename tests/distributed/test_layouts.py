@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moiie_megatron.layout.token_types import MODALITIES
-from tests.distributed.conftest import STEPS
+from tests.distributed.conftest import FAMILIES, STEPS
 from tests.helpers.tiny_run import read_metrics, read_routing
 
 # The time limit counts the runs, which the first test of a session waits for.
@@ -52,6 +52,18 @@ def assert_same_routing(output: Path, reference: Path) -> None:
 def test_two_processes_train_like_one(layout: str, single: Path, pair: Path) -> None:
     assert_same_course(read_metrics(pair / layout), read_metrics(single / "moiie"))
     assert_same_routing(pair / layout, single / "moiie")
+
+
+@pytest.mark.parametrize("layout", ["ep2", "tp2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_train_like_one_process(
+    family: str, layout: str, single: Path, pair: Path
+) -> None:
+    """Biases and norms of single heads are on every tensor-parallel rank, or split with it."""
+    steps = read_metrics(single / family)
+    assert len(steps) == 5 and steps[0]["lm_loss"] - steps[-1]["lm_loss"] > 0.1
+    assert_same_course(read_metrics(pair / f"{family}-{layout}"), steps)
+    assert_same_routing(pair / f"{family}-{layout}", single / family)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])

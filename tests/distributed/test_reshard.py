@@ -33,16 +33,19 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900
 
 def test_every_rank_finds_its_pieces(tmp_path: Path) -> None:
     vision, folders = write_vision(tmp_path / "vision"), []
-    for is_tied in (False, True):
-        models = tmp_path / f"tied-{is_tied}"
-        llm = write_language(models / "llm", tie_word_embeddings=is_tied)
+    for name, layouts, changes in (
+        ("llama", LAYOUTS, {}),
+        # Tied embeddings matter where first and last layer are apart.
+        ("llama", ["pp2"], {"tie_word_embeddings": True}),
+        ("qwen2", ["tp2-ep2"], {}),
+        ("qwen3", ["tp2-ep2"], {"head_dim": 16}),
+    ):
+        models = tmp_path / f"{name}-{len(layouts)}"
+        llm = write_language(models / "llm", name, **changes)
         options = UpcycleOptions(perturb=0.1)
         original = upcycle_checkpoint(llm, vision, models / "original", options)
-        # Tied embeddings matter where first and last layer are apart.
         folders += [
-            reshard_checkpoint(original, models / name, layout)
-            for name, layout in LAYOUTS.items()
-            if name == "pp2" or not is_tied
+            reshard_checkpoint(original, models / layout, LAYOUTS[layout]) for layout in layouts
         ]
     arguments = [tmp_path, *folders]
     run(command("tests/distributed/reshard_worker.py", arguments, processes=2), 250).check()

@@ -7,32 +7,26 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedTokenizerFast,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-_LANGUAGE: dict[str, Any] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "phi3": (Phi3Config, Phi3ForCausalLM),
-}
-_VISION: dict[str, Any] = {
-    "siglip": (SiglipVisionConfig, SiglipVisionModel),
-    "clip": (CLIPVisionConfig, CLIPVisionModel),
-}
+from moiie_megatron.families.registry import vision_family
+from tests.parity.hf_models import randomise_vectors
 
 
 def write_language(
-    folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **changes: Any
+    folder: Path,
+    family: str = "llama",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    random_vectors: bool = False,
+    **changes: Any,
 ) -> Path:
-    """Four layers with random weights, and a tokenizer of four words."""
+    """Four layers with random weights, and a tokenizer of four words.
+
+    Args:
+        random_vectors: Norms and biases are random, too.
+        changes: To transformers' configuration.
+    """
     values: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -43,9 +37,11 @@ def write_language(
         "max_position_embeddings": 64,
         "pad_token_id": 0,
     }
-    kind, model = _LANGUAGE[family]
     torch.manual_seed(3)
-    model(kind(**(values | changes))).to(dtype).save_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**(values | changes)))
+    if random_vectors:
+        randomise_vectors(model)
+    model.to(dtype).save_pretrained(folder)
     return write_tokenizer(folder)
 
 
@@ -63,8 +59,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 def write_vision(folder: Path, family: str = "siglip", dtype: torch.dtype = torch.bfloat16) -> Path:
     """Two layers with random weights: 4 image tokens."""
-    kind, model = _VISION[family]
-    config = kind(
+    config = CONFIG_MAPPING[vision_family(family).model_type](
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -73,5 +68,6 @@ def write_vision(folder: Path, family: str = "siglip", dtype: torch.dtype = torc
         patch_size=4,
     )
     torch.manual_seed(4)
-    model(config).to(dtype).save_pretrained(folder)
+    model: Any = AutoModel.from_config(config)
+    model.to(dtype).save_pretrained(folder)
     return folder

@@ -5,21 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-)
-
-_CLASSES: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "phi3": (Phi3Config, Phi3ForCausalLM),
-    "mixtral": (MixtralConfig, MixtralForCausalLM),
-}
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 
 def language_model(family: str, **changes: Any) -> PreTrainedModel:
@@ -44,16 +30,19 @@ def language_model(family: str, **changes: Any) -> PreTrainedModel:
         "pad_token_id": 0,
         "initializer_range": 0.2,  # far from linear: a wrong layout shows
     }
-    config_class, model_class = _CLASSES[family]
     torch.manual_seed(5)
-    model = model_class(config_class(**(values | changes))).eval()
-    randomise_norms(model)
-    return model
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[family](**(values | changes))
+    )
+    randomise_vectors(model)
+    return model.eval()
 
 
 @torch.no_grad()
-def randomise_norms(model: torch.nn.Module) -> None:
-    """Fresh norms are all alike, which would hide that two were swapped."""
+def randomise_vectors(model: torch.nn.Module) -> None:
+    """Fresh norms and biases are all alike, which would hide that two were swapped."""
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            parameter.uniform_(-0.5, 0.5)

@@ -25,13 +25,15 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.config.families import LANGUAGE_FAMILIES
+from moiie_megatron.config.schema import MoEConfig, RunConfig
 from moiie_megatron.convert.hf.config import (
     read_language_config,
     read_moe_config,
     read_vision_config,
 )
 from moiie_megatron.convert.load_pretrained import load_pretrained
+from moiie_megatron.families.registry import language_family
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.vlm.model import MoIIEModel
 from tests.parity import hf_models, tiny
@@ -74,6 +76,18 @@ LANGUAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-window": ("phi3", {"sliding_window": 5}),
     "phi3-longrope": ("phi3", LONGROPE_MODEL),
     "phi3-longrope-window": ("phi3", LONGROPE_MODEL | {"sliding_window": 9}),
+    "llama-head-dim": ("llama", {"head_dim": 24}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 5, "head_dim": 32}),
+    "mistral-tied": ("mistral", {"tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),  # its heads have 128 channels
     "mixtral": ("mixtral", {"num_local_experts": 6}),
     "mixtral-window-top3": ("mixtral", {"sliding_window": 5, "num_experts_per_tok": 3}),
 }
@@ -117,6 +131,26 @@ def test_language_models(name: str, context: ParallelContext, tmp_path: Path) ->
     # 24 positions are more than the 16 that LongRoPE's models know, 16 are not.
     for length in (24, 16):
         _assert_same_logits(model, hf, tokens[:, :length])
+
+
+VARIANTS = ("vanilla", "modality", "moiie")
+DENSE = [name for name in LANGUAGE_FAMILIES if not language_family(name).has_experts]
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_every_variant_starts_as_the_dense_model(
+    family: str, context: ParallelContext, tmp_path: Path
+) -> None:
+    """Every expert is a copy of the layer's FFN, so the fresh routers do not matter."""
+    hf = hf_models.language_model(family)
+    hf.save_pretrained(tmp_path)
+    language = read_language_config(tmp_path).model_copy(update={"pretrained": str(tmp_path)})
+    for variant in VARIANTS:
+        config = tiny.run_config(language, MoEConfig(variant=variant, router_init_std=0.3))
+        model = tiny.build(config, context).eval()
+        left = [n for n in load_pretrained(model, config) if n.startswith("language_model.")]
+        assert len(left) == len(config.moe_layers) * len(config.moe.layout.routers)
+        _assert_same_logits(model, hf, tiny.random_batch(seed=4)[0])
 
 
 def test_longrope_has_two_sets_of_frequencies(context: ParallelContext, tmp_path: Path) -> None:

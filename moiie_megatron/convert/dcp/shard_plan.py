@@ -7,16 +7,10 @@ gate and up, experts are one tensor each, and what is not cut is the same on all
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.families.weight_map import EXPERTS, LANGUAGE
-
-_BY_ROWS = re.compile(r"(word_embeddings|output_layer|linear_qkv)\.weight$")
-_GATED = re.compile(r"linear_fc1\.weight$")
-_BY_COLUMNS = re.compile(r"(linear_proj|linear_fc2)\.weight$")
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+from moiie_megatron.families.weight_map import EMBEDDING, LANGUAGE, WeightMapping
 
 
 @dataclass(frozen=True)
@@ -41,60 +35,56 @@ class TensorShards:
         return math.prod(self.shape)
 
 
-def shard_plan(config: RunConfig, name: str, shape: tuple[int, ...]) -> list[TensorShards]:
+def shard_plan(config: RunConfig, row: WeightMapping, shape: tuple[int, ...]) -> list[TensorShards]:
     """The boxes that a tensor falls into in the layout of ``config.parallel``.
 
     Args:
         config: Must have passed ``check_config``.
-        name: A weight under its Megatron name.
+        row: Of the weight; of experts any one's.
         shape: The whole tensor's; experts are its first axis.
     """
-    stage = _stage(config, name)
-    if not name.startswith(LANGUAGE):
-        return [TensorShards((0,) * len(shape), shape, stage, ("all",))]
-    if EXPERTS in name:
-        return _expert_cuts(config, name, shape, stage)
+    parallel, stage = config.parallel, _stage(config, row)
+    if row.expert is None:
+        return [
+            TensorShards(offsets, sizes, stage, ("all",) if rank is None else ("tensor", rank))
+            for rank, offsets, sizes in _parts(row, shape, parallel.tensor)
+        ]
+    order = config.placement.order
+    local = len(order) // parallel.expert
     return [
-        TensorShards(offsets, sizes, stage, ("all",) if owner is None else ("tensor", owner))
-        for owner, offsets, sizes in _parts(name, shape, config.parallel.tensor)
+        TensorShards((expert, *offsets), (1, *sizes), stage, ("expert", slot // local, rank or 0))
+        for slot, expert in enumerate(order)
+        for rank, offsets, sizes in _parts(row, shape[1:], parallel.expert_tensor)
     ]
 
 
-def _expert_cuts(
-    config: RunConfig, name: str, shape: tuple[int, ...], stage: int
-) -> list[TensorShards]:
-    parallel, places = config.parallel, config.placement.order
-    local = len(places) // parallel.expert
-    return [
-        TensorShards((expert, *offsets), (1, *sizes), stage, ("expert", place // local, owner or 0))
-        for place, expert in enumerate(places)
-        for owner, offsets, sizes in _parts(name, shape[1:], parallel.expert_tensor)
-    ]
+def unsplit(shape: tuple[int, ...]) -> list[TensorShards]:
+    """The plan of a tensor that is no weight: the first stage has all of it."""
+    return [TensorShards((0,) * len(shape), shape, 0, ("all",))]
 
 
 def _parts(
-    name: str, shape: tuple[int, ...], ranks: int
+    row: WeightMapping, shape: tuple[int, ...], ranks: int
 ) -> list[tuple[int | None, tuple[int, ...], tuple[int, ...]]]:
     """Tensor rank (None: all), offsets and sizes, rank by rank."""
-    if _BY_ROWS.search(name) or _GATED.search(name):
-        halves = 2 if _GATED.search(name) else 1
-        rows = shape[0] // (halves * ranks)
-        return [
-            (rank, ((half * ranks + rank) * rows, 0), (rows, shape[1]))
-            for rank in range(ranks)
-            for half in range(halves)
-        ]
-    if _BY_COLUMNS.search(name):
-        columns = shape[1] // ranks
-        return [(rank, (0, rank * columns), (shape[0], columns)) for rank in range(ranks)]
-    return [(None, (0,) * len(shape), shape)]
+    axis, blocks = row.shard_axis, row.shard_blocks
+    if axis is None:
+        return [(None, (0,) * len(shape), shape)]
+    size = shape[axis] // (blocks * ranks)
+    before, behind = (0,) * axis, (0,) * (len(shape) - axis - 1)
+    sizes = (*shape[:axis], size, *shape[axis + 1 :])
+    return [
+        (rank, (*before, (block * ranks + rank) * size, *behind), sizes)
+        for rank in range(ranks)
+        for block in range(blocks)
+    ]
 
 
-def _stage(config: RunConfig, name: str) -> int:
+def _stage(config: RunConfig, row: WeightMapping) -> int:
     """The first pipeline stage that holds a tensor (tied embeddings are on the last one, too)."""
     stages = config.parallel.pipeline
-    if not name.startswith(LANGUAGE):
+    if not row.megatron.startswith(LANGUAGE) or row.megatron == EMBEDDING:
         return 0
-    if layer := _LAYER.search(name):
-        return int(layer[1]) // (config.language.num_layers // stages)
-    return 0 if "embedding" in name else stages - 1
+    if row.layer is None:
+        return stages - 1
+    return row.layer // (config.language.num_layers // stages)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, Phi3Config, SiglipVisionConfig
 
-from moiie_megatron.config.schema import LanguageConfig, RunConfig, VisionConfig
+from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
+from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
 from moiie_megatron.hf.auto_files import write_remote_code
 from moiie_megatron.hf.build_processor import build_processor
 from moiie_megatron.hf.configuration_moiie import MoiieConfig
@@ -42,8 +42,8 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
         "pad_token_id": tokenizer.pad_id,
     }
     result = MoiieConfig(
-        text_config=text_config(language, ids),
-        vision_config=vision_config(config.vision),
+        text_config=language_to_hf(language, ids),
+        vision_config=vision_to_hf(config.vision),
         experts=dict(zip(("vision", "shared", "text"), groups, strict=True)),
         num_experts_per_tok=layout.top_k,
         moe_layers=config.moe_layers,
@@ -59,59 +59,6 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
     result.architectures = ["MoiieForConditionalGeneration"]
     result.dtype = dtype
     return result
-
-
-def text_config(language: LanguageConfig, token_ids: dict[str, int | None]) -> Any:
-    """The decoder as a transformers configuration: the inverse of ``read_language_config``.
-
-    Raises:
-        UserError: A Mixtral with a sliding window, which the exported Llama layers lack.
-    """
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if language.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **language.rope_scaling.model_dump()}
-    values: dict[str, Any] = {
-        "hidden_size": language.hidden_size,
-        "intermediate_size": language.ffn_hidden_size,
-        "num_hidden_layers": language.num_layers,
-        "num_attention_heads": language.num_attention_heads,
-        "num_key_value_heads": language.num_query_groups,
-        "vocab_size": language.vocab_size,
-        "max_position_embeddings": language.max_position_embeddings,
-        "rms_norm_eps": language.norm_epsilon,
-        "tie_word_embeddings": language.tied_embeddings,
-        **token_ids,
-    }
-    if language.longrope is not None:
-        rope = {"rope_type": "longrope", **language.longrope.model_dump()}
-        original = rope.pop("original_max_position_embeddings")
-        values["original_max_position_embeddings"] = original
-        rope["original_max_position_embeddings"] = original
-    values["rope_parameters"] = rope | {"rope_theta": language.rotary_base}
-    if language.family == "phi3":
-        return Phi3Config(**values, sliding_window=language.sliding_window)
-    if language.sliding_window is not None:
-        raise UserError(
-            f"language.sliding_window is {language.sliding_window}, but the exported "
-            f"{language.family} model has none: export a model without."
-        )
-    return LlamaConfig(**values)
-
-
-def vision_config(vision: VisionConfig) -> Any:
-    """The vision tower as a transformers configuration: the inverse of ``read_vision_config``."""
-    values = {
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.ffn_hidden_size,
-        "num_hidden_layers": vision.num_layers,
-        "num_attention_heads": vision.num_attention_heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "hidden_act": vision.activation,
-        "layer_norm_eps": vision.norm_epsilon,
-    }
-    kind = SiglipVisionConfig if vision.family == "siglip" else CLIPVisionConfig
-    return kind(**values)
 
 
 def write_files(checkpoint: Path, config: RunConfig, folder: Path, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ from moiie_megatron.config.schema import LanguageConfig, VisionConfig
 from moiie_megatron.convert.hf.name_layouts import open_language
 from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
 from moiie_megatron.families import weight_map
+from moiie_megatron.families.registry import language_family
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.layout.experts import ExpertLayout
@@ -22,7 +23,7 @@ _PATCHES = "embeddings.patch_embedding.weight"
 # Buffers of older transformers versions, and the vision tower of a composed checkpoint, which
 # is read by itself.
 _NOT_LANGUAGE = (r"\.rotary_emb\.inv_freq$", r"(^|\.)vision_tower\.")
-# A buffer, and SigLIP's pooling head: patch features are all that the language model sees.
+# A buffer, and a pooling head: patch features are all that the language model sees.
 _NOT_FEATURES = (r"embeddings\.position_ids$", r"^head\.")
 
 
@@ -98,7 +99,7 @@ def language_reader(
     Raises:
         UserError: Files or tensors that are missing, unreadable or superfluous.
     """
-    source, naming = open_language(directory)
+    source, naming = open_language(directory, language_family(language.family))
     has_experts = any(".experts." in name for name in source.names)
     rows = weight_map.language_rows(language, layout, moe_layers if has_experts else [], naming)
     if any(name.startswith(naming.connector) for name in source.names):

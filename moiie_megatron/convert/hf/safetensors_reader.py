@@ -10,10 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moiie_megatron.families.family import Part
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.utils.errors import UserError
-
-Part = tuple[int | slice, ...]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -30,26 +29,6 @@ _DECODING_ERRORS = (
     Warning,
     Image.DecompressionBombError,
 )
-
-
-@dataclass(frozen=True)
-class PixelStatistics:
-    """Mean and standard deviation per channel (RGB), of pixels scaled to 0..1."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-# The values of the released preprocessors (google/siglip-*, openai/clip-*).
-SIGLIP_STATISTICS: Final = PixelStatistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-CLIP_STATISTICS: Final = PixelStatistics(
-    (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-)
-
-
-def pixel_statistics(family: Literal["siglip", "clip"]) -> PixelStatistics:
-    """The statistics that a vision encoder was trained with."""
-    return {"siglip": SIGLIP_STATISTICS, "clip": CLIP_STATISTICS}[family]
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

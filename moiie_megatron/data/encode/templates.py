@@ -11,8 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from moiie_megatron.config.families import template_names
+from moiie_megatron.config.messages import listed
 from moiie_megatron.data.encode.tokenizers import Tokenizer
 from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
+from moiie_megatron.families.family import ChatFormat
+from moiie_megatron.families.registry import chat_formats
 from moiie_megatron.utils.errors import UserError
 
 
@@ -52,13 +56,12 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
     """
     if name == "plain":
         return PlainTemplate(tokenizer)
-    if name == "llama3":
-        return Llama3Template(tokenizer)
-    if name == "phi3":
-        return Phi3Template(tokenizer)
     if name == "tokenizer":
         return TokenizerTemplate(tokenizer)
-    raise UserError(f"stage.template is {name}: use plain, llama3, phi3 or tokenizer.")
+    formats = chat_formats()
+    if name in formats:
+        return MarkerTemplate(tokenizer, formats[name])
+    raise UserError(f"stage.template is {name}: use {listed(template_names())}.")
 
 
 class PlainTemplate:
@@ -81,72 +84,40 @@ class PlainTemplate:
         return segments
 
 
-class _MarkerTemplate:
-    """Formats in which fixed markers surround every turn."""
+class MarkerTemplate:
+    """A format in which fixed markers surround every turn.
 
-    name: str
-    begin: str
-    markers: tuple[str, ...]  # must be single tokens of the vocabulary
-    end: str  # ends a turn and is learnt after an assistant turn
-    gap: str  # between the end of a turn and the next header
+    Raises:
+        UserError: The vocabulary lacks a marker.
+    """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        missing = [m for m in self.markers if tokenizer.token_id(m) is None]
+    def __init__(self, tokenizer: Tokenizer, chat: ChatFormat) -> None:
+        missing = [marker for marker in chat.markers if tokenizer.token_id(marker) is None]
         if missing:
             raise UserError(
-                f"stage.template is {self.name} but the tokenizer has no {', '.join(missing)}: "
+                f"stage.template is {chat.name} but the tokenizer has no {', '.join(missing)}: "
                 "choose the template of the backbone, or plain."
             )
-
-    def header(self, role: str) -> str:
-        raise NotImplementedError
-
-    def content(self, text: str) -> str:
-        return text
+        self._chat = chat
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> list[Segment]:
         segments: list[Segment] = []
-        read = self.begin
+        chat, read = self._chat, self._chat.begin
         for turn in turns:
-            read += self.header(turn.role)
+            read += self._header(turn.role)
+            text = turn.text.strip() if chat.strips else turn.text
             if turn.role == "assistant":
                 segments.append(Segment(read, train=False))
-                segments.append(Segment(self.content(turn.text) + self.end, train=True))
-                read = self.gap
+                segments.append(Segment(text + chat.end, train=True))
+                read = chat.gap
             else:
-                read += self.content(turn.text) + self.end + self.gap
+                read += text + chat.end + chat.gap
         if add_generation_prompt:
-            read += self.header("assistant")
+            read += self._header("assistant")
         return [*segments, Segment(read, train=False)] if read else segments
 
-
-class Llama3Template(_MarkerTemplate):
-    """Llama-3 Instruct (Meta's model card, "Prompt format"); turns are stripped as there."""
-
-    name = "llama3"
-    begin = "<|begin_of_text|>"
-    markers = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    end = "<|eot_id|>"
-    gap = ""
-
-    def header(self, role: str) -> str:
-        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-
-    def content(self, text: str) -> str:
-        return text.strip()
-
-
-class Phi3Template(_MarkerTemplate):
-    """Phi-3 (microsoft/Phi-3-mini-4k-instruct, "Chat Format"); ``<|system|>`` only if used."""
-
-    name = "phi3"
-    begin = ""
-    markers = ("<|user|>", "<|assistant|>", "<|end|>")
-    end = "<|end|>"
-    gap = "\n"
-
-    def header(self, role: str) -> str:
-        return f"<|{role}|>\n"
+    def _header(self, role: str) -> str:
+        return self._chat.header.replace("{role}", role)
 
 
 class TokenizerTemplate:
@@ -155,16 +126,21 @@ class TokenizerTemplate:
     An assistant turn is what the text grows by after the generation prompt.  Where an end-of-turn
     token follows the turn, white space after that token belongs to the next header.
 
+    Templates of models that can reason are asked for answers without it (``enable_thinking``).
+    Some then write an empty block of reasoning in front of the last answer and of no other: the
+    conversation is rendered once, as a whole, and every answer is learnt as it stands there.
+
     Raises:
-        UserError: No chat template, or one that rewrites earlier turns (then no span can be
-            found); checked at construction on a conversation of two rounds.
+        UserError: No chat template, or one in which the prompt of an answer is not the beginning
+            of the whole text (then no span can be found); checked at construction on a
+            conversation of two rounds.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.chat_template is None:
             raise UserError(
-                "stage.template is tokenizer but the tokenizer has no chat template: use llama3, "
-                "phi3 or plain."
+                "stage.template is tokenizer but the tokenizer has no chat template: use "
+                f"{_built_in()}."
             )
         self._template = tokenizer.chat_template
         self._special_tokens = tokenizer.special_tokens
@@ -172,30 +148,38 @@ class TokenizerTemplate:
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> list[Segment]:
         segments: list[Segment] = []
-        done = ""  # text that the segments already cover
+        whole = self._text(turns, add_generation_prompt)
+        done = 0  # characters that the segments already cover
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            prompt = self._text(turns[:i], add_generation_prompt=True)
-            answer = self._text(turns[: i + 1], add_generation_prompt=False)
-            segments.append(Segment(self._growth(done, prompt), train=False))
-            span = self._growth(prompt, answer)
-            core = span.rstrip()
-            trainable = span if core.endswith(turn.text.rstrip()) else core
-            segments.append(Segment(trainable, train=True))
-            done = prompt + trainable
-        rest = self._growth(done, self._text(turns, add_generation_prompt))
+            prompt = self._prompt(turns[:i], whole)
+            answered = self._text(turns[: i + 1], add_generation_prompt=False)
+            _check_growth(prompt, whole)
+            _check_growth(prompt, answered)
+            _check_growth(whole[:done], prompt)
+            learnt = _learnt(turn, answered[len(prompt) :])
+            if not whole.startswith(learnt, len(prompt)):
+                # From where the turn's own text begins, an earlier answer may be the same.
+                learnt = learnt[max(learnt.rfind(turn.text.strip()), 0) :]
+                _check_growth(prompt + learnt, whole)
+            segments.append(Segment(whole[done : len(prompt)], train=False))
+            segments.append(Segment(learnt, train=True))
+            done = len(prompt) + len(learnt)
+        rest = whole[done:]
         return [*segments, Segment(rest, train=False)] if rest else segments
 
-    def _growth(self, before: str, after: str) -> str:
-        if not after.startswith(before):
-            raise UserError(
-                "stage.template is tokenizer but its chat template changes earlier text when a "
-                f"turn is added ({before[-40:]!r} is not kept): use llama3, phi3 or plain."
-            )
-        return after[len(before) :]
+    def _prompt(self, turns: Sequence[Turn], whole: str) -> str:
+        """What stands in front of an answer in the whole text."""
+        prompt = self._text(turns, add_generation_prompt=True)
+        if whole.startswith(prompt):
+            return prompt
+        # An earlier answer, which has no empty block of reasoning in front.
+        return self._text(turns, add_generation_prompt=True, enable_thinking=True)
 
-    def _text(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+    def _text(
+        self, turns: Sequence[Turn], add_generation_prompt: bool, enable_thinking: bool = False
+    ) -> str:
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -204,12 +188,32 @@ class TokenizerTemplate:
             **self._special_tokens,
             "chat_template": self._template,
             "add_generation_prompt": add_generation_prompt,
+            "enable_thinking": enable_thinking,
         }
         try:
             rendered: Any = render_jinja_template([messages], **arguments)
         except TemplateError as error:
             raise UserError(
-                f"The tokenizer's chat template refuses this conversation ({error}): use llama3, "
-                "phi3 or plain as stage.template."
+                f"The tokenizer's chat template refuses this conversation ({error}): use "
+                f"{_built_in()} as stage.template."
             ) from error
         return str(rendered[0][0])  # (texts, spans of {% generation %} blocks)
+
+
+def _learnt(turn: Turn, growth: str) -> str:
+    """What the model writes of the text that an answer adds: without the space behind the token
+    that ends the turn."""
+    core = growth.rstrip()
+    return growth if core.endswith(turn.text.rstrip()) else core
+
+
+def _check_growth(before: str, after: str) -> None:
+    if not after.startswith(before):
+        raise UserError(
+            "stage.template is tokenizer but its chat template changes earlier text when a turn "
+            f"is added ({before[-40:]!r} is not kept): use {_built_in()}."
+        )
+
+
+def _built_in() -> str:
+    return listed(name for name in template_names() if name != "tokenizer")

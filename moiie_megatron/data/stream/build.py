@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.audit.audit import Encoding
-from moiie_megatron.data.encode.images import ImageDecoder, ImageLoader, pixel_statistics
+from moiie_megatron.data.encode.images import ImageDecoder, ImageLoader
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
 from moiie_megatron.data.records.llava import RecordFile
@@ -20,6 +20,7 @@ from moiie_megatron.data.stream.loader import build_loader
 from moiie_megatron.data.stream.packed_loader import build_packed_loader
 from moiie_megatron.data.stream.packing import PackingSpec, pack, split_rows_to_count
 from moiie_megatron.data.stream.stream_state import StreamState
+from moiie_megatron.families.registry import vision_family
 from moiie_megatron.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def build_sources(config: RunConfig) -> list[Source]:
 
 def _image_options(config: RunConfig) -> tuple[Any, ...]:
     """The arguments of ``ImageDecoder``."""
-    statistics = pixel_statistics(config.vision.family)
+    statistics = vision_family(config.vision.family).statistics
     size, mode = config.vision.image_size, config.stage.image_mode
     return size, mode, statistics.mean, statistics.std
 

@@ -9,7 +9,15 @@ from moiie_megatron.config.schema import RunConfig
 from tests.unit.config.minimal import MINIMAL, load_minimal
 
 PRESETS = {
-    "language": ["llama3-8b", "phi3-mini", "tiny-llama", "tiny-phi3"],
+    "language": [
+        "llama3-8b",
+        "mistral-7b",
+        "phi3-mini",
+        "qwen2.5-7b",
+        "qwen3-8b",
+        "tiny-llama",
+        "tiny-phi3",
+    ],
     "vision": ["clip-l-336", "siglip-so400m-384", "tiny-clip", "tiny-siglip"],
     "stage": ["stage-connector", "stage-dense", "stage-joint", "stage-moe-only"],
 }

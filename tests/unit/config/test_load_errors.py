@@ -75,8 +75,15 @@ def _message(tmp_path: Path, overrides: list[str], text: str = MINIMAL) -> str:
         ("vision.feature_layer=0", "vision.feature_layer is 0: use a whole number not above -1."),
         (
             "language.preset=llama9",
-            "language.preset is 'llama9': use llama3-8b, phi3-mini, tiny-llama or tiny-phi3.",
+            "language.preset is 'llama9': use llama3-8b, mistral-7b, phi3-mini, qwen2.5-7b, "
+            "qwen3-8b, tiny-llama or tiny-phi3.",
         ),
+        (
+            "language.family=gemma",
+            "language.family is 'gemma': use llama, phi3, mixtral, mistral, qwen2 or qwen3.",
+        ),
+        ("vision.family=eva", "vision.family is 'eva': use siglip or clip."),
+        ("vision.family=3", "vision.family is 3: use siglip or clip."),
         ("vision.preset=llama3-8b", "vision.preset is 'llama3-8b': use clip-l-336, siglip-"),
         ("language.preset=../schema", "language.preset is '../schema': use llama3-8b,"),
         ("language.preset=[a]", "language.preset is ['a']: use llama3-8b,"),

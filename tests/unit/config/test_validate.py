@@ -60,6 +60,15 @@ from tests.unit.config.minimal import load_minimal
             "moe.dispatcher is allgather but data.padding is longest",
         ),
         (
+            ["language.qk_norm=true"],
+            "language.qk_norm is true, but it is false in every model of the family llama: set it",
+        ),
+        (
+            ["language.family=qwen2"],
+            "language.qkv_bias is false, but it is true in every model of the family qwen2: set it",
+        ),
+        (["language.head_dim=15"], "language.head_dim is 15: use an even number"),
+        (
             ["language.family=mixtral"],
             "language.family is mixtral, which has experts for all tokens in all of its 4 layers, "
             "but stage.moe is true, moe.variant is moiie and moe.layers is interleaved",

@@ -21,10 +21,10 @@ from moiie_megatron.checkpoint.save_load import sharding_metadata
 from moiie_megatron.config.load import dump_config, load_config
 from moiie_megatron.config.schema import LanguageConfig, LongRope, ParallelConfig, RopeScaling
 from moiie_megatron.convert.export import export_checkpoint, exported_rows
-from moiie_megatron.convert.hf.export_files import text_config, vision_config
 from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
 from moiie_megatron.convert.hf.safetensors_writer import INDEX, SafetensorsWriter
 from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
+from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
 from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.vlm.build import build_model
 from tests.helpers.tiny_hf import write_language, write_vision
@@ -178,7 +178,7 @@ def test_the_text_config_means_the_same_model(name: str, tmp_path: Path) -> None
 
     language = tiny.language("llama").model_copy(update=ROPES[name])
     language = LanguageConfig(**language.model_dump())
-    config = text_config(language, {"eos_token_id": 3})
+    config = language_to_hf(language, {"eos_token_id": 3})
     config.save_pretrained(tmp_path)
     assert isinstance(config, LlamaConfig if name != "longrope" else Phi3Config)
     assert read_language_config(tmp_path) == language
@@ -189,7 +189,7 @@ def test_the_vision_config_means_the_same_model(family: str, tmp_path: Path) -> 
     from moiie_megatron.convert.hf.config import read_vision_config
 
     vision = tiny.vision(family)
-    config = vision_config(vision)
+    config = vision_to_hf(vision)
     config.save_pretrained(tmp_path)
     assert isinstance(config, {"siglip": SiglipVisionConfig, "clip": CLIPVisionConfig}[family])
     assert read_vision_config(tmp_path) == vision

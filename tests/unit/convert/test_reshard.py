@@ -24,6 +24,7 @@ from moiie_megatron.convert.open_model import open_weights
 from moiie_megatron.convert.reshard import reshard_checkpoint
 from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 from moiie_megatron.convert.verify import compare_tensors
+from moiie_megatron.families.weight_map import model_rows
 from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.utils.digest import same_bytes
 from moiie_megatron.vlm.build import build_model
@@ -73,8 +74,9 @@ def test_the_same_tensors_in_other_pieces(name: str, checkpoint: Path, tmp_path:
     assert config.parallel == layout
     assert config.model_copy(update={"parallel": ParallelConfig()}) == reader.config
     files: dict[str, set[tuple[object, ...]]] = {}
+    rows = {row.megatron: row for row in model_rows(config)}
     for tensor, info in reader.tensors.items():
-        expected = shard_plan(config, tensor, info.shape)
+        expected = shard_plan(config, rows[tensor], info.shape)
         chunks = metadata.state_dict_metadata[tensor].chunks
         have = {(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks}
         assert have == {(cut.offsets, cut.shape) for cut in expected}
@@ -214,12 +216,13 @@ def test_owners_follow_the_placement(checkpoint: Path) -> None:
     """Expert-parallel ranks hold V S and S T, whatever the numbers of the experts."""
     config = CheckpointReader(checkpoint).config
     name = "language_model.decoder.layers.3.mlp.experts.experts.linear_fc2.weight"
+    row = next(row for row in model_rows(config) if row.megatron == name)
     for order in ("balanced", "contiguous"):
         moe = config.moe.model_copy(update={"placement": order})
         parallel = ParallelConfig(expert=2, pipeline=2)
         changed = config.model_copy(update={"moe": moe, "parallel": parallel})
         ranks: dict[int, list[int]] = {}
-        for cut in shard_plan(changed, name, (4, 32, 48)):
+        for cut in shard_plan(changed, row, (4, 32, 48)):
             assert cut.stage == 1 and cut.shape == (1, 32, 48) and cut.owner[0] == "expert"
             ranks.setdefault(int(cut.owner[1]), []).append(cut.offsets[0])
         places = changed.placement.order

@@ -1,4 +1,4 @@
-"""Tensor surgery: the layout by hand, and exact inverses over many shapes."""
+"""Transforms: the layout by hand, and exact inverses over many shapes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ def test_fused_rows_by_hand() -> None:
     assert fused.flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
     stacked = torch.cat((q, k, v))
     assert torch.equal(transforms.fuse_stacked_qkv(stacked, 4, 2), fused)
+
+
+def test_fused_biases_by_hand() -> None:
+    """2 heads of 2 channels, each with a key of its own."""
+    q, k, v = (torch.arange(4) + start for start in (0, 10, 20))
+    transform = transforms.qkv(num_heads=2, num_groups=2)
+    fused = transform.to_megatron((q, k, v))
+    assert fused.tolist() == [0, 1, 10, 11, 20, 21, 2, 3, 12, 13, 22, 23]
+    assert all(torch.equal(*pair) for pair in zip(transform.to_hf(fused), (q, k, v), strict=True))
 
 
 def test_gate_comes_before_up() -> None:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from moiie_megatron.config.families import LANGUAGE_FAMILIES, VISION_FAMILIES
 from moiie_megatron.config.schema import LanguageConfig, VisionConfig
+from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
+from moiie_megatron.families.registry import language_family
 from moiie_megatron.families.weight_map import connector_rows, language_rows, vision_rows
 from moiie_megatron.layout.experts import ExpertLayout
 
+FAMILIES = [name for name in LANGUAGE_FAMILIES if not language_family(name).has_experts]
+IDS = {"pad_token_id": 0}  # inside the vocabulary
 DENSE = ExpertLayout.from_variant("dense")
 SIZES = {
     "hidden_size": 16,
@@ -39,30 +35,29 @@ def _language(family: str, tied: bool = False) -> LanguageConfig:
         vocab_size=40,
         max_position_embeddings=64,
         tied_embeddings=tied,
+        head_dim=6,  # not 16 / 4
+        **language_family(family).fixed,
     )
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_dense_tables_name_every_tensor_of_transformers(family: str, tied: bool) -> None:
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "phi3": (Phi3Config, Phi3ForCausalLM),
-    }[family]
-    config = config_class(
-        **SIZES, num_key_value_heads=2, vocab_size=40, pad_token_id=0, tie_word_embeddings=tied
-    )
+    language = _language(family, tied)
     with torch.device("meta"):
-        state = model_class(config).state_dict()
+        state = AutoModelForCausalLM.from_config(language_to_hf(language, IDS)).state_dict()
     if tied:
         state.pop("lm_head.weight")  # the embedding matrix under a second name
-    rows = language_rows(_language(family, tied), DENSE, [])
+    rows = language_rows(language, DENSE, [])
     names = [name for row in rows for name in row.hf]
     assert sorted(names) == sorted(state)
     assert len({row.megatron for row in rows}) == len(rows)
+    for row in rows:
+        made = row.transform.to_megatron([state[name] for name in row.hf])
+        assert tuple(made.shape) == row.shape, row.megatron
 
 
-def test_surgery_gives_the_shapes_of_megatron() -> None:
+def test_transforms_give_the_shapes_of_megatron() -> None:
     """Rows read both ways: the shapes of transformers, through Megatron's, and back."""
     config = LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=40)
     state = LlamaForCausalLM(config).state_dict()
@@ -102,7 +97,7 @@ def test_vanilla_has_one_router() -> None:
     assert gates[start + "joint"] == ("model.layers.2.mlp.gate.weight",)
 
 
-@pytest.mark.parametrize("family", ["siglip", "clip"])
+@pytest.mark.parametrize("family", VISION_FAMILIES)
 def test_vision_tables_name_every_tensor_of_transformers(family: str) -> None:
     vision = VisionConfig(
         family=family,
@@ -114,17 +109,11 @@ def test_vision_tables_name_every_tensor_of_transformers(family: str) -> None:
         patch_size=14,
         activation="gelu",
     )
-    sizes = SIZES | {"image_size": 28, "patch_size": 14}
     with torch.device("meta"):
-        model = (
-            SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False))
-            if family == "siglip"
-            else CLIPVisionModel(CLIPVisionConfig(**sizes))
-        )
+        model = AutoModel.from_config(vision_to_hf(vision))
     rows = vision_rows(vision, prefix="x.")
-    assert sorted(name for row in rows for name in row.hf) == sorted(
-        f"x.{name}" for name in model.state_dict()
-    )
+    state = {f"x.{name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert {row.hf[0]: row.shape for row in rows} == state
     assert all(row.megatron == "vision_encoder.model." + row.hf[0][2:] for row in rows)
 
 

@@ -23,6 +23,10 @@ TEXTS = {
     "phi3": {},
     "phi3-longrope": tiny.LONGROPE,
     "phi3-window": {"sliding_window": 5},
+    "mistral-window": {"sliding_window": 5, "head_dim": 24},
+    "qwen2": {},
+    "qwen2-window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    "qwen3": {"head_dim": 24},
 }
 
 
@@ -89,6 +93,15 @@ def test_router_scores_are_recorded() -> None:
     assert len(model(**batch).router_logits) == 2
 
 
+def test_attentions_are_recorded() -> None:
+    model, batch = tiny.model(tiny.config("qwen3", text_config={"head_dim": 24})), _batch()
+    model.set_attn_implementation("eager")
+    attentions = model(**batch, output_attentions=True).attentions
+    assert [tuple(weights.shape) for weights in attentions] == [(2, 4, 24, 24)] * 4
+    # Layers of every kind stay on one device.
+    assert model._no_split_modules >= {"MoiieDecoderLayer", "SiglipEncoderLayer"}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_loss_reaches_every_part(checkpointing: bool) -> None:
     model, batch = tiny.model(tiny.config("phi3", "clip")).train(), _batch()
@@ -131,7 +144,7 @@ def test_router_dtype() -> None:
         ({"num_experts_per_tok": 4}, "num_experts_per_tok is 4, .* a router has 3 to choose"),
         ({"router_dtype": "bf16"}, "router_dtype is bf16: use float32 or model"),
         ({"top_k": 2}, "top_k is 2: write it as num_experts_per_tok"),
-        ({"text_config": {"model_type": "gpt2"}}, "text_config.model_type is gpt2: use llama or"),
+        ({"text_config": {"model_type": "gpt2"}}, "model_type is gpt2, which has no hidden_act"),
     ],
 )
 def test_a_wrong_config_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -139,10 +152,17 @@ def test_a_wrong_config_is_refused(changes: dict[str, Any], message: str) -> Non
         tiny.config(**changes)
 
 
+def test_a_decoder_of_another_structure_is_refused() -> None:
+    """OLMo 2 has the same kinds of modules, but norms behind attention and FFN."""
+    with pytest.raises(ValueError, match="model_type is olmo2, whose layers are not a norm,"):
+        tiny.model(tiny.config(text_config={"model_type": "olmo2"}))
+
+
 def test_config_defaults() -> None:
-    config = MoiieConfig(text_config=tiny.text("llama", tie_word_embeddings=True))
+    text = tiny.text("llama", tie_word_embeddings=True)
+    config = MoiieConfig(text_config=text, vision_config=tiny.vision("siglip"))
     assert config.tie_word_embeddings and config.connector_hidden_size == 64
-    assert config.num_image_tokens == (224 // 16) ** 2
+    assert config.num_image_tokens == (28 // 7) ** 2
     assert config.get_text_config() is config.text_config
     model = MoiieForConditionalGeneration(tiny.config(text_config={"tie_word_embeddings": True}))
     assert model.lm_head.weight is model.get_input_embeddings().weight

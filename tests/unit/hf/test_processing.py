@@ -14,10 +14,11 @@ from tokenizers import models
 from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from moiie_megatron.data.encode.encoder import encode_prompt
-from moiie_megatron.data.encode.images import ImageLoader, normalize, pixel_statistics
+from moiie_megatron.data.encode.images import ImageLoader, normalize
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
 from moiie_megatron.data.records.llava import Turn
+from moiie_megatron.families.registry import vision_family
 from moiie_megatron.hf.build_processor import build_processor
 from moiie_megatron.hf.processing_moiie import MoiieProcessor
 from tests.parity import tiny as parity
@@ -46,7 +47,7 @@ def pictures(directory: Path) -> Path:
 @pytest.mark.parametrize("family", ["siglip", "clip"])
 def test_pixels_equal_training(family: Any, mode: Any, pictures: Path, tmp_path: Path) -> None:
     processor = tiny.processor(tmp_path, family, mode)
-    mean, std = pixel_statistics(family).mean, pixel_statistics(family).std
+    mean, std = vision_family(family).statistics.mean, vision_family(family).statistics.std
     loader = ImageLoader(pictures, 28, mode, mean, std)
     names = sorted(path.name for path in pictures.iterdir())
     assert len(names) == 6

@@ -6,22 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM
 
 from moiie_megatron.config.schema import LanguageConfig, RunConfig, VisionConfig
+from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
 from moiie_megatron.planning.parameters import count_parameters, format_parameters
 from tests.unit.config.minimal import load_minimal
-
-LANGUAGE = {"llama": (LlamaConfig, LlamaForCausalLM), "phi3": (Phi3Config, Phi3ForCausalLM)}
 
 
 def _config(folder: Path, *overrides: str) -> RunConfig:
@@ -33,35 +23,13 @@ def _size(model: torch.nn.Module) -> int:
 
 
 def _hf_language(language: LanguageConfig) -> torch.nn.Module:
-    make_config, make_model = LANGUAGE[language.family]
     with torch.device("meta"):
-        return make_model(
-            make_config(
-                num_hidden_layers=language.num_layers,
-                hidden_size=language.hidden_size,
-                intermediate_size=language.ffn_hidden_size,
-                num_attention_heads=language.num_attention_heads,
-                num_key_value_heads=language.num_query_groups,
-                vocab_size=language.vocab_size,
-                tie_word_embeddings=language.tied_embeddings,
-                pad_token_id=0,
-            )
-        )
+        return AutoModelForCausalLM.from_config(language_to_hf(language, {"pad_token_id": 0}))
 
 
 def _hf_vision(vision: VisionConfig) -> torch.nn.Module:
-    sizes = {
-        "num_hidden_layers": vision.num_layers,
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.ffn_hidden_size,
-        "num_attention_heads": vision.num_attention_heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-    }
     with torch.device("meta"):
-        if vision.family == "siglip":
-            return SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False))
-        return CLIPVisionModel(CLIPVisionConfig(**sizes))
+        return AutoModel.from_config(vision_to_hf(vision))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +40,9 @@ def _hf_vision(vision: VisionConfig) -> torch.nn.Module:
         ["language.preset=tiny-phi3"],
         ["language.preset=llama3-8b"],
         ["language.preset=phi3-mini"],
+        ["language.preset=mistral-7b"],
+        ["language.preset=qwen2.5-7b"],
+        ["language.preset=qwen3-8b"],
     ],
 )
 def test_dense_language_model(tmp_path: Path, overrides: list[str]) -> None:
@@ -80,6 +51,16 @@ def test_dense_language_model(tmp_path: Path, overrides: list[str]) -> None:
     assert count.total - count.vision - count.connector == _size(_hf_language(config.language))
     assert count.activated == count.total
     assert count.experts == count.routers == 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions"), [("mistral-7b", 7.24), ("qwen2.5-7b", 7.62), ("qwen3-8b", 8.19)]
+)
+def test_sizes_of_published_models(tmp_path: Path, preset: str, billions: float) -> None:
+    """What the files on the hub hold."""
+    overrides = [f"language.preset={preset}", "stage.preset=stage-connector"]
+    count = count_parameters(_config(tmp_path, *overrides))
+    assert round((count.total - count.vision - count.connector) / 1e9, 2) == billions
 
 
 @pytest.mark.parametrize("preset", ["tiny-siglip", "tiny-clip", "siglip-so400m-384", "clip-l-336"])

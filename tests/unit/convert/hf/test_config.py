@@ -23,6 +23,7 @@ from moiie_megatron.convert.hf.config import (
     read_moe_config,
     read_vision_config,
 )
+from moiie_megatron.families.hf_config import language_to_hf
 
 LLAMA = {
     "model_type": "llama",
@@ -138,7 +139,7 @@ def test_a_run_may_use_fewer_positions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen3"}, "model_type is 'qwen3' in .* only knows llama, phi3 or mixtral"),
+        ({"model_type": "gemma3"}, "model_type is 'gemma3' in .* only knows llama, phi3, mixtral,"),
         ({"model_type": "mllama"}, "model_type is 'mllama'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu' in .* only knows silu"),
         ({"attention_bias": True}, "attention_bias is True"),
@@ -146,7 +147,6 @@ def test_a_run_may_use_fewer_positions(tmp_path: Path) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75 in .* only knows 1.0"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-        ({"head_dim": 32}, "head_dim is 32 in .* only knows 64 / 4 heads"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "without low_freq_factor"),
@@ -225,6 +225,69 @@ def test_defaults_of_mixtral_and_its_experts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         check_moe_config(other, tmp_path)
     assert read_moe_config(_write(tmp_path, LLAMA)) is None
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 7}
+QWEN2 = LLAMA | {"model_type": "qwen2"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({}, None),
+        ({"sliding_window": 7, "use_sliding_window": False}, None),
+        (WINDOW, None),  # from layer 28 on, of 4
+        (WINDOW | {"max_window_layers": 0}, 7),
+        ({"use_sliding_window": True, "max_window_layers": 0}, 4096),
+        (WINDOW | {"layer_types": ["sliding_attention"] * 4}, 7),
+        (WINDOW | {"layer_types": ["full_attention"] * 4, "max_window_layers": 0}, None),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_that_must_be_switched_on(
+    family: str, changes: dict[str, Any], window: int | None, tmp_path: Path
+) -> None:
+    given = QWEN2 | {"model_type": family, "head_dim": 16} | changes
+    language = read_language_config(_write(tmp_path, given))
+    assert language == _language(
+        family=family,
+        sliding_window=window,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+    kept = language_to_hf(language)
+    assert (kept.sliding_window, set(kept.layer_types)) == (
+        window,
+        {"full_attention" if window is None else "sliding_attention"},
+    )
+
+
+def test_a_window_in_some_of_the_layers(tmp_path: Path) -> None:
+    _write(tmp_path, QWEN2 | WINDOW | {"max_window_layers": 3})
+    with pytest.raises(ValueError, match="max_window_layers is 3 in .* window in 1 of 4 layers"):
+        read_language_config(tmp_path)
+
+
+def test_heads_of_another_size(tmp_path: Path) -> None:
+    """What a family's configuration leaves out has the family's default."""
+    language = read_language_config(_write(tmp_path, LLAMA | {"model_type": "qwen3"}))
+    assert (language.head_dim, language.head_size) == (128, 128)
+    language = read_language_config(_write(tmp_path, LLAMA | {"head_dim": 24}))
+    assert (language.head_dim, language.head_size) == (24, 24)
+    with pytest.raises(ValueError, match="language.head_dim is 16 where head_dim is 24"):
+        check_language_config(_language(), tmp_path)
+    # The usual size may be spelled out on either side.
+    check_language_config(_language(head_dim=16), _write(tmp_path, LLAMA))
+    check_language_config(_language(), _write(tmp_path, LLAMA | {"head_dim": 16}))
+
+
+def test_defaults_of_mistral(tmp_path: Path) -> None:
+    given = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+    _write(tmp_path, given | {"model_type": "mistral", "num_attention_heads": 8})
+    language = read_language_config(tmp_path)
+    assert (language.sliding_window, language.num_query_groups) == (4096, 8)
+    _write(tmp_path, given | {"model_type": "mistral", "sliding_window": None})
+    assert read_language_config(tmp_path).sliding_window is None
 
 
 def test_both_halves_of_a_composed_model(tmp_path: Path) -> None:

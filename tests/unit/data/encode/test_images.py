@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from moiie_megatron.data.encode.images import ImageLoader, normalize, pixel_statistics
+from moiie_megatron.data.encode.images import ImageLoader, normalize
 from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.families.registry import vision_family
 
 MEAN = (0.5, 0.25, 0.75)
 
@@ -159,11 +160,11 @@ def test_own_pixel_limit_counts_the_padded_square(tmp_path: Path) -> None:
 
 def test_normalize() -> None:
     images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 1, 1)
-    siglip = pixel_statistics("siglip")
+    siglip = vision_family("siglip").statistics
     out = normalize(images, siglip.mean, siglip.std)
     assert out.shape == (2, 3, 1, 1) and out.dtype == torch.float32
     torch.testing.assert_close(out[1].flatten(), torch.tensor([-1.0, 128 / 127.5 - 1, 1.0]))
-    clip = pixel_statistics("clip")
+    clip = vision_family("clip").statistics
     blue = (1.0 - 0.40821073) / 0.27577711
     assert normalize(images, clip.mean, clip.std)[0, 2].item() == pytest.approx(blue, rel=1e-6)
     assert normalize(images[:0], clip.mean, clip.std).shape == (0, 3, 1, 1)

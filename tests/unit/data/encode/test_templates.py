@@ -99,6 +99,54 @@ def test_llama3s_published_template_agrees(llama3: Tokenizer) -> None:
     assert own.render(TURNS) == load_template("llama3", llama3).render(TURNS)
 
 
+CHATML = (
+    "{%% for m in messages %%}<|im_start|>{{ m.role }}\n%s{{ m.content }}<|im_end|>\n{%% endfor %%}"
+    "{%% if add_generation_prompt %%}<|im_start|>assistant\n%s{%% endif %%}"
+)
+# Qwen2.5 begins with a system turn of its own.
+QWEN2 = "{% if messages[0].role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
+QWEN2 += CHATML % ("", "")
+# Qwen3 puts an empty block of reasoning in front of the last answer, and of that one alone; its
+# prompt ends with one where reasoning is switched off.
+THINK = "<think>\n\n</think>\n\n"
+QWEN3 = CHATML % (
+    "{% if loop.last and m.role == 'assistant' %}" + THINK + "{% endif %}",
+    "{% if enable_thinking is defined and enable_thinking is false %}" + THINK + "{% endif %}",
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_templates_of_families_without_an_own_one(family: str, llama3: Tokenizer) -> None:
+    """As their tokenizers write conversations: both answers learnt, and the token behind each."""
+    text = {"qwen2": QWEN2, "qwen3": QWEN3, "mistral": MISTRAL}[family]
+    template = load_template("tokenizer", with_template(llama3, text))
+    head, answer, rest = "<|im_start|>{}\n", "<|im_start|>assistant\n", [Segment("\n", False)]
+    first = head.format("user") + "<image>\nhi <|im_end|>\n" + answer
+    second = "\n" + head.format("user") + "why<|im_end|>\n" + answer
+    answers = ["yes<|im_end|>", " so<|im_end|>"]
+    if family == "qwen2":
+        first = head.format("system") + "Help.<|im_end|>\n" + first
+    elif family == "qwen3":
+        second += THINK
+    else:
+        first, second, rest = "<|begin_of_text|>[INST] <image>\nhi [/INST]", "[INST] why[/INST]", []
+        answers = [" yes<|eot_id|>", "  so<|eot_id|>"]
+    assert template.render(TURNS) == [
+        Segment(first, False),
+        Segment(answers[0], True),
+        Segment(second, False),
+        Segment(answers[1], True),
+        *rest,
+    ]
+    # What generation begins with is what stood in front of the last answer in training.
+    prompt = template.render(TURNS[:3], add_generation_prompt=True)
+    assert "".join(s.text for s in prompt) == "".join(s.text for s in template.render(TURNS)[:3])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

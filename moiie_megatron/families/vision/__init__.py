@@ -1,0 +1,1 @@
+"""Families of vision encoders, one file each; ``config/families.py`` lists them."""
