@@ -92,7 +92,7 @@ def data(d: Drawing) -> None:
         d.label(x + 104, 40, title, file)
         d.arrow((x + 208, 45), (x + 246, 45))
     d.box(768, 20, 208, 90)
-    d.label(872, 40, "Batch", "tokens, labels (b, s)", "images (n, 3, H, W)")
+    d.label(872, 40, "Batch", "tokens, labels (b, s)", "images (i, 3, H, W)")
     d.text(872, 96, "token types (b, s)", size=11, font=MONO, color=TYPES, bold=True)
 
 
