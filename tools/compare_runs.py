@@ -161,7 +161,7 @@ def compare_layouts(arguments: argparse.Namespace) -> int:
 def _possible(config: str, overrides: Sequence[str], layout: Layout) -> bool:
     try:
         check_config(load_config(config, overrides), world_size=layout.processes)
-    except ValueError as reason:
+    except UserError as reason:
         print(f"----  {layout.name}: {reason}", flush=True)
         return False
     return True
@@ -173,7 +173,11 @@ def probe(job_file: str) -> int:
     import torch.distributed as dist
 
     from moiie_megatron.data.stream.build import build_dataset, build_train_loader
-    from moiie_megatron.evaluation.layout_equivalence import differences, record_step
+    from moiie_megatron.evaluation.layout_equivalence import (
+        ShardMismatch,
+        differences,
+        record_step,
+    )
     from moiie_megatron.mcore.parallel import destroy_parallel, init_parallel
 
     job = json.loads(Path(job_file).read_text())
@@ -205,7 +209,7 @@ def probe(job_file: str) -> int:
         try:
             record = record_step(config, context, batches, weights if reference else None)
             problem = ""
-        except ValueError as error:
+        except ShardMismatch as error:
             record, problem = None, str(error)
         if context.rank == 0:
             worst = {}

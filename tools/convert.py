@@ -63,7 +63,7 @@ def upcycle(arguments: argparse.Namespace) -> None:
             force=arguments.force,
             progress=progress,
         )
-    print(f"{out}: see receipt.json there; train with checkpoint.init_from={out}")
+    print(f"{out}: see conversion_report.json there; train with checkpoint.init_from={out}")
     if load_saved_config(out / CONFIG_FILE).stage.template == "plain":
         print(
             "The tokenizer has no chat template, so stage.template is plain, which learns the last "
@@ -123,7 +123,7 @@ def import_(arguments: argparse.Namespace) -> None:
             force=arguments.force,
             progress=progress,
         )
-    print(f"{result.folder}: see receipt.json there", *result.notes, sep="\n")
+    print(f"{result.folder}: see conversion_report.json there", *result.notes, sep="\n")
 
 
 def add_extract(commands: Any) -> None:

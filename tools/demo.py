@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moiie_megatron.utils.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("dense", "stage1", "stage2")
 PROCESSES = 2
@@ -71,7 +73,7 @@ def main() -> int:
     plan = Plan(Path(arguments.out).absolute(), arguments.quick)
     try:
         return run(plan)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -157,8 +159,8 @@ def collect_metrics(plan: Plan) -> dict[str, list[dict[str, Any]]]:
 
 def plot(plan: Plan, metrics: Mapping[str, list[dict[str, Any]]]) -> None:
     from moiie_megatron.analysis.curves import plot_curves
-    from moiie_megatron.analysis.records import read_routing
-    from moiie_megatron.analysis.routing_plots import plot_routing
+    from moiie_megatron.analysis.routing.plots import plot_routing
+    from moiie_megatron.routing_stats.reading import read_routing
 
     plot_curves(metrics, plan.out / "losses.png")
     plot_routing(read_routing(plan.out / "stage2" / "routing.jsonl"), plan.out)

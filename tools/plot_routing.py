@@ -20,6 +20,7 @@ from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.dist_env import DistEnv, dist_env_from
 from moiie_megatron.mcore.run import run_distributed
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.files import atomic_write
 
 LOG = "routing.jsonl"
 
@@ -77,8 +78,8 @@ def main() -> int:
 
 def draw(file: Path, out: Path, last: int) -> None:
     """Pictures from JSON alone."""
-    from moiie_megatron.analysis.records import read_routing
-    from moiie_megatron.analysis.routing_plots import plot_routing
+    from moiie_megatron.analysis.routing.plots import plot_routing
+    from moiie_megatron.routing_stats.reading import read_routing
 
     for picture in plot_routing(read_routing(file), out, last=last):
         print(picture)
@@ -118,9 +119,8 @@ def measure(arguments: argparse.Namespace, dist_env: DistEnv, out: Path) -> None
         sources = [source.model_dump() for source in config.data.sources]
         record |= {"checkpoint": str(folder), "sources": sources}
         out.mkdir(parents=True, exist_ok=True)
-        beside = out / f"{LOG}.writing"
-        beside.write_text(json.dumps(record) + "\n")
-        os.replace(beside, out / LOG)
+        with atomic_write(out / LOG) as file:
+            file.write_text(json.dumps(record) + "\n")
         print(
             f"{record['samples']} samples routed, {record['skipped_samples']} unreadable",
             flush=True,

@@ -72,7 +72,7 @@ def main() -> int:
 
 def report_progress(configs: Sequence[RunConfig]) -> bool:
     """Print how far each run is; whether any has not come to its end."""
-    from moiie_megatron.training.finished import steps_done
+    from moiie_megatron.training.resume import steps_done
 
     progress = [steps_done(config) for config in configs]
     for config, (done, steps) in zip(configs, progress, strict=True):

@@ -90,7 +90,7 @@ def _answer(outcome: Mapping[str, Any], root: str) -> Answer:
     for path in outcome.get("images", ()):
         try:
             pictures.append(_picture(root, path))
-        except ValueError as error:
+        except UserError as error:
             missing = error.reason if isinstance(error, BadRecord) else str(error)
     expected, answer = outcome["expected"], outcome["answer"]
     return Answer(

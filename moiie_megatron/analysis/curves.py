@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from moiie_megatron.analysis.figure import COLOURS, GROUP_COLOURS, INK, new_figure, save_png, tidy
-from moiie_megatron.analysis.records import Records
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.jsonl import Records
 
 _SIZE = (9.0, 7.0)  # inches
 _PARTS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -14,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from moiie_megatron.utils.files import atomic_write
 
 DPI: Final = 150
 INK: Final = "#333333"
@@ -75,12 +76,11 @@ def group_legend(figure: Figure, groups: Sequence[str]) -> None:
 
 
 def save_png(figure: Figure, out: str | Path) -> Path:
-    """Write the figure beside ``out`` and rename it; the folder is made if needed."""
+    """Write the figure as PNG; the directory is made if needed."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(out.name + ".writing")
-    figure.savefig(beside, format="png", dpi=DPI)
-    os.replace(beside, out)
+    with atomic_write(out) as file:
+        figure.savefig(file, format="png", dpi=DPI)
     return out
 
 

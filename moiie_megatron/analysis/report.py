@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from importlib import resources
@@ -14,22 +13,19 @@ from jinja2 import Environment, StrictUndefined
 
 from moiie_megatron.analysis.answers import Answers, read_answers
 from moiie_megatron.analysis.curves import curves_figure, step_figure
-from moiie_megatron.analysis.expert_use import MODALITY_TITLES, ExpertUse
 from moiie_megatron.analysis.figure import svg_data
-from moiie_megatron.analysis.groups import groups_figure
-from moiie_megatron.analysis.load_map import load_map_figure
-from moiie_megatron.analysis.pathways import pathways_figure
-from moiie_megatron.analysis.records import (
-    Records,
-    newest,
-    read_lines,
-    read_metrics,
-    read_routing,
-)
+from moiie_megatron.analysis.records import read_metrics
+from moiie_megatron.analysis.routing.groups import groups_figure
+from moiie_megatron.analysis.routing.load_map import load_map_figure
+from moiie_megatron.analysis.routing.pathways import pathways_figure
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, checkpoints_folder, latest_checkpoint
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.routing_stats.expert_use import MODALITY_TITLES, ExpertUse
+from moiie_megatron.routing_stats.reading import newest, read_routing
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.files import atomic_write
+from moiie_megatron.utils.jsonl import Records, read_records
 
 _ROWS = 100  # of a table of problems; what is beyond is counted
 _AVERAGED_STEPS = 50  # of the routing pictures
@@ -69,9 +65,8 @@ def write_report(
     page = _render(stages, answers)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(out.name + ".writing")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, out)
+    with atomic_write(out) as file:
+        file.write_text(page, encoding="utf-8")
     return out
 
 
@@ -175,7 +170,7 @@ def _problems(folder: Path) -> list[dict[str, Any]]:
     for file, title, meaning in _PROBLEMS:
         if not (folder / file).exists():
             continue
-        records = read_lines(folder / file)
+        records = read_records(folder / file)
         columns = list(dict.fromkeys(key for record in records for key in record))
         rows = [[_cell(record.get(column)) for column in columns] for record in records[:_ROWS]]
         tables.append(

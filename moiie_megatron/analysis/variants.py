@@ -21,10 +21,11 @@ from matplotlib.ticker import (
 
 from moiie_megatron.analysis.curves import running_median
 from moiie_megatron.analysis.figure import COLOURS, INK, save_png, tidy
-from moiie_megatron.analysis.records import Records, read_metrics
+from moiie_megatron.analysis.records import read_metrics
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.planning.parameters import count_parameters
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.jsonl import Records
 
 NAMES = {"dense": "Dense", "vanilla": "Vanilla MoE", "modality": "Modality MoE", "moiie": "MoIIE"}
 SCORES_FILE = "scores.json"

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from moiie_megatron.utils.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 described the run in sentences (older_progress.py)
 CONFIG_FILE = "run.yaml"
-RECEIPT_FILE = "receipt.json"
+REPORT_FILE = "conversion_report.json"
+EARLIER_REPORT_FILE = "receipt.json"  # what it was called in version 0.1.0
 LATEST_FILE = "latest"
 TOKENIZER_FILES = (
     "tokenizer.json",

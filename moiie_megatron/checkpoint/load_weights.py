@@ -1,8 +1,9 @@
-"""Upcycling while loading: a MoE model reads a dense checkpoint, every rank expands its own.
+"""Loads weights into a fresh model; a MoE model may read a dense checkpoint (upcycling).
 
-Every expert of a layer starts as the dense FFN of that layer, routers start fresh (paper,
-section 3).  With renormalised probabilities the upcycled model equals its dense parent up to
-rounding, whatever the routers say.
+Upcycling: every rank reads the dense FFN of a layer into each of its experts of that layer, and
+routers keep their random initialisation (paper, section 3).  Since top-k probabilities are
+renormalised, the upcycled model computes what its dense parent does, up to rounding, whatever
+its routers choose.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from moiie_megatron.vlm.model import MoIIEModel
 def load_weights(
     folder: Path, context: ParallelContext, model: MoIIEModel, *, new_connector: bool = False
 ) -> None:
-    """Load the weights of a checkpoint of any stage and layout into a fresh model.
+    """Load the weights of a checkpoint of any stage and parallel layout into a fresh model.
 
-    Where the model has experts and the checkpoint has a dense FFN, the layer is upcycled.
+    A layer that has experts in the model and a dense FFN in the checkpoint is upcycled.
 
     Args:
+        folder: The checkpoint.
         new_connector: The connector keeps its fresh weights.
 
     Raises:
-        UserError: The folder is no checkpoint, or its tensors do not fit the model.
+        UserError: There is no checkpoint, or its tensors do not fit the model.
     """
     load_common(folder)
     present = {t.key: t for t in dist_checkpointing.load_tensors_metadata(str(folder)).values()}
-    # One load per distinct piece: all local experts of a layer share the dense one.
+    # Each distinct shard is read once: all local experts of a layer read the same dense one.
     wanted: dict[str, ShardedTensor] = {}
     entries: list[tuple[Any, list[str]]] = []
     for entry in _entries(model, context):
@@ -67,7 +69,7 @@ def load_weights(
 def _entries(
     model: MoIIEModel, context: ParallelContext
 ) -> list[ShardedTensor | ShardedTensorFactory]:
-    """One entry per parameter; extra state of Transformer Engine modules has nothing to load."""
+    """One entry per parameter; the extra state of Transformer Engine modules is not loaded."""
     state = model.sharded_state_dict(metadata=sharding_metadata(context))
     return [v for v in state.values() if isinstance(v, ShardedTensor | ShardedTensorFactory)]
 
@@ -77,7 +79,7 @@ def _shards(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
 
 
 def _dense_shard(shard: ShardedTensor) -> ShardedTensor:
-    """The same cut of the dense tensor: without the leading expert axis if there is one."""
+    """The same shard of the dense tensor: without the expert axis, which comes first."""
     name = dense_name(shard.key)
     if EXPERTS not in shard.key:
         return replace(shard, key=name)

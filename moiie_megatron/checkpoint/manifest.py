@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moiie_megatron.utils.digest import file_digest
+from moiie_megatron.utils.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
 
@@ -69,6 +70,6 @@ def _fault(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
         return f"{name} has {size} bytes instead of {entry['bytes']}"
     try:
         changed = "sha256" in entry and file_digest(path) != entry["sha256"]
-    except ValueError:
+    except UserError:
         return f"{name} cannot be read"
     return f"{name} is not what was written" if changed else None

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
+from moiie_megatron.cli.log import configure_logging
 from moiie_megatron.config.optional_dependencies import check_extras
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate import check_config, check_paths
@@ -60,21 +61,23 @@ def check_runs(configs: Sequence[RunConfig], dist_env: DistEnv) -> None:
 
 
 def exit_code(task: Callable[[], None], dist_env: DistEnv) -> int:
-    """Run a task of this process; a user's error becomes one sentence and the code 1.
+    """Run a task of this process and return its exit code.
 
-    One process of a job prints: the first that fails, whichever rank it is.  The launcher ends
-    the others; what they meet because a peer is gone is not worth a traceback.
+    A ``UserError`` is printed as one sentence, every other exception with its traceback; the code
+    is 1.  One process of a job prints: the first that fails, whichever rank it is.  The launcher
+    ends the others; what they meet because a peer is gone would hide the cause.
     """
+    configure_logging(dist_env.rank)
     try:
         task()
-    except ValueError as error:
+    except Exception as error:
         if _is_first_to_fail(dist_env):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            if isinstance(error, UserError):
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            else:
+                # In one piece: the output of other processes may go to the same place.
+                print(traceback.format_exc(), end="", file=sys.stderr, flush=True)
         return _leave(1)
-    except Exception:
-        if _peer_has_failed(dist_env):
-            return _leave(1)
-        raise
     return 0
 
 
@@ -82,29 +85,12 @@ def _is_first_to_fail(dist_env: DistEnv) -> bool:
     if dist_env.world_size == 1:
         return True
     try:
-        return bool(_connect_to_job(dist_env).add(_FAILED, 1) == 1)
-    except (RuntimeError, ValueError):  # nobody holds the store: better twice than never
+        # Joined even before the processes are connected otherwise: an error on one node alone
+        # must be told too.
+        store = connect_store(dist_env, _CONNECT_TIMEOUT)
+        return bool(store.add(_FAILED, 1) == 1)
+    except (RuntimeError, UserError):  # nobody holds the store: better twice than never
         return True
-
-
-def _peer_has_failed(dist_env: DistEnv) -> bool:
-    if dist_env.world_size == 1:
-        return False
-    try:
-        return bool(_connect_to_job(dist_env).check([_FAILED]))
-    except (RuntimeError, ValueError):
-        return False
-
-
-def _connect_to_job(dist_env: DistEnv) -> Any:
-    """The key-value store that connects the processes of the job, joined even before they are
-    connected otherwise: an error on one node alone must be told too.
-
-    Raises:
-        RuntimeError: Nobody holds the store (any more).
-        UserError: The launcher named none.
-    """
-    return connect_store(dist_env, _CONNECT_TIMEOUT)
 
 
 def _leave(code: int) -> int:

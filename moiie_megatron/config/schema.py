@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -375,11 +376,10 @@ class RunConfig(Section):
     @property
     def placement(self) -> Placement:
         """The physical order of the experts over this run's expert-parallel ranks."""
-        moe, ep_size = self.moe, self.parallel.expert
-        if moe.placement == "contiguous":
-            return contiguous(moe.layout, ep_size, moe.image_fraction)
-        return balanced(
-            moe.layout, ep_size, image_fraction=moe.image_fraction, loads=moe.expert_loads
+        moe = self.moe
+        loads = None if moe.expert_loads is None else tuple(moe.expert_loads)
+        return _placement(
+            moe.placement, moe.layout, self.parallel.expert, moe.image_fraction, loads
         )
 
     @property
@@ -388,3 +388,18 @@ class RunConfig(Section):
         if self.moe_layers:
             return self.parallel
         return self.parallel.model_copy(update={"expert": 1, "expert_tensor": 1})
+
+
+# Not a cached property: pydantic's model_copy(update=...) would keep the old value.
+@lru_cache(maxsize=64)
+def _placement(
+    kind: str,
+    layout: ExpertLayout,
+    ep_size: int,
+    image_fraction: float,
+    loads: tuple[float, ...] | None,
+) -> Placement:
+    """The placement of these settings; ``balanced`` searches, so it is computed once for each."""
+    if kind == "contiguous":
+        return contiguous(layout, ep_size, image_fraction)
+    return balanced(layout, ep_size, image_fraction=image_fraction, loads=loads)

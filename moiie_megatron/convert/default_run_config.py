@@ -11,6 +11,8 @@ import torch
 from moiie_megatron.config import yaml_text
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import LanguageConfig, MoEConfig, RunConfig, VisionConfig
+from moiie_megatron.data.encode.tokenizers import load_tokenizer
+from moiie_megatron.families.registry import language_family
 
 _SEQUENCE_LENGTH = 4096
 
@@ -62,3 +64,10 @@ def run_from_checkpoint(
         file = Path(folder) / "run.yaml"
         file.write_text(yaml_text.write(values))
         return load_saved_config(file)
+
+
+def template_of(llm: Path, language: LanguageConfig) -> str:
+    """``stage.template``: the tokenizer's own where it has one."""
+    if load_tokenizer(llm).chat_template is not None:
+        return "tokenizer"
+    return language_family(language.family).default_template

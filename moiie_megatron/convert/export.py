@@ -5,25 +5,23 @@ Needs only the checkpoint: no process group, no Megatron, one tensor in memory a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
-
-from torch import Tensor
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, check_output, new_directory
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.dcp.reader import CheckpointReader
 from moiie_megatron.convert.hf.export_files import write_files
 from moiie_megatron.convert.hf.safetensors_writer import SafetensorsWriter
+from moiie_megatron.convert.tensor_bytes import TensorBytes, transformed
 from moiie_megatron.families import weight_map
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.progress import ProgressCounter, ProgressFn
 
 MARKER = "config.json"  # by which an export is recognised before it is replaced
-
-Progress = Callable[[int, int], object]  # bytes done, bytes in all
 
 
 class Readable(Protocol):
@@ -40,7 +38,7 @@ class Readable(Protocol):
 
     def info(self, name: str, expert: int | None = None) -> TensorInfo: ...
 
-    def get(self, name: str, expert: int | None = None) -> Tensor: ...
+    def get_bytes(self, name: str, expert: int | None = None) -> TensorBytes: ...
 
 
 def export_checkpoint(
@@ -49,7 +47,7 @@ def export_checkpoint(
     *,
     force: bool = False,
     bytes_per_file: int = 5_000_000_000,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> Path:
     """Write a directory that transformers loads with ``trust_remote_code=True``.
 
@@ -79,7 +77,7 @@ def export_from(
     out: Path,
     force: bool = False,
     bytes_per_file: int = 5_000_000_000,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> None:
     """``export_checkpoint`` for what reads like a checkpoint."""
     rows = exported_rows(reader.config)
@@ -93,14 +91,14 @@ def export_from(
     ):
         # First, because what they need may be missing.
         write_files(reader.folder, reader.config, folder, dtype)
-        done = 0
-        for row, infos in plan:
-            tensors = row.transform.to_hf(reader.get(row.megatron, row.expert))
-            for name, tensor in zip(row.hf, tensors, strict=True):
-                writer.write(name, tensor)
-            done += sum(info.num_bytes for info in infos)
-            if progress is not None:
-                progress(done, total)
+        counter = ProgressCounter(total, progress)
+        for row, _ in plan:
+            to_hf = row.transform.to_hf
+            whole = reader.get_bytes(row.megatron, row.expert)
+            parts = transformed(lambda whole, to_hf=to_hf: to_hf(whole[0]), [whole])
+            for name, part in zip(row.hf, parts, strict=True):
+                writer.write(name, part)
+            counter.add(whole.info.num_bytes)
         writer.finish()
 
 

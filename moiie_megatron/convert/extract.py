@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from moiie_megatron.checkpoint.directory import check_output
 from moiie_megatron.config.messages import listed
 from moiie_megatron.config.schema import MoEConfig, RunConfig
 from moiie_megatron.convert.dcp.reader import CheckpointReader
-from moiie_megatron.convert.export import MARKER, Progress, export_from, exported_rows
+from moiie_megatron.convert.export import MARKER, export_from, exported_rows
+from moiie_megatron.convert.tensor_bytes import TensorBytes
 from moiie_megatron.families import weight_map
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.progress import ProgressFn
 
 
 def extract_expert(
@@ -27,7 +27,7 @@ def extract_expert(
     out: str | Path,
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> Path:
     """Write a dense model that transformers loads with ``trust_remote_code=True``.
 
@@ -101,6 +101,6 @@ class OneExpert:
         """Shape and dtype of a tensor of the dense model; ``expert`` is always None."""
         return self._reader.info(*self._sources.get(name, (name, expert)))
 
-    def get(self, name: str, expert: int | None = None) -> Tensor:
+    def get_bytes(self, name: str, expert: int | None = None) -> TensorBytes:
         """A tensor of the dense model."""
-        return self._reader.get(*self._sources.get(name, (name, expert)))
+        return self._reader.get_bytes(*self._sources.get(name, (name, expert)))

@@ -16,33 +16,23 @@ from typing import Any
 
 from torch import Tensor
 
-from moiie_megatron.checkpoint.directory import (
-    CONFIG_FILE,
-    check_output,
-    copy_tokenizer,
-    new_directory,
-)
-from moiie_megatron.config.load import dump_config
+from moiie_megatron.checkpoint.directory import check_output, copy_tokenizer
 from moiie_megatron.config.schema import LanguageConfig, RunConfig
+from moiie_megatron.convert.checkpoint_output import MARKER, checkpoint_output, initial_state
 from moiie_megatron.convert.conversion_report import ConversionReport
-from moiie_megatron.convert.dcp.writer import CheckpointWriter
-from moiie_megatron.convert.default_run_config import run_from_checkpoint
+from moiie_megatron.convert.default_run_config import run_from_checkpoint, template_of
+from moiie_megatron.convert.fresh_weights import fresh_connector
 from moiie_megatron.convert.hf.config import read_config, read_language_config, read_moe_config
 from moiie_megatron.convert.hf.reader import HfReader, language_reader, vision_reader
 from moiie_megatron.convert.hf.trained_experts import Groups, TrainedExperts, read_trained_experts
 from moiie_megatron.convert.hf.trained_vision import Tower, find_vision
-from moiie_megatron.convert.upcycle import (
-    MARKER,
-    Progress,
-    common_state,
-    fresh_connector,
-    template_of,
-)
+from moiie_megatron.convert.tensor_bytes import TensorBytes
 from moiie_megatron.families import weight_map
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.layout.experts import moe_layers
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.progress import ProgressFn
 
 _FIRST = f"{weight_map.CONNECTOR}linear_1.weight"
 _SEED = 1234  # of a fresh connector, and of the run in the checkpoint
@@ -65,7 +55,7 @@ def import_checkpoint(
     groups: Groups | None = None,
     last_image_token_as_text: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> Imported:
     """Write a checkpoint that training can go on from and that can be exported.
 
@@ -98,22 +88,17 @@ def import_checkpoint(
         "vision": str(source.tower.directory),
         "last_image_token_as_text": config.moe.last_image_token_as_text,
     }
-    total = sum(info.num_bytes for _, info in plan)
-    with (
-        new_directory(out, num_bytes=total, force=force, ours=MARKER) as folder,
-        ConversionReport(operation, source.files) as receipt,
-        CheckpointWriter(folder) as writer,
-    ):
-        done = 0
-        for row, info in plan:
-            _write(row, weights.get(row), config, writer, receipt)
-            done += info.num_bytes
-            if progress is not None:
-                progress(done, total)
-        (folder / CONFIG_FILE).write_text(dump_config(config))
-        copy_tokenizer(directory, folder)
-        receipt.write(folder)
-        writer.finish(common_state(_SEED))
+    with checkpoint_output(
+        out,
+        num_bytes=sum(info.num_bytes for _, info in plan),
+        force=force,
+        progress=progress,
+        report=ConversionReport(operation, source.files),
+    ) as output:
+        for row, _ in plan:
+            output.write(row, weights.get_bytes(row), config.moe.layout)
+        copy_tokenizer(directory, output.directory)
+        output.finish(config, initial_state(_SEED))
     return Imported(out, tuple(_notes(source, config)))
 
 
@@ -232,12 +217,12 @@ class _Weights:
             )
         return info
 
-    def get(self, row: WeightMapping) -> Tensor:
+    def get_bytes(self, row: WeightMapping) -> TensorBytes:
         if row.megatron in self._connector:
-            return self._connector[row.megatron]
-        tensor = self._reader(row).get(row.megatron, row.expert)
-        assert tensor is not None, row
-        return tensor
+            return TensorBytes.of(self._connector[row.megatron])
+        data = self._reader(row).get_bytes(row.megatron, row.expert)
+        assert data is not None, row
+        return data
 
     def _info(self, row: WeightMapping) -> TensorInfo:
         if row.megatron in self._connector:
@@ -249,29 +234,6 @@ class _Weights:
     def _reader(self, row: WeightMapping) -> HfReader:
         is_vision = row.megatron.startswith(weight_map.VISION)
         return self._source.vision if is_vision else self._source.decoder
-
-
-def _write(
-    row: WeightMapping,
-    tensor: Tensor,
-    config: RunConfig,
-    writer: CheckpointWriter,
-    receipt: ConversionReport,
-) -> None:
-    name, layout = row.megatron, config.moe.layout
-    if row.expert is None:
-        add = receipt.add_router if weight_map.ROUTER in name else receipt.add
-        add(name, tensor, writer.write(name, tensor))
-        return
-    assert row.layer is not None
-    receipt.add_expert(
-        name,
-        tensor,
-        writer.write_expert(name, tensor, row.expert, layout.num_experts),
-        layer=row.layer,
-        expert=layout.name(row.expert),
-        dense=None,  # trained apart
-    )
 
 
 def _notes(source: _Source, config: RunConfig) -> list[str]:

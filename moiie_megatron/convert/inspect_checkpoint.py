@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moiie_megatron.checkpoint.directory import RECEIPT_FILE
+from moiie_megatron.checkpoint.directory import EARLIER_REPORT_FILE, REPORT_FILE
 from moiie_megatron.convert.dcp.reader import CheckpointReader
 from moiie_megatron.families import weight_map
 from moiie_megatron.utils.errors import UserError
@@ -21,7 +21,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     Returns:
         ``parts`` maps language, experts, routers, vision, connector and optimizer
         to tensors, parameters, bytes and dtypes; the rest is from the configuration, the common
-        state and the receipt.
+        state and the conversion report.
 
     Raises:
         UserError: The folder is no complete checkpoint, or one of a newer version.
@@ -38,7 +38,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         dtype = str(info.dtype).removeprefix("torch.")
         part["dtypes"] = sorted({*part["dtypes"], dtype})
     files = [file for file in reader.folder.iterdir() if file.is_file()]
-    receipt = reader.folder / RECEIPT_FILE
+    reports = (reader.folder / name for name in (REPORT_FILE, EARLIER_REPORT_FILE))
+    report = next((file for file in reports if file.is_file()), None)
     return {
         "folder": str(reader.folder),
         "format_version": reader.common["format_version"],
@@ -50,7 +51,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "variant": config.moe.variant if config.moe_layers else "dense",
         "experts": [layout.name(i) for i in range(layout.num_experts)] if config.moe_layers else [],
         "moe_layers": config.moe_layers,
-        "receipt": _receipt(receipt) if receipt.is_file() else None,
+        "conversion": None if report is None else _conversion(report),
     }
 
 
@@ -68,17 +69,17 @@ def format_description(description: dict[str, Any]) -> str:
             f"  {name:<10} {part['tensors']:>5} tensors {part['parameters'] / 1e6:>10.2f} M "
             f"values {part['bytes'] / 1e9:>8.3f} GB  {', '.join(part['dtypes'])}"
         )
-    receipt = description["receipt"]
-    if receipt is not None:
-        line = f"receipt: {receipt['operation']} by {receipt['tool']}"
-        if receipt["experts"]:
-            equal = f"{receipt['equal_experts']} of {receipt['experts']}"
+    conversion = description["conversion"]
+    if conversion is not None:
+        line = f"conversion: {conversion['operation']} by {conversion['tool']}"
+        if conversion["experts"]:
+            equal = f"{conversion['equal_experts']} of {conversion['experts']}"
             line += f", experts that equal the dense FFN: {equal}"
         lines.append(line)
     return "\n".join(lines)
 
 
-def _receipt(file: Path) -> dict[str, Any]:
+def _conversion(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
         equal = [x for layer in content["experts_equal_dense_ffn"].values() for x in layer.values()]

@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-from moiie_megatron.checkpoint.directory import CONFIG_FILE, check_output, new_directory
+from moiie_megatron.checkpoint.directory import CONFIG_FILE, check_output
 from moiie_megatron.checkpoint.manifest import MANIFEST_FILE, write_manifest
-from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import ParallelConfig, RunConfig
 from moiie_megatron.config.validate import check_config
+from moiie_megatron.convert.checkpoint_output import MARKER, checkpoint_output
 from moiie_megatron.convert.dcp.reader import CheckpointReader
 from moiie_megatron.convert.dcp.shard_plan import TensorShards, shard_plan, unsplit
-from moiie_megatron.convert.dcp.writer import CheckpointWriter
-from moiie_megatron.convert.upcycle import MARKER
 from moiie_megatron.families.weight_map import model_rows
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.progress import ProgressFn
 
 # Optimizer state is named after the weight that it belongs to, and cut like it.
 _OPTIMIZER = re.compile(r"^optimizer\.state\.\w+\.")
 _WRITTEN_ANEW = (".metadata", "metadata.json", "common.pt", CONFIG_FILE, MANIFEST_FILE)
-
-Progress = Callable[[int, int], object]  # bytes done, bytes in all
 
 
 def reshard_checkpoint(
@@ -37,7 +33,7 @@ def reshard_checkpoint(
     parallel: ParallelConfig,
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> Path:
     """Write a copy of a checkpoint, cut for a layout.
 
@@ -63,27 +59,18 @@ def reshard_checkpoint(
     config = _with_layout(reader.config, parallel)
     by_file = _plan(reader, config)
     total = sum(info.num_bytes for info in reader.tensors.values())
-    with (
-        new_directory(out, num_bytes=total, force=force, ours=MARKER) as folder,
-        CheckpointWriter(folder) as writer,
-    ):
-        done = 0
+    with checkpoint_output(out, num_bytes=total, force=force, progress=progress) as output:
         for _, pieces in sorted(by_file.items()):
-            writer.new_file()
+            output.writer.new_file()
             for name, cut in pieces:
-                info = reader.tensors[name]
                 part = reader.get_part(name, cut.offsets, cut.shape)
-                writer.write_part(name, part, info.shape, cut.offsets)
-                done += cut.numel * info.dtype.itemsize
-                if progress is not None:
-                    progress(done, total)
-        writer.new_file()
+                output.write_part(name, part, reader.tensors[name].shape, cut.offsets)
+        output.writer.new_file()
         for name in reader.objects:
-            writer.write_object(name, reader.get_object(name))
-        _copy_files(reader.folder, folder)
-        (folder / CONFIG_FILE).write_text(dump_config(config))
-        writer.finish(reader.common)
-        write_manifest(folder)
+            output.writer.write_object(name, reader.get_object(name))
+        _copy_files(reader.folder, output.directory)
+        output.finish(config, reader.common)
+        write_manifest(output.directory)
     return out
 
 
@@ -115,7 +102,7 @@ def _plan(
 
 
 def _copy_files(source: Path, folder: Path) -> None:
-    """Tokenizer, processor, receipt: whatever is not written anew."""
+    """Tokenizer, processor, conversion report: whatever is not written anew."""
     for file in source.iterdir():
         if file.is_file() and file.suffix != ".distcp" and file.name not in _WRITTEN_ANEW:
             shutil.copy(file, folder / file.name)

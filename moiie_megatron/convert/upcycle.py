@@ -13,25 +13,20 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from moiie_megatron.checkpoint.directory import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    PROCESSOR_FILES,
-    check_output,
-    copy_tokenizer,
-    new_directory,
-)
-from moiie_megatron.config.load import dump_config
+from moiie_megatron.checkpoint.directory import PROCESSOR_FILES, check_output, copy_tokenizer
 from moiie_megatron.config.schema import LanguageConfig, MoEConfig, RunConfig
+from moiie_megatron.convert.checkpoint_output import (
+    MARKER,
+    CheckpointOutput,
+    checkpoint_output,
+    initial_state,
+)
 from moiie_megatron.convert.conversion_report import ConversionReport
-from moiie_megatron.convert.dcp.writer import CheckpointWriter
-from moiie_megatron.convert.default_run_config import run_from_checkpoint
-from moiie_megatron.convert.expert_noise import with_noise
+from moiie_megatron.convert.default_run_config import run_from_checkpoint, template_of
+from moiie_megatron.convert.fresh_weights import fresh_connector, fresh_router, with_noise
 from moiie_megatron.convert.hf.config import (
     read_language_config,
     read_moe_config,
@@ -43,19 +38,14 @@ from moiie_megatron.convert.hf.reader import (
     language_reader,
     vision_reader,
 )
-from moiie_megatron.data.encode.tokenizers import load_tokenizer
+from moiie_megatron.convert.tensor_bytes import TensorBytes
 from moiie_megatron.families import weight_map
 from moiie_megatron.families.registry import language_family
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.layout.experts import Variant, moe_layers
-from moiie_megatron.moe.router_init import fresh_gate
 from moiie_megatron.utils.errors import UserError
-from moiie_megatron.vlm.connector import Connector
-
-MARKER = "metadata.json"  # by which a checkpoint is recognised before it is replaced
-
-Progress = Callable[[int, int], object]  # bytes done, bytes in all
+from moiie_megatron.utils.progress import ProgressFn
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ def upcycle_checkpoint(
     *,
     connector: str | Path | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> Path:
     """Write a checkpoint that training can start from and that can be exported.
 
@@ -155,25 +145,20 @@ def upcycle_checkpoint(
         "connector": None if connector is None else str(connector),
         "options": asdict(options),
     }
-    total = sum(piece.info.num_bytes for piece in pieces)
-    with (
-        new_directory(out, num_bytes=total, force=force, ours=MARKER) as folder,
-        ConversionReport(operation, sources.files) as receipt,
-        CheckpointWriter(folder) as writer,
-    ):
-        done = 0
+    with checkpoint_output(
+        out,
+        num_bytes=sum(piece.info.num_bytes for piece in pieces),
+        force=force,
+        progress=progress,
+        report=ConversionReport(operation, sources.files),
+    ) as output:
         for piece in pieces:
-            _write(piece, config, options.perturb, writer, receipt)
-            done += piece.info.num_bytes
-            if progress is not None:
-                progress(done, total)
-        (folder / CONFIG_FILE).write_text(dump_config(config))
-        copy_tokenizer(llm, folder)
+            _write(piece, config, options.perturb, output)
+        copy_tokenizer(llm, output.directory)
         for name in PROCESSOR_FILES:
             if (vision / name).is_file():
-                shutil.copy(vision / name, folder / name)
-        receipt.write(folder)
-        writer.finish(common_state(options.seed))
+                shutil.copy(vision / name, output.directory / name)
+        output.finish(config, initial_state(options.seed))
     return out
 
 
@@ -189,9 +174,11 @@ class _Sources:
         reader = self._reader(name)
         return None if reader is None else reader.info(name, expert)
 
-    def get(self, name: str, expert: int | None) -> Tensor | None:
+    def get_bytes(self, name: str, expert: int | None) -> TensorBytes:
         reader = self._reader(name)
-        return None if reader is None else reader.get(name, expert)
+        data = None if reader is None else reader.get_bytes(name, expert)
+        assert data is not None, name  # `info` was asked first
+        return data
 
     def _reader(self, name: str) -> HfReader | None:
         return next((r for prefix, r in self.readers.items() if name.startswith(prefix)), None)
@@ -238,20 +225,13 @@ def _groups(moe: MoEConfig) -> tuple[int, int, int]:
     return (moe.layout.num_vision, moe.layout.num_shared, moe.layout.num_text)
 
 
-def template_of(llm: Path, language: LanguageConfig) -> str:
-    """``stage.template``: the tokenizer's own where it has one."""
-    if load_tokenizer(llm).chat_template is not None:
-        return "tokenizer"
-    return language_family(language.family).default_template
-
-
 @dataclass(frozen=True)
 class _Piece:
     """A tensor that is going to be written; of experts one expert's part."""
 
     row: WeightMapping
     info: TensorInfo
-    read: Callable[[], Tensor]
+    read: Callable[[], TensorBytes]
 
 
 def _plan(config: RunConfig, sources: _Sources) -> list[_Piece]:
@@ -265,14 +245,14 @@ def _plan(config: RunConfig, sources: _Sources) -> list[_Piece]:
     for row in (row for group in by_name.values() for row in group):
         name, shape = row.megatron, row.full_shape
         info = sources.info(name, row.expert)
-        read: Callable[[], Tensor | None]
+        read: Callable[[], TensorBytes]
         if info is not None:
-            read = partial(sources.get, name, row.expert)
+            read = partial(sources.get_bytes, name, row.expert)
         elif weight_map.ROUTER in name:
-            read = partial(_fresh_router, config, row, sources.dtype)
+            read = partial(TensorBytes.of, fresh_router(config, row, sources.dtype))
         else:
             fresh = new_connector[name.removeprefix(weight_map.CONNECTOR)].to(sources.dtype)
-            read = partial(torch.clone, fresh)
+            read = partial(TensorBytes.of, fresh)
         info = info or TensorInfo(shape, sources.dtype)
         if info.shape != shape:
             raise UserError(
@@ -283,59 +263,20 @@ def _plan(config: RunConfig, sources: _Sources) -> list[_Piece]:
     return pieces
 
 
-def _fresh_router(config: RunConfig, row: WeightMapping, dtype: torch.dtype) -> Tensor:
-    assert row.layer is not None
-    return fresh_gate(
-        row.full_shape,
-        seed=config.train.seed,
-        layer_number=row.layer + 1,
-        router=config.moe.layout.routers.index(row.megatron.rpartition(".")[2]),
-        std=config.moe.router_init_std,
-    ).to(dtype)
-
-
-def fresh_connector(config: RunConfig) -> dict[str, Tensor]:
-    """PyTorch's initialisation of linear layers, as in training."""
-    hidden = config.language.hidden_size
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
-        inner = config.connector.hidden_size or hidden
-        return Connector(config.vision.hidden_size, inner, hidden).state_dict()
-
-
-def _write(
-    piece: _Piece,
-    config: RunConfig,
-    perturb: float,
-    writer: CheckpointWriter,
-    receipt: ConversionReport,
-) -> None:
-    name, expert, tensor = piece.row.megatron, piece.row.expert, piece.read()
-    if expert is None:
-        add = receipt.add_router if weight_map.ROUTER in name else receipt.add
-        add(name, tensor, writer.write(name, tensor))
-        return
-    layout, layer, dense = config.moe.layout, piece.row.layer, tensor
-    assert layer is not None
-    if perturb:
-        part = int(name.endswith("linear_fc2.weight"))
-        tensor = with_noise(
-            tensor, perturb, seed=config.train.seed, layer=layer, expert=expert, part=part
-        )
-    receipt.add_expert(
-        name,
-        tensor,
-        writer.write_expert(name, tensor, expert, layout.num_experts),
-        layer=layer,
-        expert=layout.name(expert),
-        dense=None if language_family(config.language.family).has_experts else dense,
-    )
-
-
-def common_state(seed: int) -> dict[str, Any]:
-    """The common state of a checkpoint in which no step has been taken (``store.py``)."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "world_size": 1,
-        "progress": {"step": 0, "consumed_samples": 0, "num_samples": 0, "seed": seed},
-    }
+def _write(piece: _Piece, config: RunConfig, perturb: float, output: CheckpointOutput) -> None:
+    row, data, dense = piece.row, piece.read(), None
+    if row.expert is not None:
+        assert row.layer is not None
+        if not language_family(config.language.family).has_experts:
+            dense = data
+        if perturb:
+            noisy = with_noise(
+                data.tensor(),
+                perturb,
+                seed=config.train.seed,
+                layer=row.layer,
+                expert=row.expert,
+                part=int(row.megatron.endswith("linear_fc2.weight")),
+            )
+            data = TensorBytes.of(noisy)
+    output.write(row, data, config.moe.layout, dense)

@@ -8,7 +8,7 @@ compared with the FFN: equal is what upcycling makes them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,11 +17,10 @@ from torch import Tensor
 from moiie_megatron.convert.open_model import Key, Weights
 from moiie_megatron.families import weight_map
 from moiie_megatron.utils.digest import same_bytes
+from moiie_megatron.utils.progress import ProgressCounter, ProgressFn
 
 _DENSE_FFN = ".mlp.linear_fc1.weight"
 _BLOCK = 1 << 24  # values that are subtracted at a time
-
-Progress = Callable[[int, int], object]  # bytes compared, bytes in all
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class TensorReport:
         return lines
 
 
-def compare_tensors(a: Weights, b: Weights, progress: Progress | None = None) -> TensorReport:
+def compare_tensors(a: Weights, b: Weights, progress: ProgressFn | None = None) -> TensorReport:
     """Compare all tensors of two models, one pair in memory at a time.
 
     Routers where the other side has a dense FFN, and vision tower and connector where the other
@@ -103,7 +102,7 @@ def compare_tensors(a: Weights, b: Weights, progress: Progress | None = None) ->
     pairs = list(_pairs(a, b, report.skipped))
     sizes = [a.info(*x).num_bytes if x is not None else b.info(*y).num_bytes for x, y in pairs]
     sides = (_Side(a), _Side(b))
-    done = 0
+    counter = ProgressCounter(sum(sizes), progress)
     for (of_a, of_b), size in zip(pairs, sizes, strict=True):
         name = _label(a, of_a, b, of_b)
         if of_a is None or of_b is None:
@@ -113,9 +112,7 @@ def compare_tensors(a: Weights, b: Weights, progress: Progress | None = None) ->
             report.compared += 1
             report.dense_pairs += of_a[1] != of_b[1]
             _compare(report, name, sides[0].get(of_a), sides[1].get(of_b))
-        done += size
-        if progress is not None:
-            progress(done, sum(sizes))
+        counter.add(size)
     return report
 
 

@@ -20,15 +20,18 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.fill_model import fill_model
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.mcore.parallel import ParallelContext
-from moiie_megatron.training.logging.router_stats import RoutingCounters
+from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import count_tokens, evaluate_loss, run_schedule
-from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.build import build_model
 from moiie_megatron.vlm.model import MoIIEModel
 
 # What a piece of a tensor is: its name, the full shape, where it starts, and the numbers.
 _Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
+
+
+class ShardMismatch(Exception):
+    """The ranks do not hold one model: replicas differ, or some part is on no rank."""
 
 
 def record_step(
@@ -48,7 +51,7 @@ def record_step(
         optimizer) by logical tensor name, and ``loss``, ``eval_loss``, ``aux``; elsewhere None.
 
     Raises:
-        UserError: Replicas of a tensor differ between ranks.
+        ShardMismatch: Replicas of a tensor differ between ranks.
     """
     # Gradients are whole on every rank only without the distributed optimizer's shards.
     config = config.model_copy(
@@ -109,7 +112,7 @@ def _gather(kind: str, pieces: Iterator[_Piece], context: ParallelContext) -> di
     """Full tensors on rank 0, an empty dictionary elsewhere.
 
     Raises:
-        UserError: Two ranks hold different values of the same piece; on all ranks.
+        ShardMismatch: Two ranks hold different values of the same piece; on all ranks.
     """
     received: list[list[_Piece]] | None = [[]] * context.size if context.rank == 0 else None
     dist.gather_object(list(pieces), received)
@@ -117,11 +120,11 @@ def _gather(kind: str, pieces: Iterator[_Piece], context: ParallelContext) -> di
     problem = [""]
     try:
         full = _whole(kind, received or [])
-    except ValueError as error:
+    except ShardMismatch as error:
         problem = [str(error)]
     dist.broadcast_object_list(problem, src=0)
     if problem[0]:
-        raise UserError(problem[0])
+        raise ShardMismatch(problem[0])
     return full
 
 
@@ -129,7 +132,7 @@ def _whole(kind: str, received: list[list[_Piece]]) -> dict[str, Tensor]:
     """Full tensors from the pieces of all ranks.
 
     Raises:
-        UserError: Two ranks hold different values of the same piece, or none holds some part.
+        ShardMismatch: Two ranks hold different values of the same piece, or none holds some part.
     """
     full: dict[str, Tensor] = {}
     for rank_pieces in received:
@@ -139,14 +142,14 @@ def _whole(kind: str, received: list[list[_Piece]]) -> dict[str, Tensor]:
             seen = ~place.isnan()
             difference = (place - part)[seen].abs().max() if seen.any() else torch.zeros(())
             if difference > 1e-5 * part.abs().max():
-                raise UserError(
+                raise ShardMismatch(
                     f"{kind} of {name} differs by {float(difference):.2e} between ranks that "
                     "hold the same piece."
                 )
             place.copy_(part)
     for name, whole in full.items():
         if whole.isnan().any():
-            raise UserError(f"{name} is not held completely by any set of ranks, or is NaN.")
+            raise ShardMismatch(f"{name} is not held completely by any set of ranks, or is NaN.")
     return full
 
 
@@ -163,11 +166,11 @@ def differences(
         ``loss``, ``eval_loss``, ``aux``, ``grad`` and ``next``.
 
     Raises:
-        UserError: The records hold different tensors.
+        ValueError: The records hold different tensors.
     """
     if record.keys() != reference.keys():
         odd = sorted(record.keys() ^ reference.keys())
-        raise UserError(f"The layouts hold different tensors: {', '.join(odd[:5])}.")
+        raise ValueError(f"The layouts hold different tensors: {', '.join(odd[:5])}.")
     errors: dict[str, list[tuple[float, float, str]]] = {}
     for name, want in reference.items():
         kind = name.split("/")[0]

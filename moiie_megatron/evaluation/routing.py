@@ -19,7 +19,7 @@ from moiie_megatron.data.stream.example import Example
 from moiie_megatron.layout.token_types import PADDING
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.moe.router import ModalityRouter
-from moiie_megatron.training.logging.router_stats import RoutingCounters
+from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.step import run_schedule
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.model import MoIIEModel

@@ -161,5 +161,5 @@ def score(
 def _prompt(generator: Generator, loader: ImageLoader, record: Record) -> Prompt:
     try:
         return generator.prompt(record.turns[:-1], [loader.load(path) for path in record.images])
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"Question {record.id}: {error}") from error

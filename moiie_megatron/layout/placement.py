@@ -71,7 +71,8 @@ def balanced(
         loads: Measured tokens by logical expert; otherwise uniform choice within each router.
 
     Raises:
-        UserError: ``ep_size`` does not divide the experts, or the loads are of another number.
+        UserError: ``ep_size`` does not divide the experts.
+        ValueError: The loads are of another number.
     """
     if layout.num_experts % ep_size:
         raise UserError(
@@ -79,7 +80,7 @@ def balanced(
             "divisor."
         )
     if loads is not None and len(loads) != layout.num_experts:
-        raise UserError(
+        raise ValueError(
             f"There are {len(loads)} loads for {layout.num_experts} experts: give one per expert."
         )
     used = expected_loads(layout, image_fraction) if loads is None else [float(x) for x in loads]

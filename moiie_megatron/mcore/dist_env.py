@@ -5,6 +5,7 @@ Torch is imported only to find the others.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -62,6 +63,9 @@ def connect_store(dist_env: DistEnv, timeout: timedelta = timedelta(minutes=10))
 
     if dist_env.world_size == 1:
         return dist.HashStore()
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(f"{name} is not set in the environment: start with torchrun.")
     found = dist.rendezvous("env://", dist_env.rank, dist_env.world_size, timeout=timeout)
     store: Store = next(found)[0]
     store.set_timeout(timeout)

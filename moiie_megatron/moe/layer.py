@@ -20,7 +20,6 @@ from torch import Tensor
 from moiie_megatron.moe.dispatcher import rows_by_rank
 from moiie_megatron.moe.grouped_mlp import GroupedExperts
 from moiie_megatron.moe.router import ModalityRouter, RouterSettings, modality_masks
-from moiie_megatron.utils.errors import UserError
 
 
 class MoIIELayer(MoELayer):
@@ -72,19 +71,19 @@ class MoIIELayer(MoELayer):
             ``(s, b, h)`` and no bias.
 
         Raises:
-            UserError: No token types, or types of another shape: there is no safe default
+            ValueError: No token types, or types of another shape: there is no safe default
                 (all-text would train the wrong experts in silence).
         """
         token_types = padding_mask
         s, b, _ = hidden_states.shape
         if token_types is None or token_types.shape != (b, s):
             got = "none" if token_types is None else f"shape {tuple(token_types.shape)}"
-            raise UserError(
+            raise ValueError(
                 f"MoIIE layer {self.layer_number} got {got} as token types for hidden states of "
                 f"sequence {s} and batch {b}: pass int8 token types ({b}, {s}) with the batch."
             )
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
-            raise UserError(
+            raise ValueError(
                 f"parallel.tensor is {self.attn_tp_group.size()} without sequence parallelism: "
                 "set parallel.sequence to true, every rank would compute every token."
             )

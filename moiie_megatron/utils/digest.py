@@ -1,49 +1,48 @@
-"""Digests of files and tensors, and equality of their bytes."""
+"""Digests of files and bytes, and equality of tensors.
+
+Two algorithms: SHA-256 for small files that anybody may want to check (``sha256sum``), and
+XXH3-128 for weights, which conversions hash as fast as they read them; it tells different bytes
+apart, it does not protect against somebody who makes two files alike on purpose.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import mmap
-import zlib
 from pathlib import Path
+from typing import Final
 
 import torch
+import xxhash
 from torch import Tensor
 
 from moiie_megatron.utils.errors import UserError
 
-_BLOCK = 64 << 20  # bytes of a file that are mapped at a time
+SHA256: Final = "sha256"
+XXH3_128: Final = "xxh3_128"
 
 
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits.
+_ALGORITHMS: Final = {SHA256: hashlib.sha256, XXH3_128: xxhash.xxh3_128}
+
+
+def file_digest(file: Path, algorithm: str = SHA256) -> str:
+    """The digest of a file, as hexadecimal digits.
+
+    Args:
+        algorithm: ``SHA256`` or ``XXH3_128``.
 
     Raises:
         UserError: It cannot be read.
     """
-    digest = hashlib.sha256()
     try:
         with file.open("rb") as stream:
-            size = file.stat().st_size
-            for start in range(0, size, _BLOCK):
-                length = min(_BLOCK, size - start)
-                access = mmap.ACCESS_READ
-                with mmap.mmap(stream.fileno(), length, access=access, offset=start) as block:
-                    digest.update(block)
-    except (OSError, ValueError) as error:
+            return hashlib.file_digest(stream, _ALGORITHMS[algorithm]).hexdigest()
+    except OSError as error:
         raise UserError(f"{file} cannot be read ({error}): copy it again.") from error
-    return digest.hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The values of a CPU tensor in row-major order, without a copy where they lie so."""
     return memoryview(_flat(tensor).view(torch.uint8).numpy())
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """CRC-32 of ``tensor_bytes``, as hexadecimal digits: three times as fast as SHA-256, and
-    enough to tell where two checkpoints differ."""
-    return f"{zlib.crc32(tensor_bytes(tensor)):08x}"
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from moiie_megatron.layout.token_types import IMAGE
-from moiie_megatron.utils.errors import UserError
 
 
 def merge_images(embeddings_sbh: Tensor, features_nph: Tensor, token_types_bs: Tensor) -> Tensor:
@@ -21,14 +20,14 @@ def merge_images(embeddings_sbh: Tensor, features_nph: Tensor, token_types_bs: T
         ``(s, b, h)`` in the dtype of the embeddings.
 
     Raises:
-        UserError: The numbers of image positions and of image features differ.
+        ValueError: The numbers of image positions and of image features differ.
     """
     n, p, _ = features_nph.shape
     is_image_bs = token_types_bs == IMAGE
     # One host sync per micro-batch, on the first pipeline stage alone.
     positions = int(is_image_bs.sum())
     if positions != n * p:
-        raise UserError(
+        raise ValueError(
             f"The tokens hold {positions} image positions, but there are {n} images of {p} image "
             f"tokens each ({n * p}): every placeholder must be expanded to {p} image ids."
         )

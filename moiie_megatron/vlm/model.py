@@ -16,7 +16,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moiie_megatron.layout.token_types import TEXT
-from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.connector import Connector
 from moiie_megatron.vlm.language_model import LanguageModel
 from moiie_megatron.vlm.merge import merge_images
@@ -101,12 +100,12 @@ class MoIIEModel(MegatronModule):
             where there is no label), or without labels the logits ``(b, s, vocabulary)``.
 
         Raises:
-            UserError: Token types of another shape than the tokens, or a number of image
+            ValueError: Token types of another shape than the tokens, or a number of image
                 positions that does not match the images.
         """
         if token_types is None or token_types.shape != tokens.shape:
             got = None if token_types is None else tuple(token_types.shape)
-            raise UserError(
+            raise ValueError(
                 f"The token types have shape {got}, the tokens {tuple(tokens.shape)}: every token "
                 "needs one."
             )

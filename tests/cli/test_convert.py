@@ -64,7 +64,7 @@ def test_upcycle_inspect_export(sources: list[str], convert: _Convert, tmp_path:
     assert found["parts"]["experts"]["parameters"] == 2 * 8 * 3 * 32 * 48
     assert found["parts"]["routers"]["parameters"] == 2 * 2 * 6 * 32
     assert found["parts"]["language"]["dtypes"] == ["float32"]
-    assert found["receipt"]["experts"] == 16 and found["receipt"]["equal_experts"] == 0
+    assert found["conversion"]["experts"] == 16 and found["conversion"]["equal_experts"] == 0
     text = convert("inspect", checkpoint).check().stdout
     assert "experts that equal the dense FFN: 0 of 16" in text and "shared.3" in text
     convert("export", "--ckpt", checkpoint, "--out", out).check()

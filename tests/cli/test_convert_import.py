@@ -47,7 +47,7 @@ def _convert(*arguments: str | Path) -> Finished:
 def test_import_then_extract(trained: Path, tmp_path: Path) -> None:
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "dense"
     first = _convert("import", "--hf", trained, "--out", checkpoint).check()
-    assert first.stdout.startswith(f"{checkpoint}: see receipt.json")
+    assert first.stdout.startswith(f"{checkpoint}: see conversion_report.json")
     assert "import it with --last-image-token-as-text" in first.stdout
     again = _convert(
         "import", "--hf", trained, "--out", checkpoint, "--last-image-token-as-text", "--force"

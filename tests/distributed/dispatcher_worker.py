@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, ini
 from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher, destinations
 from moiie_megatron.moe.layer import MoIIELayer
 from tests.parity import golden
-from tests.parity.test_blocks import BLOCKS, MOIIE_8, build_layer, reference_names
+from tests.parity.blocks import BLOCKS, MOIIE_8, build_layer, reference_names
 
 HIDDEN = 32
 
@@ -188,9 +189,9 @@ def main() -> None:
     size = launch.world_size
     keys = dist.PrefixStore(f"ep{size}", connect_store(launch))
     context = init_parallel(ParallelConfig(expert=size), launch, device="cpu", store=keys)
-    for name in checks(size, context):
-        if context.rank == 0:
-            print(f"ok {name}", flush=True)
+    passed = list(checks(size, context))
+    if context.rank == 0:
+        print(json.dumps(passed), flush=True)
     destroy_parallel()
 
 

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import shutil
-import time
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from tests.distributed.conftest import SAVE_EVERY, STEPS, joint_values
-from tests.distributed.test_layouts import assert_same_course
+from tests.distributed.joint_runs import SAVE_EVERY, STEPS, assert_same_course, joint_values
+from tests.helpers.checkpoints import plain_tensors
 from tests.helpers.launch import TRAIN, command, kill_group, run, started
+from tests.helpers.pause import Pause
 from tests.helpers.tiny_run import read_metrics, read_routing, write_config
 
 # The time limit counts the runs, which the first test of a session waits for.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def plain_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint by name, whole, read by torch alone."""
-    state: dict[str, Any] = {}
-    _load_state_dict(
-        state,
-        storage_reader=FileSystemReader(checkpoint),
-        planner=_EmptyStateDictLoadPlanner(),
-        no_dist=True,
-    )
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def test_killed_run_goes_on_as_if_nothing_had_happened(
@@ -46,15 +31,14 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(
         parallel={"expert": 2},
         checkpoint={"interval": SAVE_EVERY},
     )
-    words = command(TRAIN, [write_config(tmp_path / "killed.yaml", values)], processes=2)
-    log = (tmp_path / "log").open("w")
-    with log, started(words, stdout=log.fileno(), stderr=log.fileno()) as process:
-        deadline = time.monotonic() + 120
-        while len(read_metrics(output)) <= SAVE_EVERY and process.poll() is None:
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(0.01)
-        kill_group(process)
-    assert SAVE_EVERY < len(read_metrics(output)) < STEPS, (tmp_path / "log").read_text()[-3000:]
+    arguments = [write_config(tmp_path / "killed.yaml", values)]
+    pause, log = Pause(tmp_path / "pause"), tmp_path / "log"
+    hook = pause.before_step(SAVE_EVERY + 2)
+    real = command(TRAIN, arguments, processes=2, hook=hook, interpreter=sys.executable)
+    with log.open("w") as file, started(real, stdout=file.fileno(), stderr=file.fileno()) as job:
+        pause.wait(2, log.read_text)
+        kill_group(job)
+    assert len(read_metrics(output)) == SAVE_EVERY + 1
     checkpoints = output / "checkpoints"
     assert (checkpoints / "latest").read_text().strip() == f"step_{SAVE_EVERY:07d}"
     # What a kill in the middle of a save leaves behind, whether this one did or not.
@@ -62,7 +46,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(
     torn.mkdir()
     (torn / "__0_0.distcp").write_bytes(b"half")
 
-    again = run(words, timeout=120).check()
+    again = run(command(TRAIN, arguments, processes=2), timeout=120).check()
 
     assert f"going on from {checkpoints / f'step_{SAVE_EVERY:07d}'}" in again.stdout
     assert sorted(path.name for path in checkpoints.iterdir()) == [

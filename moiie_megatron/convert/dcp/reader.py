@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION, find_checkpoint
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.convert.dcp.tensor_archive import read_piece
+from moiie_megatron.convert.dcp.tensor_archive import StoredPiece, find_piece, read_piece
+from moiie_megatron.convert.tensor_bytes import Part, TensorBytes
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.utils.errors import UserError
 
@@ -101,6 +102,35 @@ class CheckpointReader:
         self._check_filled(name, filled, full)
         return full
 
+    def get_bytes(self, name: str, expert: int | None = None) -> TensorBytes:
+        """The bytes of what ``get`` gives: in the checkpoint's files where they lie there in order.
+
+        They do where the tensor was written in one part, or in parts by rows.
+
+        Raises:
+            UserError: As ``get``.
+        """
+        info = self.info(name, expert)
+        chunks = [c for c in self._tensors[name].chunks if expert is None or _holds(c, expert)]
+        skipped = 0 if expert is None else 1  # the experts' axis
+        parts: list[Part] = []
+        row = 0
+        for chunk in sorted(chunks, key=lambda chunk: tuple(chunk.offsets)):
+            offsets, sizes = chunk.offsets[skipped:], tuple(chunk.sizes[skipped:])
+            found = None
+            if sizes[1:] == info.shape[1:] and tuple(offsets[:1]) in ((row,), ()):
+                found = self._find_piece(name, chunk).tensor_bytes()
+            if found is None:
+                return TensorBytes.of(self.get(name, expert))
+            if expert is not None:
+                each = [TensorInfo(sizes, info.dtype)] * chunk.sizes[0]
+                found = found.split(each)[expert - chunk.offsets[0]]
+            parts += found.parts
+            row += sizes[0] if sizes else 1
+        if row != (info.shape[0] if info.shape else 1):
+            return TensorBytes.of(self.get(name, expert))  # says what is missing
+        return TensorBytes(info, parts)
+
     def get_part(self, name: str, offsets: Sequence[int], shape: Sequence[int]) -> Tensor:
         """A box of a tensor; only the parts that it touches are read.
 
@@ -151,12 +181,22 @@ class CheckpointReader:
     def _piece(self, name: str, chunk: ChunkStorageMetadata, expert: int | None) -> Tensor:
         place = self._places[MetadataIndex(name, chunk.offsets)]
         piece = read_piece(self.folder / place.relative_path, place.offset, place.length)
-        if piece.shape != chunk.sizes:
+        self._check_shape(name, chunk, piece.shape)
+        return piece if expert is None else piece[expert - chunk.offsets[0]]
+
+    def _find_piece(self, name: str, chunk: ChunkStorageMetadata) -> StoredPiece:
+        place = self._places[MetadataIndex(name, chunk.offsets)]
+        piece = find_piece(self.folder / place.relative_path, place.offset, place.length)
+        self._check_shape(name, chunk, piece.info.shape)
+        return piece
+
+    def _check_shape(self, name: str, chunk: ChunkStorageMetadata, shape: Sequence[int]) -> None:
+        if tuple(shape) != tuple(chunk.sizes):
+            place = self._places[MetadataIndex(name, chunk.offsets)]
             raise UserError(
-                f"{self.folder / place.relative_path} holds {tuple(piece.shape)} values for "
+                f"{self.folder / place.relative_path} holds {tuple(shape)} values for "
                 f"{name} where {tuple(chunk.sizes)} are expected: copy the checkpoint again."
             )
-        return piece if expert is None else piece[expert - chunk.offsets[0]]
 
     def _check_filled(self, name: str, filled: int, full: Tensor) -> None:
         if filled < full.numel():

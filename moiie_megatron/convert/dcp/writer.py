@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from moiie_megatron.convert.dcp.tensor_archive import read_piece, write_piece
+from moiie_megatron.convert.dcp.tensor_archive import StoredPiece, find_piece, write_piece
+from moiie_megatron.convert.tensor_bytes import TensorBytes
 
 _BYTES_PER_FILE = 4 << 30
 # Megatron's CheckpointingConfig.
@@ -50,9 +51,13 @@ class Place:
     offset: int
     length: int
 
-    def read(self) -> Tensor:
-        """Map it into memory, as a reader of the checkpoint does; experts have their axis."""
-        return read_piece(self.file, self.offset, self.length)
+    def find(self) -> StoredPiece:
+        """Look it up in the file, as a reader of the checkpoint does; experts have their axis.
+
+        Raises:
+            UserError: There is no tensor.
+        """
+        return find_piece(self.file, self.offset, self.length)
 
 
 class CheckpointWriter:
@@ -83,22 +88,30 @@ class CheckpointWriter:
     ) -> None:
         self._close()
 
-    def write(self, name: str, tensor: Tensor) -> Place:
+    def write(self, name: str, data: Tensor | TensorBytes) -> Place:
         """Write a whole tensor."""
-        return self._write(name, tensor, tensor.shape, [0] * tensor.dim())
+        data = TensorBytes.of(data)
+        return self._write(name, data, data.info.shape, [0] * len(data.info.shape))
 
-    def write_expert(self, name: str, tensor: Tensor, expert: int, num_experts: int) -> Place:
+    def write_expert(
+        self, name: str, data: Tensor | TensorBytes, expert: int, num_experts: int
+    ) -> Place:
         """Write one expert's part of a tensor whose leading axis are the experts.
 
         Args:
-            tensor: Without that axis.
+            data: Without that axis.
             expert: Logical id.
         """
-        shape, offset = [num_experts, *tensor.shape], [expert] + [0] * tensor.dim()
-        return self._write(name, tensor.unsqueeze(0), shape, offset)
+        data = TensorBytes.of(data)
+        shape, offset = [num_experts, *data.info.shape], [expert] + [0] * len(data.info.shape)
+        return self._write(name, data, shape, offset)
 
     def write_part(
-        self, name: str, tensor: Tensor, shape: Sequence[int], offsets: Sequence[int]
+        self,
+        name: str,
+        data: Tensor | TensorBytes,
+        shape: Sequence[int],
+        offsets: Sequence[int],
     ) -> Place:
         """Write one part of a tensor.
 
@@ -106,7 +119,7 @@ class CheckpointWriter:
             shape: Of the whole tensor.
             offsets: Where the part begins in it.
         """
-        return self._write(name, tensor, shape, offsets)
+        return self._write(name, TensorBytes.of(data), shape, offsets)
 
     def write_object(self, name: str, data: bytes) -> None:
         """Write what is no tensor, as it was stored (``CheckpointReader.get_object``)."""
@@ -140,21 +153,21 @@ class CheckpointWriter:
         (self.folder / "metadata.json").write_text(json.dumps(_BACKENDS))
 
     def _write(
-        self, name: str, piece: Tensor, shape: Sequence[int], offsets: Sequence[int]
+        self, name: str, data: TensorBytes, shape: Sequence[int], offsets: Sequence[int]
     ) -> Place:
         index = MetadataIndex(name, offsets)
         assert index not in self._places, f"{name} at {offsets} is written twice"
+        sizes = torch.Size([1] * (len(shape) - len(data.info.shape)) + list(data.info.shape))
         stream = self._file()
-        offset, length = write_piece(stream, piece)
+        offset, length = write_piece(stream, data, tuple(sizes))
         stream.flush()
         place = Place(Path(stream.name), offset, length)
         self._places[index] = _StorageInfo(place.file.name, offset, length)
         if name not in self._tensors:
             self._tensors[name] = TensorStorageMetadata(
-                TensorProperties(dtype=piece.dtype), torch.Size(shape), []
+                TensorProperties(dtype=data.info.dtype), torch.Size(shape), []
             )
-        chunk = ChunkStorageMetadata(torch.Size(offsets), piece.shape)
-        self._tensors[name].chunks.append(chunk)
+        self._tensors[name].chunks.append(ChunkStorageMetadata(torch.Size(offsets), sizes))
         return place
 
     def _file(self) -> IO[bytes]:

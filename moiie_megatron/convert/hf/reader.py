@@ -11,6 +11,7 @@ from torch import Tensor
 from moiie_megatron.config.schema import LanguageConfig, VisionConfig
 from moiie_megatron.convert.hf.name_layouts import open_language
 from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
+from moiie_megatron.convert.tensor_bytes import TensorBytes, transformed
 from moiie_megatron.families import weight_map
 from moiie_megatron.families.registry import language_family
 from moiie_megatron.families.transforms import TensorInfo
@@ -40,6 +41,7 @@ class HfReader:
         self.source = source
         self._rows = {(row.megatron, row.expert): row for row in rows}
         self._last: tuple[WeightMapping, Tensor] | None = None
+        self._last_bytes: tuple[WeightMapping, TensorBytes] | None = None
         missing = [name for row in rows for name in row.hf if name not in source]
         if missing:
             source.get(missing[0])  # says which, before anything is loaded
@@ -59,6 +61,21 @@ class HfReader:
             parts = [self.source.get(hf) for hf in row.hf]
             self._last = (row, row.transform.to_megatron(parts))
         return self._last[1]
+
+    def get_bytes(self, name: str, expert: int | None) -> TensorBytes | None:
+        """The bytes of what ``get`` gives: in the source's files where they lie there in order.
+
+        Experts that share a dense FFN get the same object, so it is hashed once.
+        """
+        row = self.row(name, expert)
+        if row is None:
+            return None
+        if self._last_bytes is None or self._last_bytes[0] is not row:
+            self._last_bytes = None  # let go of it before the next is read
+            parts = [self.source.get_bytes(hf) for hf in row.hf]
+            to_megatron = row.transform.to_megatron
+            self._last_bytes = (row, transformed(lambda parts: [to_megatron(parts)], parts)[0])
+        return self._last_bytes[1]
 
     def info(self, name: str, expert: int | None) -> TensorInfo | None:
         """Shape and dtype of what ``get`` gives, without reading it."""

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moiie_megatron.convert.tensor_bytes import FileRange, TensorBytes
 from moiie_megatron.families.family import Part
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.utils.errors import UserError
@@ -45,10 +46,12 @@ class SafetensorsSource:
         self._file_of: dict[str, Path] = {}
         self._parts: dict[str, tuple[str, Part]] = {}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._stored: dict[str, tuple[tuple[int, ...], int]] = {}  # shape, where it begins
         for file in self._files():
-            header = _header(file)
+            header, begins = _header(file)
             self._headers |= header
             self._file_of |= dict.fromkeys(header, file)
+            self._stored |= {name: (header[name][0], begin) for name, begin in begins.items()}
 
     @property
     def names(self) -> list[str]:
@@ -89,6 +92,21 @@ class SafetensorsSource:
                 return tensor
         except (SafetensorError, OSError) as error:
             raise _unreadable(file, error) from error
+
+    def get_bytes(self, name: str) -> TensorBytes:
+        """The bytes of a tensor in its file; in memory for a part whose bytes do not lie together.
+
+        Raises:
+            UserError: As ``info`` and ``get``.
+        """
+        info, file = self.info(name), self._find(name)
+        stored, index = self._parts.get(name, (name, ()))
+        shape, begin = self._stored[stored]
+        part = TensorInfo(shape, info.dtype).meta()[index]
+        if not part.is_contiguous():
+            return TensorBytes.of(self.get(name))
+        offset = begin + int(part.storage_offset()) * info.dtype.itemsize
+        return TensorBytes(info, [FileRange(file, offset, info.num_bytes)])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor that is there, from its file's header."""
@@ -143,12 +161,20 @@ class SafetensorsSource:
         return files
 
 
-def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor in a file."""
+def _header(file: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, int]]:
+    """Shape and dtype of every tensor in a file, and where its bytes begin.
+
+    The library checks the header but does not tell the places, so it is read once more.
+    """
     try:
         with safe_open(file, framework="pt") as tensors:
             parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            return {name: (tuple(p.get_shape()), p.get_dtype()) for name, p in parts.items()}
+            header = {name: (tuple(p.get_shape()), p.get_dtype()) for name, p in parts.items()}
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            content = json.loads(stream.read(length))
+        begins = {name: 8 + length + content[name]["data_offsets"][0] for name in header}
+        return header, begins
     except (SafetensorError, OSError) as error:
         raise _unreadable(file, error) from error
 

@@ -14,10 +14,11 @@ from types import TracebackType
 from typing import IO, Final
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from moiie_megatron.convert.tensor_bytes import TensorBytes
 from moiie_megatron.families.transforms import TensorInfo
-from moiie_megatron.utils.digest import tensor_bytes
 
 INDEX: Final = "model.safetensors.index.json"
 _BYTES_PER_FILE = 5_000_000_000  # transformers' choice
@@ -47,8 +48,19 @@ class SafetensorsWriter:
         bytes_per_file: int = _BYTES_PER_FILE,
     ) -> None:
         self.folder = folder
-        self.files = _divide(tensors, bytes_per_file)
-        self._waiting = iter([(file, name) for file, part in self.files.items() for name in part])
+        infos = dict(tensors)
+        split = split_state_dict_into_shards_factory(
+            infos,
+            get_storage_size=lambda info: info.num_bytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=bytes_per_file,
+        )
+        self.files = {
+            file: {name: infos[name] for name in names}
+            for file, names in split.filename_to_tensors.items()
+        }
+        # A tensor larger than a file does not end the file before it.
+        self._waiting = iter([(split.tensor_to_filename[name], name) for name in infos])
         self._open: tuple[str, IO[bytes]] | None = None
 
     def __enter__(self) -> SafetensorsWriter:
@@ -63,18 +75,23 @@ class SafetensorsWriter:
         if self._open is not None:
             self._open[1].close()
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, data: Tensor | TensorBytes) -> None:
         """Append the next tensor."""
+        data = TensorBytes.of(data)
         file, expected = next(self._waiting)
         assert name == expected, (name, expected)
-        assert TensorInfo.of(tensor) == self.files[file][name], name
+        assert data.info == self.files[file][name], name
+        data.write_to(self._stream(file))
+
+    def _stream(self, file: str) -> IO[bytes]:
+        """The file to append to, with its header."""
         if self._open is None or self._open[0] != file:
             if self._open is not None:
                 self._open[1].close()
-            stream = (self.folder / file).open("wb")
-            stream.write(_header(self.files[file]))
-            self._open = (file, stream)
-        self._open[1].write(tensor_bytes(tensor))
+            self._open = (file, (self.folder / file).open("ab"))
+            if not self._open[1].tell():
+                self._open[1].write(_header(self.files[file]))
+        return self._open[1]
 
     def finish(self) -> None:
         """Write the index; all tensors have been written."""
@@ -87,26 +104,6 @@ class SafetensorsWriter:
             "weight_map": {name: file for file, part in self.files.items() for name in part},
         }
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _divide(
-    tensors: Sequence[tuple[str, TensorInfo]], bytes_per_file: int
-) -> dict[str, dict[str, TensorInfo]]:
-    parts: list[dict[str, TensorInfo]] = [{}]
-    size = 0
-    for name, info in tensors:
-        if parts[-1] and size + info.num_bytes > bytes_per_file:
-            parts.append({})
-            size = 0
-        parts[-1][name] = info
-        size += info.num_bytes
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
-    count = len(parts)
-    return {
-        f"model-{number:05d}-of-{count:05d}.safetensors": part
-        for number, part in enumerate(parts, start=1)
-    }
 
 
 def _header(tensors: dict[str, TensorInfo]) -> bytes:

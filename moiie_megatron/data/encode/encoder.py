@@ -13,6 +13,7 @@ from moiie_megatron.data.encode.templates import Segment, Template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
 from moiie_megatron.data.records.llava import PLACEHOLDER, BadRecord, Record, Turn
 from moiie_megatron.layout.token_types import IMAGE, TEXT
+from moiie_megatron.utils.errors import UserError
 
 IGNORE: Final = -100  # label of a position without a target (PyTorch's ignore_index)
 
@@ -57,7 +58,7 @@ def encode(
     """
     try:
         segments = template.render(record.turns)
-    except ValueError as error:
+    except UserError as error:
         raise BadRecord(str(error)) from error
     ids, trainable, types = _tokenize(segments, tokenizer, num_image_tokens)
     labels = [

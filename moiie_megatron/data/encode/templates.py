@@ -7,6 +7,7 @@ header before it is not.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -131,9 +132,8 @@ class TokenizerTemplate:
     conversation is rendered once, as a whole, and every answer is learnt as it stands there.
 
     Raises:
-        UserError: No chat template, or one in which the prompt of an answer is not the beginning
-            of the whole text (then no span can be found); checked at construction on a
-            conversation of two rounds.
+        UserError: No chat template, or one that rewrites earlier turns (then no span can be
+            found); checked at construction on a conversation of two rounds.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -153,33 +153,35 @@ class TokenizerTemplate:
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            prompt = self._prompt(turns[:i], whole)
-            answered = self._text(turns[: i + 1], add_generation_prompt=False)
-            _check_growth(prompt, whole)
-            _check_growth(prompt, answered)
-            _check_growth(whole[:done], prompt)
-            learnt = _learnt(turn, answered[len(prompt) :])
-            if not whole.startswith(learnt, len(prompt)):
-                # From where the turn's own text begins, an earlier answer may be the same.
-                learnt = learnt[max(learnt.rfind(turn.text.strip()), 0) :]
-                _check_growth(prompt + learnt, whole)
-            segments.append(Segment(whole[done : len(prompt)], train=False))
+            start, learnt = self._answer(turns[: i + 1], whole)
+            if start < done:
+                raise _rewritten(whole[:done])
+            segments.append(Segment(whole[done:start], train=False))
             segments.append(Segment(learnt, train=True))
-            done = len(prompt) + len(learnt)
+            done = start + len(learnt)
         rest = whole[done:]
         return [*segments, Segment(rest, train=False)] if rest else segments
 
-    def _prompt(self, turns: Sequence[Turn], whole: str) -> str:
-        """What stands in front of an answer in the whole text."""
-        prompt = self._text(turns, add_generation_prompt=True)
-        if whole.startswith(prompt):
-            return prompt
-        # An earlier answer, which has no empty block of reasoning in front.
-        return self._text(turns, add_generation_prompt=True, enable_thinking=True)
+    def _answer(self, turns: Sequence[Turn], whole: str) -> tuple[int, str]:
+        """Where the last turn's answer begins in the whole text, and what is learnt of it."""
+        *earlier, turn = turns
+        prompt = self._text(earlier, add_generation_prompt=True)
+        answered = self._text(turns, add_generation_prompt=False)
+        if whole.startswith(prompt) and answered.startswith(prompt):
+            learnt = _learnt(turn, answered[len(prompt) :])
+            if whole.startswith(learnt, len(prompt)):
+                return len(prompt), learnt
+        # An earlier answer that is written in another way than the last one: behind what the
+        # prompt has in common with the whole text, from the turn's own text on.
+        before = self._text(earlier, add_generation_prompt=False)
+        common = os.path.commonprefix([prompt, whole])
+        learnt = _learnt(turn, answered[max(answered.rfind(turn.text.strip()), 0) :])
+        start = whole.rfind(learnt, len(before), len(common) + len(learnt))
+        if start < 0 or not whole.startswith(before):
+            raise _rewritten(prompt)
+        return start, learnt
 
-    def _text(
-        self, turns: Sequence[Turn], add_generation_prompt: bool, enable_thinking: bool = False
-    ) -> str:
+    def _text(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -188,7 +190,7 @@ class TokenizerTemplate:
             **self._special_tokens,
             "chat_template": self._template,
             "add_generation_prompt": add_generation_prompt,
-            "enable_thinking": enable_thinking,
+            "enable_thinking": False,
         }
         try:
             rendered: Any = render_jinja_template([messages], **arguments)
@@ -207,12 +209,11 @@ def _learnt(turn: Turn, growth: str) -> str:
     return growth if core.endswith(turn.text.rstrip()) else core
 
 
-def _check_growth(before: str, after: str) -> None:
-    if not after.startswith(before):
-        raise UserError(
-            "stage.template is tokenizer but its chat template changes earlier text when a turn "
-            f"is added ({before[-40:]!r} is not kept): use {_built_in()}."
-        )
+def _rewritten(text: str) -> UserError:
+    return UserError(
+        "stage.template is tokenizer but its chat template changes earlier text when a turn is "
+        f"added ({text[-40:]!r} is not kept): use {_built_in()}."
+    )
 
 
 def _built_in() -> str:

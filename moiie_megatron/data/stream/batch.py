@@ -17,7 +17,6 @@ from torch.nn.utils.rnn import pad_sequence
 from moiie_megatron.data.encode.encoder import IGNORE
 from moiie_megatron.data.stream.example import Example, SkippedSample
 from moiie_megatron.layout.token_types import IMAGE, PADDING
-from moiie_megatron.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Batch:
             is one sample.
 
     Raises:
-        UserError: The number of image positions is not n * ``num_image_tokens``.
+        ValueError: The number of image positions is not n * ``num_image_tokens``.
     """
 
     tokens: Tensor
@@ -57,7 +56,7 @@ class Batch:
         found = int((self.token_types == IMAGE).sum())
         wanted = len(self.images) * self.num_image_tokens
         if found != wanted:
-            raise UserError(
+            raise ValueError(
                 f"The batch has {found} image positions but {len(self.images)} images of "
                 f"{self.num_image_tokens} tokens = {wanted}: every image needs its full run."
             )
@@ -115,18 +114,18 @@ def collate(
         multiple_of: The length is a multiple of this (sequence parallelism cuts evenly).
 
     Raises:
-        UserError: An example longer than ``pad_to``, a ``pad_to`` that is not a multiple, or a
+        ValueError: An example longer than ``pad_to``, a ``pad_to`` that is not a multiple, or a
             wrong number of image positions.
     """
     longest = max(len(example.encoded.tokens) for example in examples)
     length = pad_to or math.ceil(longest / multiple_of) * multiple_of
     if length % multiple_of:
-        raise UserError(
+        raise ValueError(
             f"The padded length {length} is not a multiple of {multiple_of}: choose a "
             "data.sequence_length that is."
         )
     if longest > length:
-        raise UserError(f"A sample has {longest} tokens, more than the padded length {length}.")
+        raise ValueError(f"A sample has {longest} tokens, more than the padded length {length}.")
 
     def padded(name: str, value: int) -> Tensor:
         rows = [getattr(example.encoded, name) for example in examples]

@@ -191,9 +191,12 @@ class EnergonStream:
                 for share in shares:
                     yield [b.pin_memory() if self._pin_memory else b for b in share.batches]
         except FatalSampleError as error:
+            reason = _bad_record(error)
+            if reason is None:
+                raise
             raise UserError(
                 "Stopping: too many samples in a row could not be read, so the shards, the "
-                f"template or the tokenizer must be wrong; last: {_cause(error)}."
+                f"template or the tokenizer must be wrong; last: {reason}."
             ) from error
 
 
@@ -279,21 +282,30 @@ class _Encoder(DefaultTaskEncoder):  # type: ignore[misc]
         )
 
     def note_fault(self, error: Exception, sample: Any, sources: Any) -> None:
-        """Energon calls this, in the worker, for every sample that it leaves out."""
+        """Energon calls this, in the worker, for every sample that it would leave out.
+
+        Raises:
+            Exception: ``error`` itself if it is a bug, not a bad record.
+        """
+        if not isinstance(error, BadRecord):
+            raise error
         found = sources[0] if sources else None
         file = f"{found.dataset_path}/{found.shard_name}" if found else "a shard"
         # The key of the sample, which our shards take from the number of the record.
         key = found.file_names[0].split(".")[0] if found and found.file_names else ""
-        self._faults.append(SkippedSample(file, int(key) if key.isdecimal() else -1, _cause(error)))
+        self._faults.append(SkippedSample(file, int(key) if key.isdecimal() else -1, str(error)))
 
 
-def _cause(error: BaseException) -> str:
-    """What was wrong, without the layers of energon and of torch's workers around it."""
-    while not isinstance(error, BadRecord) and error.__cause__ is not None:
-        error = error.__cause__
-    # A worker's error arrives as the text of its traceback.
-    found = re.findall(r"BadRecord: (.*)", str(error))
-    return found[-1] if found else (str(error).splitlines() or [type(error).__name__])[0]
+def _bad_record(error: BaseException | None) -> str | None:
+    """Why energon has given up, if it was for a bad record; else None."""
+    while error is not None:
+        if isinstance(error, BadRecord):
+            return str(error)
+        # A worker's error arrives as the text of its traceback.
+        if found := re.findall(r"BadRecord: (.*)", str(error)):
+            return str(found[-1])
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _num_samples(path: str) -> int:

@@ -50,7 +50,8 @@ class MicroBatchSampler(Sampler[list[int]]):
         num_steps: Steps to yield; None is endless.
 
     Raises:
-        UserError: The global batch cannot be divided, or a number is out of range.
+        UserError: The global batch cannot be divided.
+        ValueError: The rank is not below the size, or a number is negative.
     """
 
     def __init__(
@@ -72,9 +73,8 @@ class MicroBatchSampler(Sampler[list[int]]):
                 f"choose a multiple of {portion}."
             )
         if not 0 <= dp_rank < dp_size or consumed_samples < 0:
-            raise UserError(
-                f"Data-parallel rank {dp_rank} of {dp_size} with {consumed_samples} consumed "
-                "samples: the rank must be below the size and nothing negative."
+            raise ValueError(
+                f"data-parallel rank {dp_rank} of {dp_size}, {consumed_samples} consumed samples"
             )
         self.order = order
         self.consumed_samples = consumed_samples
@@ -102,8 +102,8 @@ class MicroBatchSampler(Sampler[list[int]]):
 
 
 class ReadSamples(Dataset[Any]):
-    """Indices to what is made of their samples, in the worker; a message instead where the run
-    must stop.
+    """Indices to what is made of their samples, in the worker; a ``UserError`` instead where the
+    run must stop.
 
     Args:
         source: The samples.
@@ -119,12 +119,12 @@ class ReadSamples(Dataset[Any]):
         self._make = make
 
     def __getitem__(self, indices: list[int]) -> Any:
-        # torch would raise a worker's error again with the worker's traceback as its message;
-        # a user error is one sentence, so it travels as a value.
+        # torch raises a worker's exception again with the worker's traceback in its message: right
+        # for a bug, but a user error is one sentence, so it travels as a value.
         try:
             return self._make([read_sample(self._source, i, self._seed) for i in indices])
-        except ValueError as error:
-            return str(error)
+        except UserError as error:
+            return error
 
 
 def build_loader(
@@ -201,7 +201,7 @@ def read_ahead(
     """The items of the sampler's indices in order, read by ``num_workers`` processes.
 
     Raises:
-        UserError: While iterating: the message that stands in place of an item.
+        UserError: While iterating: the one that stands in place of an item.
     """
     loader: DataLoader[Any] = DataLoader(
         items,
@@ -215,15 +215,15 @@ def read_ahead(
         # Its own generator: the default would draw from the RNG that dropout uses.
         generator=torch.Generator(),
     )
-    return _raise_messages(loader)
+    return _raise_errors(loader)
 
 
 def _unchanged(item: Any) -> Any:
     return item
 
 
-def _raise_messages(loader: DataLoader[Any]) -> Iterator[Any]:
+def _raise_errors(loader: DataLoader[Any]) -> Iterator[Any]:
     for item in loader:
-        if isinstance(item, str):
-            raise UserError(item)
+        if isinstance(item, UserError):
+            raise item
         yield item

@@ -63,13 +63,15 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
         Numbers of the things by row, ascending; rows in the order of their first things.
 
     Raises:
-        UserError: One is longer than a row.
+        ValueError: One is longer than a row.
     """
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[i] > capacity:
-            raise UserError(f"A sample has {lengths[i]} tokens, more than the {capacity} of a row.")
+            raise ValueError(
+                f"A sample has {lengths[i]} tokens, more than the {capacity} of a row."
+            )
         fitting = [row for row, free in enumerate(room) if free >= lengths[i]]
         if fitting:
             row = min(fitting, key=lambda row: (room[row], row))
@@ -86,7 +88,7 @@ def pack(examples: Sequence[Example], shape: PackingSpec) -> list[Batch]:
     """The rows of one rank's share of a step, each a micro-batch.
 
     Raises:
-        UserError: A sample is longer than a row, or its image positions do not fit its images.
+        ValueError: A sample is longer than a row, or its image positions do not fit its images.
     """
     lengths = [len(example.encoded.tokens) for example in examples]
     return [
@@ -105,11 +107,11 @@ def split_rows_to_count(rows: list[Batch], count: int, shape: PackingSpec) -> li
         count: At least the rows that there are, at most the samples in them.
 
     Raises:
-        UserError: There are fewer samples than ``count``, or more rows.
+        ValueError: There are fewer samples than ``count``, or more rows.
     """
     samples = sum(len(row.record_ids) for row in rows)
     if not len(rows) <= count <= samples:
-        raise UserError(f"{samples} samples in {len(rows)} rows cannot be spread over {count}.")
+        raise ValueError(f"{samples} samples in {len(rows)} rows cannot be spread over {count}.")
     rows = list(rows)
     while len(rows) < count:
         several = [i for i, row in enumerate(rows) if len(row.record_ids) > 1]

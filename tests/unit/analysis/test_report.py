@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from moiie_megatron.analysis.report import write_report
-from tests.unit.analysis.routing_records import RECORDS
 from tests.unit.config.minimal import MINIMAL
+from tests.unit.routing_stats.routing_records import RECORDS
 
 
 def make_run(folder: Path, *, routed: bool = True) -> Path:

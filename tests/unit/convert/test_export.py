@@ -100,7 +100,7 @@ def test_dense_weights_come_back(
 def test_a_checkpoint_that_megatron_wrote(
     family: str, variant: str, context: ParallelContext, tmp_path: Path
 ) -> None:
-    """Every tensor of the model, through the surgery backwards, is in the export."""
+    """Every tensor of the model, through the transform backwards, is in the export."""
     folder = tmp_path / "checkpoint"
     write_language(folder)  # its tokenizer
     for file in (folder / "model.safetensors", folder / "config.json"):

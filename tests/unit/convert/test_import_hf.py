@@ -116,7 +116,10 @@ def test_what_an_export_says_is_kept(exported: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_of_the_reference(trained: Path, encoder: Path, tmp_path: Path) -> None:
     result = import_checkpoint(trained, tmp_path / "out")
     reader = CheckpointReader(tmp_path / "out")
-    config, receipt = reader.config, json.loads((tmp_path / "out" / "receipt.json").read_text())
+    config, report = (
+        reader.config,
+        json.loads((tmp_path / "out" / "conversion_report.json").read_text()),
+    )
     assert len(result.notes) == 1 and "--last-image-token-as-text" in result.notes[0]
     assert (config.moe.variant, config.moe.layers) == ("moiie", "interleaved")
     assert config.moe.layout.num_shared == 2 and not config.moe.last_image_token_as_text
@@ -125,7 +128,7 @@ def test_a_checkpoint_of_the_reference(trained: Path, encoder: Path, tmp_path: P
     assert config.stage.image_mode == "pad" and config.connector.hidden_size == 24
     # The tower ends where the features are.
     assert (config.vision.num_layers, config.vision.feature_layer) == (1, -1)
-    assert receipt["operation"] == "import" and str(trained / "model.safetensors") in str(receipt)
+    assert report["operation"] == "import" and str(trained / "model.safetensors") in str(report)
 
     weights = load_file(trained / "model.safetensors")
     stored = reader.get("language_model.decoder.layers.3.mlp.experts.experts.linear_fc2.weight", 3)

@@ -89,7 +89,7 @@ def test_the_same_tensors_in_other_pieces(name: str, checkpoint: Path, tmp_path:
     stages, experts = layout.pipeline, layout.expert * layout.expert_tensor
     # per stage: tensor ranks, replicated; experts in two layers, each on a stage
     assert len(files) == stages * (layout.tensor + 1) + min(stages, 2) * experts
-    for file in ("tokenizer.json", "receipt.json"):
+    for file in ("tokenizer.json", "conversion_report.json"):
         assert (out / file).read_bytes() == (checkpoint / file).read_bytes()
     assert reader.common == CheckpointReader(checkpoint).common
 

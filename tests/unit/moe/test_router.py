@@ -95,7 +95,7 @@ def test_z_loss_and_its_gradient(context: ParallelContext) -> None:
     wanted = torch.autograd.grad(expected, list(module.gates.values()))
     for got, want in zip(found, wanted, strict=True):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-6) and want.abs().max() > 1e-3
-    assert torch.allclose(module.stats.z_R.float(), torch.stack(logged).detach(), rtol=1e-5)
+    assert torch.allclose(module.stats.z_G.float(), torch.stack(logged).detach(), rtol=1e-5)
 
 
 def test_padding_and_replay_are_not_counted(context: ParallelContext) -> None:
@@ -118,7 +118,7 @@ def test_a_modality_without_tokens_costs_nothing(context: ParallelContext) -> No
     probs, _ = module(hidden, types)
     vision, text = torch.autograd.grad(probs.sum() * 0.0, list(module.gates.values()))
     assert not vision.any() and text.any()
-    assert module.stats.aux_R[0] == 0.0 and module.stats.aux_R[1] > 1.9
+    assert module.stats.aux_G[0] == 0.0 and module.stats.aux_R[1] > 1.9
 
 
 @pytest.mark.parametrize("router_dtype", ["fp32", None])

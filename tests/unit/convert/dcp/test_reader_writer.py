@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION
 from moiie_megatron.convert.dcp.reader import CheckpointReader
 from moiie_megatron.convert.dcp.writer import CheckpointWriter
+from moiie_megatron.convert.tensor_bytes import FileRange
 
 PLAIN = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.tensor(2.0)}
 EXPERTS = torch.randn(4, 6, 2)
@@ -27,7 +28,9 @@ def _write(folder: Path, common: dict[str, Any] | None = None, bytes_per_file: i
             writer.write(name, tensor)
         for expert in (2, 0, 3, 1):
             place = writer.write_expert("experts", EXPERTS[expert], expert, 4)
-            assert torch.equal(place.read()[0], EXPERTS[expert])
+            stored = place.find()
+            assert stored.info.shape == (1, 6, 2) and stored.tensor_bytes() is not None
+            assert torch.equal(stored.tensor_bytes().tensor()[0], EXPERTS[expert])
         writer.finish(common or COMMON)
     (folder / CONFIG_FILE).touch()
     return folder
@@ -50,6 +53,7 @@ def test_reads_what_is_written(tmp_path: Path) -> None:
     assert set(reader.tensors) == {*PLAIN, "experts"} and reader.common == COMMON
     for name, tensor in PLAIN.items():
         assert torch.equal(reader.get(name), tensor)
+        assert torch.equal(reader.get_bytes(name).tensor(), tensor)
         assert reader.info(name).dtype == tensor.dtype
     assert torch.equal(reader.get("experts"), EXPERTS)
     for expert in range(4):
@@ -62,7 +66,7 @@ def _cut(folder: Path, pieces: list[tuple[slice, ...]]) -> CheckpointReader:
     with CheckpointWriter(folder) as writer:
         for piece in pieces:
             offsets = [part.start or 0 for part in piece]
-            writer._write("experts", EXPERTS[piece], EXPERTS.shape, offsets)
+            writer.write_part("experts", EXPERTS[piece], EXPERTS.shape, offsets)
         writer.finish(COMMON)
     (folder / CONFIG_FILE).touch()
     return CheckpointReader(folder)
@@ -83,15 +87,26 @@ PIECES = {
 def test_any_cut_is_put_together(name: str, tmp_path: Path) -> None:
     pieces = [piece + (slice(None),) * (3 - len(piece)) for piece in PIECES[name]]
     reader = _cut(tmp_path, pieces)
-    assert torch.equal(reader.get("experts"), EXPERTS)
-    for expert in range(4):
-        assert torch.equal(reader.get("experts", expert), EXPERTS[expert])
+    for expert, tensor in ((None, EXPERTS), *enumerate(EXPERTS)):
+        assert torch.equal(reader.get("experts", expert), tensor)
+        assert torch.equal(reader.get_bytes("experts", expert).tensor(), tensor)
+
+
+@pytest.mark.parametrize(("name", "is_in_files"), zip(PIECES, (True, False, True), strict=True))
+def test_bytes_stay_in_the_files_where_they_are_in_order(
+    name: str, is_in_files: bool, tmp_path: Path
+) -> None:
+    pieces = [piece + (slice(None),) * (3 - len(piece)) for piece in PIECES[name]]
+    parts = _cut(tmp_path, pieces).get_bytes("experts", 1).parts
+    assert all(isinstance(part, FileRange) for part in parts) == is_in_files
 
 
 def test_a_missing_piece(tmp_path: Path) -> None:
     reader = _cut(tmp_path, PIECES["expert, gate and up"][:-1])
     with pytest.raises(ValueError, match="hold 6 of its 12 values"):
         reader.get("experts", 3)
+    with pytest.raises(ValueError, match="hold 6 of its 12 values"):
+        reader.get_bytes("experts", 3)
     assert torch.equal(reader.get("experts", 2), EXPERTS[2])
 
 
@@ -103,6 +118,8 @@ def test_a_piece_that_is_not_what_metadata_says(tmp_path: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match=r"holds \(5,\) values for a where \(3, 4\)"):
         CheckpointReader(folder).get("a")
+    with pytest.raises(ValueError, match=r"holds \(5,\) values for a where \(3, 4\)"):
+        CheckpointReader(folder).get_bytes("a")
 
 
 def test_tensors_and_experts_that_are_not_there(tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ def test_a_run_may_use_fewer_positions(tmp_path: Path) -> None:
     [
         ({"model_type": "gemma3"}, "model_type is 'gemma3' in .* only knows llama, phi3, mixtral,"),
         ({"model_type": "mllama"}, "model_type is 'mllama'"),
+        ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'"),
+        ({"model_type": "qwen2_5_vl_text"}, "model_type is 'qwen2_5_vl_text'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu' in .* only knows silu"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),

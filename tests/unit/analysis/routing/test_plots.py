@@ -1,4 +1,4 @@
-"""Shares are counts over counts, and the pictures show them."""
+"""The plots show the fractions of the records."""
 
 from __future__ import annotations
 
@@ -8,42 +8,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moiie_megatron.analysis.expert_use import ExpertUse
-from moiie_megatron.analysis.groups import groups_figure, plot_groups
-from moiie_megatron.analysis.load_map import load_map_figure, plot_load_map, relative_loads
-from moiie_megatron.analysis.pathways import pathways_figure, plot_pathways
-from moiie_megatron.analysis.records import newest
-from moiie_megatron.analysis.routing_plots import plot_routing
-from tests.unit.analysis.routing_records import RECORDS, record
+from moiie_megatron.analysis.routing.groups import groups_figure, plot_groups
+from moiie_megatron.analysis.routing.load_map import load_map_figure, plot_load_map, relative_loads
+from moiie_megatron.analysis.routing.pathways import pathways_figure, plot_pathways
+from moiie_megatron.analysis.routing.plots import plot_routing
+from moiie_megatron.routing_stats.expert_use import ExpertUse
+from moiie_megatron.routing_stats.reading import newest
+from tests.helpers.user_errors import user_error
+from tests.unit.routing_stats.routing_records import RECORDS, record
 
 COLOURS = {"vision": (0xE6, 0x9F, 0x00), "shared": (0x8C, 0x8C, 0x8C), "text": (0x00, 0x72, 0xB2)}
 USE = ExpertUse.from_records(newest(RECORDS, 15))
 
 
-def test_newest_records_cover_the_steps() -> None:
-    """The last record covers 5 steps, the two before 10 each."""
-    covered = [[r["step"] for r in newest(RECORDS, n)] for n in (1, 5, 6, 15, 16, 100)]
-    assert covered == [[25], [25], [20, 25], [20, 25], [10, 20, 25], [10, 20, 25]]
-
-
-def test_shares_add_up_counts() -> None:
-    assert USE.layers == [3, 11] and USE.present() == ["vision", "text"]
-    np.testing.assert_allclose(USE.shares["vision"][11], [0.4, 1.0, 0.6, 0.0])
-    np.testing.assert_allclose(USE.shares["text"][3], [0.0, 0.5, 0.5, 1.0])
-
-
-def test_layers_sort_as_numbers() -> None:
-    use = ExpertUse.from_records([record(1, [20, 0, 0, 0], [0, 20, 0, 0], layers=(11, 3))])
-    assert use.layers == [3, 11]
-
-
 def test_a_modality_without_tokens_is_not_drawn() -> None:
     use = ExpertUse.from_records([record(10, [0] * 4, [0, 5, 5, 10])])
-    assert use.present() == ["text"]
     assert [len(figure(use).axes) for figure in (pathways_figure, groups_figure)] == [1, 1]
 
 
-def test_bars_are_the_shares() -> None:
+def test_bars_are_the_fractions() -> None:
     """Choices of a token add up to top-k, bars to 1; the own expert is below the shared ones."""
     images, texts = groups_figure(USE).axes
     for axes, expected in ((images, [0.2, 0.5, 0.3]), (texts, [0.5, 0.25, 0.25])):
@@ -56,11 +39,11 @@ def test_bars_are_the_shares() -> None:
     assert "V0  20%" in {text.get_text() for text in images.texts}
 
 
-def test_bands_are_as_wide_as_the_shares() -> None:
+def test_bands_are_as_wide_as_the_fractions() -> None:
     images, texts = pathways_figure(USE).axes
-    for axes, shares in ((images, [0.4, 1.0, 0.6]), (texts, [0.5, 0.5, 1.0])):
+    for axes, fractions in ((images, [0.4, 1.0, 0.6]), (texts, [0.5, 0.5, 1.0])):
         widths = [np.ptp(band.get_paths()[0].vertices[:, 1]) for band in axes.collections]
-        np.testing.assert_allclose(widths, [0.8 * share for share in shares])
+        np.testing.assert_allclose(widths, [0.8 * share for share in fractions])
         assert [label.get_text() for label in axes.get_yticklabels()] == ["V0", "S0", "S1", "T0"]
     assert {text.get_text() for text in images.texts} == {"40%", "100%", "60%"}
     assert images.get_title(loc="left").startswith("image tokens")
@@ -109,9 +92,5 @@ def test_many_layers_are_drawn_without_numbers(tmp_path: Path) -> None:
 
 def test_refusals() -> None:
     other = [*RECORDS, record(30, [6, 10, 4, 0], [0, 5, 5, 10], layers=(1,))]
-    with pytest.raises(ValueError, match="no routing records"):
-        ExpertUse.from_records([])
-    with pytest.raises(ValueError, match="different experts or layers"):
-        ExpertUse.from_records(other)
-    with pytest.raises(ValueError, match="records of one model, these come from 2"):
+    with user_error("records of one model", 2):
         relative_loads(other)

@@ -1,6 +1,6 @@
-"""Token pathways: which experts image tokens and text tokens take on their way through the layers.
+"""Token pathways: the experts that image tokens and text tokens take, layer by layer.
 
-One panel per modality, one lane per expert; the band in a lane is as wide as the share of the
+One panel per modality, one lane per expert; the band in a lane is as wide as the fraction of the
 modality's tokens that take the expert in that layer (the paper's picture of routing).
 """
 
@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moiie_megatron.analysis.expert_use import MODALITY_TITLES, ExpertUse, groups_of, short_name
 from moiie_megatron.analysis.figure import (
     GROUP_COLOURS,
     INK,
@@ -21,6 +20,12 @@ from moiie_megatron.analysis.figure import (
     new_figure,
     panel_title,
     save_png,
+)
+from moiie_megatron.routing_stats.expert_use import (
+    MODALITY_TITLES,
+    ExpertUse,
+    groups_of,
+    short_name,
 )
 
 _LANE = 0.42  # inches
@@ -51,28 +56,27 @@ def _panel(axes: Axes, use: ExpertUse, modality: str) -> None:
     layers = use.layers
     x = np.arange(len(layers), dtype=float)
     for expert, name in enumerate(use.experts):
-        is_open = use.is_open(expert, modality)
         axes.axhline(expert, color="#dddddd", linewidth=0.8, zorder=0)
-        if not is_open:
+        if not use.is_allowed(expert, modality):
             continue
-        shares = np.array([use.shares[modality][layer][expert] for layer in layers])
-        along, half = _smooth(x, shares * _HALF_BAND)
+        fractions = np.array([use.fractions[modality][layer][expert] for layer in layers])
+        along, half = _smooth(x, fractions * _HALF_BAND)
         axes.fill_between(
             along, expert - half, expert + half, color=expert_colour(name, use.experts), lw=0
         )
         if len(layers) > _MAX_LABELLED_LAYERS:
             continue
-        for place, share in zip(x, shares, strict=True):
+        for position, fraction in zip(x, fractions, strict=True):
             axes.text(
-                place,
-                expert - share * _HALF_BAND - 0.03,  # the axis points down
-                f"{share:.0%}",
+                position,
+                expert - fraction * _HALF_BAND - 0.03,  # the axis points down
+                f"{fraction:.0%}",
                 ha="center",
                 va="bottom",
                 fontsize=8,
                 color=INK,
             )
-    panel_title(axes, f"{MODALITY_TITLES[modality]}: share that takes an expert")
+    panel_title(axes, f"{MODALITY_TITLES[modality]}: fraction that takes an expert")
     axes.set_yticks(range(len(use.experts)), [short_name(name) for name in use.experts])
     axes.tick_params(colors=INK, length=0)
     for label, name in zip(axes.get_yticklabels(), use.experts, strict=True):
@@ -87,7 +91,7 @@ def _panel(axes: Axes, use: ExpertUse, modality: str) -> None:
 
 
 def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points joined by curves that are level at every layer, and go on level at both ends."""
+    """Join the points by curves with a horizontal tangent at every layer, extended at both ends."""
     x = np.concatenate([[x[0] - 0.35], x, [x[-1] + 0.35]])
     y = np.concatenate([[y[0]], y, [y[-1]]])
     ease = (1 - np.cos(np.linspace(0, np.pi, _CURVE_POINTS, endpoint=False))) / 2

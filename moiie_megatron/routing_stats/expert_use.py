@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moiie_megatron.analysis.records import Records
 from moiie_megatron.layout.token_types import MODALITIES
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.jsonl import Records
 
 MODALITY_TITLES: Mapping[str, str] = {"vision": "image tokens", "text": "text tokens"}
 
@@ -23,13 +23,14 @@ class ExpertUse:
 
     Attributes:
         experts: Names by logical id (``vision.0``, ``shared.1``).
-        shares: By modality and layer (from 0): share of the modality's tokens that each expert
-            got, ``(E,)``; adds up to ``top_k``, or to 0 where the modality had no token.
+        top_k: Experts per token.
+        fractions: By modality and layer (from 0): fraction of the modality's tokens that each
+            expert got, ``(E,)``; adds up to ``top_k``, or to 0 where the modality had no token.
     """
 
     experts: tuple[str, ...]
     top_k: int
-    shares: Mapping[str, Mapping[int, np.ndarray]]
+    fractions: Mapping[str, Mapping[int, np.ndarray]]
 
     @classmethod
     def from_records(cls, records: Records) -> ExpertUse:
@@ -50,31 +51,31 @@ class ExpertUse:
                     "The routing records come from models with different experts or layers: "
                     "draw the records of one run."
                 )
-        shares: dict[str, dict[int, np.ndarray]] = {modality: {} for modality in MODALITIES}
+        fractions: dict[str, dict[int, np.ndarray]] = {modality: {} for modality in MODALITIES}
         for modality in MODALITIES:
             for number in sorted(first["layers"], key=int):
                 parts = [record["layers"][number][modality] for record in records]
                 tokens = sum(part["tokens"] for part in parts)
                 load = np.sum([part["load"] for part in parts], axis=0)
-                shares[modality][int(number)] = load / max(tokens, 1)
-        return cls(tuple(first["experts"]), first["top_k"], shares)
+                fractions[modality][int(number)] = load / max(tokens, 1)
+        return cls(tuple(first["experts"]), first["top_k"], fractions)
 
     @property
     def layers(self) -> list[int]:
         """Layers with experts, from 0."""
-        return list(self.shares[MODALITIES[0]])
+        return list(self.fractions[MODALITIES[0]])
 
     def group(self, expert: int) -> str:
         """``vision``, ``shared`` or ``text``."""
         return self.experts[expert].split(".")[0]
 
-    def is_open(self, expert: int, modality: str) -> bool:
+    def is_allowed(self, expert: int, modality: str) -> bool:
         """Whether tokens of the modality may use the expert."""
         return self.group(expert) in (modality, "shared")
 
     def present(self) -> list[str]:
         """Modalities that had tokens."""
-        return [m for m in MODALITIES if any(share.any() for share in self.shares[m].values())]
+        return [m for m in MODALITIES if any(part.any() for part in self.fractions[m].values())]
 
 
 def short_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Noise on copied experts, so that they do not start equal (``--perturb``)."""
+"""Weights that no source holds: fresh routers, a fresh connector, noise on copied experts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,33 @@ import torch
 from numpy.random import SeedSequence
 from torch import Tensor
 
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.families.weight_map import WeightMapping
+from moiie_megatron.moe.router_init import fresh_gate
+from moiie_megatron.vlm.connector import Connector
+
 _BLOCK = 1 << 22  # values that are held in fp32 at a time; part of what the noise is
+
+
+def fresh_router(config: RunConfig, row: WeightMapping, dtype: torch.dtype) -> Tensor:
+    """The router that training would start with in this place (``moe.router_init``)."""
+    assert row.layer is not None
+    return fresh_gate(
+        row.full_shape,
+        seed=config.train.seed,
+        layer_number=row.layer + 1,
+        router=config.moe.layout.routers.index(row.megatron.rpartition(".")[2]),
+        std=config.moe.router_init_std,
+    ).to(dtype)
+
+
+def fresh_connector(config: RunConfig) -> dict[str, Tensor]:
+    """PyTorch's initialisation of linear layers, as in training."""
+    hidden = config.language.hidden_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        inner = config.connector.hidden_size or hidden
+        return Connector(config.vision.hidden_size, inner, hidden).state_dict()
 
 
 def with_noise(

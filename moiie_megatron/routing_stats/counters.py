@@ -1,4 +1,4 @@
-"""What the routers of the whole model did, from the counters of its layers."""
+"""What the routers of the whole model did, summed over its layers' counters and over ranks."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ import torch.distributed as dist
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.config import torch_dtype
 from moiie_megatron.mcore.parallel import ParallelContext
-from moiie_megatron.moe.layer import MoIIELayer
-from moiie_megatron.routing_stats.load_stats import LoadStats, routing_shapes, unpack
-from moiie_megatron.routing_stats.record import LayerSums, routing_record
-from moiie_megatron.vlm.model import MoIIEModel
+from moiie_megatron.routing_stats.load_stats import LayerSums, LoadStats, routing_size
+from moiie_megatron.routing_stats.record import routing_record
 
 _FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class RouterLosses:
-    """Means over layers and micro-batches since the last ones, alike on every rank.
+    """Means over layers and over the micro-batches since the last report, equal on every rank.
 
     Attributes:
-        aux: Balance loss by router, which alpha weighs; empty for a dense model.
-        z: Z-loss by router; empty without z-losses.
+        aux: Balance loss by router, before its coefficient; empty for a dense model.
+        z: Z-loss by router, before its coefficient; empty without z-losses.
     """
 
     aux: dict[str, float] = field(default_factory=dict)
@@ -34,13 +32,16 @@ class RouterLosses:
 
 
 class RoutingCounters:
-    """The counters of all MoE layers, over all ranks; every rank makes the same calls.
+    """The counters of all MoE layers, reduced over all ranks; every rank makes the same calls.
 
-    Layers count on their device in every step.  Nothing is reduced, and the host waits for
-    nothing, until ``losses`` or ``record`` is called; each starts over with what it returned.
+    Layers count on their device in every step.  Nothing is reduced, and the host does not sync
+    with the device, until ``losses`` or ``record`` is called; each resets what it returned.
+
+    Args:
+        model: This rank's part of the model.
     """
 
-    def __init__(self, config: RunConfig, context: ParallelContext, model: MoIIEModel) -> None:
+    def __init__(self, config: RunConfig, context: ParallelContext, model: torch.nn.Module) -> None:
         self.config = config
         self.context = context
         self.layers = config.moe_layers
@@ -58,7 +59,7 @@ class RoutingCounters:
         self.steps += 1
 
     def losses(self) -> RouterLosses:
-        """One reduction of a few numbers."""
+        """The losses since the last call (one reduction of a few numbers)."""
         if not self.layers:
             return RouterLosses()
         routers = self.config.moe.layout.routers
@@ -77,27 +78,26 @@ class RoutingCounters:
         )
 
     def record(self) -> dict[str, Any] | None:
-        """One reduction to rank 0.
+        """The routing since the last call (one reduction to rank 0).
 
         Returns:
-            On rank 0 what ``routing_stats/record.py`` describes, with ``steps``; None on other
-            ranks and for a dense model.
+            On rank 0 what ``record.py`` describes, with ``steps``; None on other ranks and for a
+            dense model.
         """
         steps, self.steps = self.steps, 0
         if not self.layers:
             return None
         experts = self.config.moe.layout.num_experts
-        width = sum(shape.numel() for shape in map(torch.Size, routing_shapes(experts).values()))
-        sums = self._zeros(len(self.layers), width)
+        sums = self._zeros(len(self.layers), routing_size(experts))
         for number, stats in self.stats.items():
             sums[self.layers.index(number)] = stats.routing()
             stats.reset_routing()
-        # Ranks hold other tokens (data and sequence parallelism) or other layers (pipeline).
+        # Ranks hold different tokens (data and sequence parallelism) or layers (pipeline).
         dist.reduce(sums, dst=0)
         if self.context.rank != 0:
             return None
         layers = {
-            number: _layer_sums(unpack(row, experts))
+            number: LayerSums.from_vector(row, experts)
             for number, row in zip(self.layers, sums.cpu(), strict=True)
         }
         config = self.config
@@ -111,10 +111,10 @@ class RoutingCounters:
 def row_bytes(config: RunConfig) -> int:
     """Bytes of one row of the dispatcher between two ranks, forward and backward pass together.
 
-    Hidden states go there and back in the dtype of the run, with them the fp32 probabilities of
-    the destination's experts (``alltoall``: of one expert); the backward pass sends gradients of
-    the same shapes the other way.  ``allgather`` sends all probabilities with a byte of routing
-    map for each and combines in fp32, the dtype of the probabilities.
+    Hidden states travel there and back in the dtype of the run, on the way there with the fp32
+    probabilities of the destination's experts (``alltoall``: of one expert); the backward pass
+    sends gradients of the same shapes the other way.  ``allgather`` sends the probabilities of
+    all experts, a byte of routing map for each, and combines in fp32.
     """
     moe, width = config.moe, config.language.hidden_size
     dtype = torch_dtype(config)
@@ -130,21 +130,10 @@ def row_bytes(config: RunConfig) -> int:
     return 2 * (there + per_row * _FP32_BYTES + back)
 
 
-def _layer_sums(sums: dict[str, torch.Tensor]) -> LayerSums:
-    def counts(name: str) -> Any:
-        return sums[name].round().long().tolist()
-
-    return LayerSums(
-        tokens=counts("tokens_M"),
-        load=counts("load_ME"),
-        prob=sums["prob_ME"].tolist(),
-        rows=counts("rows_A"),
-        remote=counts("remote_A"),
-    )
-
-
-def _stats(model: MoIIEModel) -> Iterator[tuple[int, LoadStats]]:
-    """Layer numbers (from 0) of this pipeline stage and their counters."""
-    for layer in model.language_model.decoder.layers:
-        if isinstance(layer.mlp, MoIIELayer):
-            yield layer.layer_number - 1, layer.mlp.router.stats
+def _stats(model: torch.nn.Module) -> Iterator[tuple[int, LoadStats]]:
+    """Layer numbers (from 0) of this pipeline stage and the counters of their routers."""
+    for module in model.modules():
+        stats = getattr(module, "stats", None)
+        if isinstance(stats, LoadStats):
+            number: Any = module.layer_number  # counts from 1
+            yield number - 1, stats

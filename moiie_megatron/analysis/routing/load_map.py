@@ -10,11 +10,11 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from moiie_megatron.analysis.expert_use import groups_of, short_name
 from moiie_megatron.analysis.figure import GROUP_COLOURS, INK, group_legend, new_figure, save_png
-from moiie_megatron.analysis.records import Records
 from moiie_megatron.layout.token_types import MODALITIES
+from moiie_megatron.routing_stats.expert_use import groups_of, short_name
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.jsonl import Records
 
 _MAX_NAMED_ROWS = 40  # beyond, names of experts would touch
 
@@ -29,9 +29,9 @@ def plot_load_map(records: Records, out: str | Path) -> Path:
 
 
 def relative_loads(records: Records) -> np.ndarray:
-    """Load of every expert over the mean of its layer, ``(records, layers, experts)``.
+    """Load of every expert divided by its layer's mean, ``(records, layers, experts)``.
 
-    1 is an equal share, 0 an expert without tokens; 1 everywhere in a layer without tokens.
+    1 is an equal load, 0 an expert without tokens; 1 everywhere in a layer without tokens.
 
     Raises:
         UserError: No record, or records of different experts or layers.
@@ -91,12 +91,12 @@ def load_map_figure(records: Records) -> Figure:
 
 
 def _ceiling(loads: np.ndarray) -> float:
-    """Where the colours end, in halves; a few higher loads do not make the rest pale."""
+    """Upper end of the colour scale, in halves; outliers above it do not make the rest pale."""
     return max(2.0, float(np.ceil(np.percentile(loads, 99.5) * 2) / 2))
 
 
 def _name_rows(axes: Axes, names: list[str]) -> None:
-    """A mark in the colour of its group at the right end of every row, and its name if it fits."""
+    """Mark every row at its right end in its group's colour, with the name where there is room."""
     for row, name in enumerate(names):
         colour = GROUP_COLOURS[name.split(".")[0]]
         mark = Rectangle(

@@ -1,4 +1,4 @@
-"""Share of intra-modality and of shared experts in the choices of every layer.
+"""Fractions of intra-modality and of shared experts among the choices of every layer.
 
 One panel per modality, one stacked bar per MoE layer, the colour of a group for each expert.
 The paper reads from it that low layers keep modalities apart and high layers mix them.
@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moiie_megatron.analysis.expert_use import MODALITY_TITLES, ExpertUse, groups_of, short_name
 from moiie_megatron.analysis.figure import (
     INK,
     expert_colour,
@@ -21,6 +20,12 @@ from moiie_megatron.analysis.figure import (
     panel_title,
     save_png,
     tidy,
+)
+from moiie_megatron.routing_stats.expert_use import (
+    MODALITY_TITLES,
+    ExpertUse,
+    groups_of,
+    short_name,
 )
 
 _MAX_LABELLED_LAYERS = 8  # beyond, numbers inside the bars would not be legible
@@ -39,7 +44,7 @@ def groups_figure(use: ExpertUse) -> Figure:
     panels = figure.subplots(len(modalities), 1, sharex=True, squeeze=False)[:, 0]
     for axes, modality in zip(panels, modalities, strict=True):
         _stack(axes, use, modality)
-        panel_title(axes, f"{MODALITY_TITLES[modality]}: share of expert choices")
+        panel_title(axes, f"{MODALITY_TITLES[modality]}: fraction of expert choices")
     panels[-1].set_xlabel("layer", color=INK)
     group_legend(figure, groups_of(use.experts))
     return figure
@@ -48,11 +53,11 @@ def groups_figure(use: ExpertUse) -> Figure:
 def _stack(axes: Axes, use: ExpertUse, modality: str) -> None:
     positions = np.arange(len(use.layers))
     bottom = np.zeros(len(use.layers))
-    usable = [e for e in range(len(use.experts)) if use.is_open(e, modality)]
+    usable = [e for e in range(len(use.experts)) if use.is_allowed(e, modality)]
     # The modality's own experts below, the shared ones on top, in both panels.
     for expert in sorted(usable, key=lambda e: use.group(e) == "shared"):
         name = use.experts[expert]
-        heights = np.array([use.shares[modality][n][expert] for n in use.layers]) / use.top_k
+        heights = np.array([use.fractions[modality][n][expert] for n in use.layers]) / use.top_k
         colour = expert_colour(name, use.experts)
         bars = axes.bar(
             positions, heights, 0.72, bottom, color=colour, edgecolor="white", linewidth=1.2

@@ -6,7 +6,8 @@ from typing import Any
 
 from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.placement import Placement
-from moiie_megatron.routing_stats.record import LayerSums, routing_record
+from moiie_megatron.routing_stats.load_stats import LayerSums
+from moiie_megatron.routing_stats.record import routing_record
 
 LAYOUT = ExpertLayout(1, 2, 1)  # V0 S0 S1 T0
 PLACEMENT = Placement((0, 3, 1, 2), 2, 1.0, True)
