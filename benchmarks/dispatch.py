@@ -49,7 +49,7 @@ def build(
         settings,
         context.groups,
         dispatcher=MoIIETokenDispatcher if moiie else None,
-        order=None if placement.is_identity else placement.order,
+        order=None if placement.is_identity else placement.physical_to_logical,
     )
     return MoIIELayer(case.config, spec.submodules, layer_number=1, **spec.params)
 

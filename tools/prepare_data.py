@@ -151,15 +151,15 @@ def add_webdataset(commands: Any) -> None:
 
 
 def webdataset(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.checkpoint.directory import new_directory
     from moiie_megatron.data.records.energon_index import DATASET_FILE, index_shards
     from moiie_megatron.data.records.webdataset import write_shards
+    from moiie_megatron.utils.directories import new_directory
 
     source = _plain_source(arguments.records, arguments.images, "square")
     final = Path(arguments.out)
     limit = 0.01 if arguments.max_skipped_fraction is None else arguments.max_skipped_fraction
     size = source.records.path.stat().st_size
-    with new_directory(final, num_bytes=size, force=arguments.force, ours=DATASET_FILE) as folder:
+    with new_directory(final, num_bytes=size, force=arguments.force, marker=DATASET_FILE) as folder:
         with progress_bar(f"writing {final.name}", unit="records") as progress:
             names, skipped_samples = write_shards(
                 source,

@@ -1,4 +1,4 @@
-"""Reads what a run logged about its steps: ``metrics.jsonl``."""
+"""Read the metrics of a run, ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from moiie_megatron.utils.jsonl import Records, read_records
 
 
 def read_metrics(path: str | Path) -> Records:
-    """The lines of ``metrics.jsonl``, in order; a last line cut off by a kill is dropped.
+    """The lines of ``metrics.jsonl``, in order; an incomplete last line is ignored.
 
     Raises:
-        UserError: The file cannot be read, holds no step, or is damaged before its end.
+        UserError: The file cannot be read, has no step, or has a broken line before its last.
     """
     records = read_records(path)
     if not records:
-        raise UserError(f"{path} holds no steps yet: train first.")
+        raise UserError(f"{path} has no steps yet: train first.")
     return records

@@ -10,9 +10,9 @@ import os
 import shutil
 from pathlib import Path
 
-from moiie_megatron.checkpoint.directory import LATEST_FILE, WRITING, step_number
+from moiie_megatron.checkpoint.directory import LATEST_FILE, step_number
 from moiie_megatron.checkpoint.manifest import sync, write_manifest
-from moiie_megatron.utils.files import atomic_write
+from moiie_megatron.utils.files import WRITING, atomic_write
 
 _REMOVING = ".removing"
 

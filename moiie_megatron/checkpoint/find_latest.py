@@ -8,7 +8,7 @@ from typing import Final
 
 import torch.distributed as dist
 
-from moiie_megatron.checkpoint.directory import LATEST_FILE, checkpoints_folder, step_number
+from moiie_megatron.checkpoint.directory import LATEST_FILE, checkpoints_directory, step_number
 from moiie_megatron.checkpoint.manifest import damage
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.utils.errors import UserError
@@ -28,7 +28,7 @@ def newest_whole(output: str | Path) -> tuple[Path | None, list[str]]:
     Raises:
         UserError: There are checkpoints but all of them are damaged.
     """
-    directory = checkpoints_folder(output)
+    directory = checkpoints_directory(output)
     pointer = directory / LATEST_FILE
     found = directory.iterdir() if directory.is_dir() else ()
     steps = {path: step_number(path) for path in found}

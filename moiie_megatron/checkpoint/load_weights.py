@@ -25,21 +25,21 @@ from moiie_megatron.vlm.model import MoIIEModel
 
 
 def load_weights(
-    folder: Path, context: ParallelContext, model: MoIIEModel, *, new_connector: bool = False
+    checkpoint: Path, context: ParallelContext, model: MoIIEModel, *, new_connector: bool = False
 ) -> None:
     """Load the weights of a checkpoint of any stage and parallel layout into a fresh model.
 
     A layer that has experts in the model and a dense FFN in the checkpoint is upcycled.
 
     Args:
-        folder: The checkpoint.
+        checkpoint: Its directory.
         new_connector: The connector keeps its fresh weights.
 
     Raises:
         UserError: There is no checkpoint, or its tensors do not fit the model.
     """
-    load_common(folder)
-    present = {t.key: t for t in dist_checkpointing.load_tensors_metadata(str(folder)).values()}
+    load_common(checkpoint)
+    present = {t.key: t for t in dist_checkpointing.load_tensors_metadata(str(checkpoint)).values()}
     # Each distinct shard is read once: all local experts of a layer read the same dense one.
     wanted: dict[str, ShardedTensor] = {}
     entries: list[tuple[Any, list[str]]] = []
@@ -51,14 +51,14 @@ def load_weights(
             if new_connector and shard.key.startswith(CONNECTOR):
                 continue
             source = shard if shard.key in present else _dense_shard(shard)
-            _check(source, present, folder)
+            _check(source, present, checkpoint)
             name = f"{source.key}@{source.global_offset}"
             wanted.setdefault(name, source)
             names.append(name)
         if names:
             entries.append((entry, names))
     # Ranks that hold the same expert read the same dense shard: no exclusive owners here.
-    loaded = read_sharded(folder, dict(wanted), validate_access_integrity=False)
+    loaded = read_sharded(checkpoint, dict(wanted), validate_access_integrity=False)
     with torch.no_grad():
         for entry, names in entries:
             pieces = [loaded[name] for name in names]
@@ -99,14 +99,14 @@ def _fresh(shard: ShardedTensor) -> Tensor:
     return torch.empty(shard.local_shape, dtype=shard.dtype, device=shard.data.device)
 
 
-def _check(shard: ShardedTensor, present: dict[str, ShardedTensor], folder: Path) -> None:
+def _check(shard: ShardedTensor, present: dict[str, ShardedTensor], checkpoint: Path) -> None:
     if shard.key not in present:
         raise UserError(
-            f"The checkpoint {folder} has no tensor {shard.key}: it belongs to another model."
+            f"The checkpoint {checkpoint} has no tensor {shard.key}: it belongs to another model."
         )
     have = tuple(present[shard.key].global_shape)
     if have != tuple(shard.global_shape):
         raise UserError(
-            f"{shard.key} has shape {have} in the checkpoint {folder} but this run wants "
+            f"{shard.key} has shape {have} in the checkpoint {checkpoint} but this run wants "
             f"{tuple(shard.global_shape)}: use the same language, vision and moe sections."
         )

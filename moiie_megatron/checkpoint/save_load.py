@@ -45,12 +45,12 @@ def sharding_metadata(context: ParallelContext) -> dict[str, Any]:
 
 
 def request_save(
-    folder: Path, context: ParallelContext, parts: dict[str, Any], progress: Progress
+    checkpoint: Path, context: ParallelContext, parts: dict[str, Any], progress: Progress
 ) -> AsyncRequest:
     """The request that saves a run (what to write, what to do then); every rank calls this.
 
     Args:
-        folder: A new directory; an existing one is removed.
+        checkpoint: The directory to write; an existing one is removed.
         parts: ``model``, ``optimizer`` and ``scheduler``; ``stream`` where the data loader has a
             state; ``counters``, a dictionary of further objects with ``state_dict`` and
             ``load_state_dict``, whose state is equal on all ranks.
@@ -63,34 +63,33 @@ def request_save(
     state["format_version"] = FORMAT_VERSION
     state["world_size"] = context.size
     if context.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        checkpoint.mkdir(parents=True)
     dist.barrier()
     stored = {k: v for k, v in metadata.items() if k != "dp_cp_group"}
     use_file_results_queue()
     request = dist_checkpointing.save(
-        state, str(folder), content_metadata=stored, async_sharded_save=True
+        state, str(checkpoint), content_metadata=stored, async_sharded_save=True
     )
     assert request is not None
     return request
 
 
-def load_checkpoint(folder: Path, context: ParallelContext, parts: dict[str, Any]) -> Progress:
+def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str, Any]) -> None:
     """Load weights, optimizer, schedule and RNG into ``parts``, from any parallel layout.
 
     Raises:
         UserError: There is no checkpoint, it is of a newer version, or does not fit the model.
     """
     metadata = sharding_metadata(context)
-    common = load_common(folder)
+    common = load_common(checkpoint)
     optimizer, progress = parts["optimizer"], Progress.from_state(common["progress"])
     with add_dummy_step_state(optimizer, progress.updates), patch_optimizer_loading(optimizer):
-        _load_state(folder, context, parts, common, metadata)
-    return progress
+        _load_state(checkpoint, context, parts, common, metadata)
 
 
 def _load_state(
-    folder: Path,
+    checkpoint: Path,
     context: ParallelContext,
     parts: dict[str, Any],
     common: dict[str, Any],
@@ -99,7 +98,7 @@ def _load_state(
     state = _sharded_state(parts, context, metadata, is_loading=True)
     if common["world_size"] != context.size:
         del state["rng"]  # one state per rank, meaningless for another number of ranks
-    loaded = read_sharded(folder, state)
+    loaded = read_sharded(checkpoint, state)
     parts["model"].load_state_dict(loaded["model"])
     parts["optimizer"].load_state_dict(loaded["optimizer"])
     parts["scheduler"].load_state_dict(loaded["scheduler"])
@@ -113,45 +112,45 @@ def _load_state(
             part.load_state_dict(counters[name])
 
 
-def load_common(folder: Path) -> dict[str, Any]:
+def load_common(checkpoint: Path) -> dict[str, Any]:
     """The part of a checkpoint that is equal on all ranks: progress, versions, schedule.
 
     Raises:
         UserError: There is no checkpoint, it is not of this project, or of a newer version.
     """
-    if not folder.is_dir():
-        raise UserError(f"There is no checkpoint {folder}: name a step_... directory.")
+    if not checkpoint.is_dir():
+        raise UserError(f"There is no checkpoint {checkpoint}: name a step_... directory.")
     try:
-        common = dist_checkpointing.load_common_state_dict(str(folder))
+        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     except (CheckpointingException, OSError, EOFError, RuntimeError) as error:
         raise UserError(
-            f"{folder} is not a complete Megatron checkpoint ({_first_line(error)}): use a "
+            f"{checkpoint} is not a complete Megatron checkpoint ({_first_line(error)}): use a "
             "directory named step_... under a run's checkpoints, or a converted checkpoint."
         ) from error
     version = common.get("format_version")
     if version is None or version > FORMAT_VERSION:
         raise UserError(
-            f"{folder} has format version {version}, this program reads up to {FORMAT_VERSION}: "
-            "update moiie-megatron."
+            f"{checkpoint} has format version {version}, this program reads up to "
+            f"{FORMAT_VERSION}: update moiie-megatron."
         )
     return common
 
 
-def read_sharded(folder: Path, state: dict[str, Any], **options: Any) -> dict[str, Any]:
+def read_sharded(checkpoint: Path, state: dict[str, Any], **options: Any) -> dict[str, Any]:
     """``dist_checkpointing.load``, with its errors as UserError.
 
     Raises:
         UserError: A tensor is missing, or its shape is not that of the model.
     """
     try:
-        return dist_checkpointing.load(state, str(folder), **options)
+        return dist_checkpointing.load(state, str(checkpoint), **options)
     except (Exception, CheckpointException) as error:  # the readers raise many types
         # Torch wraps the ranks' errors in a BaseException whose own text only counts them.
         causes = error.failures.values() if isinstance(error, CheckpointException) else ()
         cause = next((inner for inner, _ in causes), error)
         raise UserError(
-            f"The checkpoint {folder} does not fit this run ({_first_line(cause)}): compare its "
-            f"{CONFIG_FILE} with the configuration."
+            f"The checkpoint {checkpoint} does not fit this run ({_first_line(cause)}): compare "
+            f"its {CONFIG_FILE} with the configuration."
         ) from error
 
 

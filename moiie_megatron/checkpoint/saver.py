@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moiie_megatron.checkpoint.directory import CONFIG_FILE, copy_tokenizer, step_folder
+from moiie_megatron.checkpoint.directory import CONFIG_FILE, copy_tokenizer, step_directory
 from moiie_megatron.checkpoint.finalize import finalize, unfinished_directory
 from moiie_megatron.checkpoint.progress import Progress
 from moiie_megatron.checkpoint.save_load import request_save
@@ -61,7 +61,7 @@ class CheckpointSaver:
         """Save; with ``checkpoint.asynchronous`` return as soon as the state is copied."""
         self.drain()
         started = time.monotonic()
-        final = step_folder(self._config.output, progress.step)
+        final = step_directory(self._config.output, progress.step)
         with self._failures(final):
             request = request_save(
                 unfinished_directory(final), self._context, self._parts, progress

@@ -39,11 +39,10 @@ def check_run(config: RunConfig, dist_env: DistEnv) -> None:
 
 
 def check_runs(configs: Sequence[RunConfig], dist_env: DistEnv) -> None:
-    """``check_run`` for runs that follow each other; one may start from what an earlier one is
-    still going to write.
+    """``check_run`` for runs in sequence; one may start from the output of an earlier one.
 
     Raises:
-        UserError: See ``check_run``; or two runs write to one folder.
+        UserError: See ``check_run``; or two runs have the same output directory.
     """
     outputs: list[Path] = []
     for config in configs:
@@ -55,7 +54,7 @@ def check_runs(configs: Sequence[RunConfig], dist_env: DistEnv) -> None:
             check_run(config, dist_env)
         if Path(config.output) in outputs:
             raise UserError(
-                f"output is {config.output!r} in two of the runs: give each its own folder."
+                f"output is {config.output!r} in two of the runs: give each its own directory."
             )
         outputs.append(Path(config.output))
 
@@ -94,8 +93,11 @@ def _is_first_to_fail(dist_env: DistEnv) -> bool:
 
 
 def _leave(code: int) -> int:
-    """End the process at once if it is connected: other processes may be inside a collective,
-    and threads of the communication library would wait for them at a normal exit."""
+    """End the process, at once if it is in a process group.
+
+    Other processes may be inside a collective, for which threads of the communication library
+    would wait at a normal exit.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush()

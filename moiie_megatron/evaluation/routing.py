@@ -1,6 +1,6 @@
-"""How a trained model routes the samples of a data set, without training it.
+"""Record how a trained model routes the samples of a data set, without training it.
 
-The whole conversation is read at once, answers included, as in training.
+The input is the complete conversation, answers included, as in training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moiie_megatron.training.step import run_schedule
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.model import MoIIEModel
 
-_EMPTY_LENGTH = 8  # tokens of a batch that only keeps other ranks company
+_EMPTY_LENGTH = 8  # tokens of a row of padding
 
 
 @torch.no_grad()
@@ -92,8 +92,10 @@ def _read(dataset: LlavaDataset, indices: range) -> tuple[list[Example], int]:
 
 
 def _batch(config: RunConfig, dataset: LlavaDataset, examples: list[Example]) -> Batch:
-    """The examples as one batch, with rows of padding, which is not counted, up to the size of a
-    micro-batch: some dispatchers want ranks of one size."""
+    """The examples as one batch, filled up with rows of padding to the size of a micro-batch.
+
+    Padding is not counted; some dispatchers need the same number of tokens on all ranks.
+    """
     parallel = config.parallel
     full = config.data.sequence_length if config.data.padding == "sequence_length" else None
     return collate(

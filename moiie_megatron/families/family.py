@@ -64,8 +64,9 @@ class Weight:
 
 
 def vision_weights(shapes: Mapping[str, tuple[str | int, ...]]) -> tuple[Weight, ...]:
-    """The table of a vision tower, which is transformers' own module: names differ in what stands
-    in front of them alone.
+    """The table of a vision tower, which is transformers' own module.
+
+    Names in Megatron and in Hugging Face files differ in their prefixes only.
 
     Args:
         shapes: Name in the module -> shape.

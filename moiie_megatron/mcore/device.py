@@ -20,7 +20,9 @@ class Device:
     @property
     def torch_device(self) -> torch.device:
         """``cpu``, or the GPU that this process was bound to."""
-        return torch.device(self.type, torch.cuda.current_device() if self.is_cuda else None)
+        if self.is_cuda:
+            return torch.device(self.type, torch.cuda.current_device())
+        return torch.device(self.type)
 
     @property
     def is_cuda(self) -> bool:

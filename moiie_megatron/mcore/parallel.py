@@ -111,7 +111,8 @@ def _unit_aux_loss_scale(device: Device) -> None:
 
 def _router_without_te() -> None:
     """Megatron's router asks for ``te_general_gemm``, an undefined name without Transformer
-    Engine (NameError), on every device."""
+    Engine (NameError), on every device.
+    """
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 

@@ -32,6 +32,8 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
         switch: Where the long frequencies begin; None: nowhere.
     """
 
+    inv_freq: Tensor
+
     def __init__(
         self,
         mconfig: TransformerConfig,

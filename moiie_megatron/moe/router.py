@@ -83,8 +83,8 @@ class ModalityRouter(MegatronModule):
         routers = self.layout.routers
         widths = [float(len(self.layout.allowed(name))) for name in routers]
         coeffs = [settings.aux_loss_coeffs[name] for name in routers]
-        for name, values in (("candidates_R", widths), ("coeffs_R", coeffs)):
-            self.register_buffer(name, torch.tensor(values, device=device), persistent=False)
+        for buffer, values in (("candidates_R", widths), ("coeffs_R", coeffs)):
+            self.register_buffer(buffer, torch.tensor(values, device=device), persistent=False)
         columns = torch.tensor(_columns(self.layout), device=device)
         self.register_buffer("columns_RE", columns, persistent=False)
         self.stats = LoadStats(len(routers), self.layout.num_experts, device)
@@ -140,7 +140,8 @@ class ModalityRouter(MegatronModule):
     @property
     def is_counting(self) -> bool:
         """Whether the current pass is counted: in training the one with gradients, so that a
-        recomputed layer (its first pass has none) counts once."""
+        recomputed layer (its first pass has none) counts once.
+        """
         return torch.is_grad_enabled() if self.training else self.records_in_eval
 
     def _scores(self, hidden_Th: Tensor, types_T: Tensor) -> Tensor:
@@ -171,7 +172,8 @@ class ModalityRouter(MegatronModule):
         types_T: Tensor,
     ) -> Tensor:
         """Attach the losses of every router to ``probs_TE`` and count the load, in the pass that
-        counts (``is_counting``)."""
+        counts (``is_counting``).
+        """
         settings, masks_TR = self.settings, self.masks(types_T)
         all_probs_TE = torch.softmax(scores_TE, dim=-1)
         balance = balance_losses(

@@ -55,7 +55,7 @@ def routing_record(
     """
     size = layout.num_experts // placement.ep_size
     starts = range(0, layout.num_experts, size)
-    ranks = [list(placement.order[start : start + size]) for start in starts]
+    ranks = [list(placement.physical_to_logical[start : start + size]) for start in starts]
     return {
         "version": VERSION,
         "experts": [layout.name(expert) for expert in range(layout.num_experts)],
@@ -71,8 +71,10 @@ def routing_record(
 
 
 def load_entropy(load: Sequence[float]) -> float | None:
-    """Entropy of a load over experts, divided by its maximum ``log(len(load))``; None without
-    load."""
+    """Entropy of a load over experts, divided by its maximum ``log(len(load))``.
+
+    None if the load is zero.
+    """
     total = sum(load)
     if not total:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -136,7 +136,7 @@ class AnomalyMonitor:
             return
         parts = sorted(filter(None, ranks), key=lambda part: part[0]["data_parallel_rank"])
         line = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": step,
             "consumed_samples": first_sample,
             "lm_loss": result.lm_loss,

@@ -126,8 +126,10 @@ def run_schedule(
 
 
 def count_tokens(batches: list[Batch], context: ParallelContext) -> tuple[int, int, int, int]:
-    """Label tokens, tokens, image tokens, and tokens with padding of the global batch (one small
-    reduction)."""
+    """Label tokens, tokens, image tokens, and tokens with padding of the global batch.
+
+    They are summed in one small reduction.
+    """
     counts = torch.zeros(4, dtype=torch.int64)
     for batch in batches:
         counts[0] += batch.num_label_tokens

@@ -98,7 +98,7 @@ def moe_module(config: RunConfig, context: ParallelContext) -> ModuleSpec:
         router_settings(config),
         context.groups,
         dispatcher=MoIIETokenDispatcher if config.moe.dispatcher == "moiie" else None,
-        order=None if placement.is_identity else placement.order,
+        order=None if placement.is_identity else placement.physical_to_logical,
         experts=_te_experts() if has_transformer_engine(context.device) else None,
     )
 

@@ -135,6 +135,7 @@ class MoIIEModel(MegatronModule):
         )
         if labels is None or not self.post_process:
             return output
+        assert label_positions is not None
         losses_sb = output.new_zeros(tokens.numel()).index_copy(
             0, label_positions, output.flatten()
         )
@@ -182,7 +183,7 @@ class MoIIEModel(MegatronModule):
         Gradient reductions that overlap with the backward pass wait for every parameter: a
         micro-batch without images must not leave one out.
         """
-        modules = (self.vision_encoder, self.connector)
+        modules = [m for m in (self.vision_encoder, self.connector) if m is not None]
         trained = [
             p.flatten()[0] for module in modules for p in module.parameters() if p.requires_grad
         ]

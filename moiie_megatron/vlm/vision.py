@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +24,7 @@ class VisionEncoder(torch.nn.Module):
         super().__init__()
         self.config = config
         self.family = vision_family(config.family)
-        self.model = build_vision_model(config)
+        self.model: Any = build_vision_model(config)  # its submodules depend on the family
         for module in self._unused():
             module.requires_grad_(False)
 

@@ -80,7 +80,7 @@ def check_any_number_of_experts(layer: MoIIELayer, context: ParallelContext) -> 
     """0 to 3 experts per token, one rank without any: equal to a loop over gathered experts."""
     experts = layer.config.num_moe_experts
     tokens = 20
-    scores, probs, map_ = routing(tokens, experts, 3, seed=7 + context.rank)
+    _, probs, map_ = routing(tokens, experts, 3, seed=7 + context.rank)
     fewer = torch.arange(tokens).unsqueeze(1) % 4  # keep the first 0, 1, 2 or 3 by expert id
     map_ = map_ & (map_.cumsum(dim=1) <= fewer)
     if context.rank == context.size - 1:

@@ -24,6 +24,7 @@ from tests.helpers.pause import Pause
 from tests.helpers.ranks import Job, in_writing, run_ranks, start_ranks, wait_until
 from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import read_metrics, read_routing, tiny_values, write_config
+from tests.helpers.user_errors import assert_one_error
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -198,8 +199,7 @@ def test_only_damaged_checkpoints(tmp_path: Path, whole: Path) -> None:
     job = start_ranks(tmp_path, words(whole, output), processes=2)
 
     assert job.wait() == [1, 1]
-    assert job.text().count("error: ") == 1
-    assert f"No checkpoint in {output}/checkpoints can be used" in job.text()
+    assert_one_error(job.text(), output / "checkpoints", "No checkpoint", "restore")
 
 
 @pytest.mark.parametrize(

@@ -126,5 +126,5 @@ def wait_until(
 
 def in_writing(output: Path) -> list[Path]:
     """Checkpoints of a run that do not have their name yet and hold something."""
-    found = (output / "checkpoints").glob("*.writing")
+    found = (output / "checkpoints").glob("step_*.writing")
     return [folder for folder in found if any(folder.iterdir())]

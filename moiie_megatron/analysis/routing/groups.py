@@ -1,7 +1,7 @@
-"""Fractions of intra-modality and of shared experts among the choices of every layer.
+"""Fractions of intra-modality and of shared experts in the routing of every layer.
 
-One panel per modality, one stacked bar per MoE layer, the colour of a group for each expert.
-The paper reads from it that low layers keep modalities apart and high layers mix them.
+One panel per modality, one stacked bar per MoE layer, the colour of its group for each expert.
+The paper concludes from it that low layers separate the modalities and high layers mix them.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _MAX_LABELLED_LAYERS = 8  # beyond, numbers inside the bars would not be legible
 
 
 def plot_groups(use: ExpertUse, out: str | Path) -> Path:
-    """Write the picture as PNG."""
+    """Write the figure as PNG."""
     return save_png(groups_figure(use), out)
 
 
 def groups_figure(use: ExpertUse) -> Figure:
-    """One axes per modality that had tokens; bars add up to all choices of the modality."""
+    """One panel per modality that has tokens; every bar sums to 1."""
     modalities = use.present()
     width = max(6.4, 1.6 + 0.42 * len(use.layers))
     figure = new_figure(width, 0.9 + 2.5 * len(modalities))

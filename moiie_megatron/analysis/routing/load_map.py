@@ -16,11 +16,11 @@ from moiie_megatron.routing_stats.expert_use import groups_of, short_name
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.jsonl import Records
 
-_MAX_NAMED_ROWS = 40  # beyond, names of experts would touch
+_MAX_NAMED_ROWS = 40  # with more, the names would overlap
 
 
 def plot_load_map(records: Records, out: str | Path) -> Path:
-    """Write the picture as PNG.
+    """Write the figure as PNG.
 
     Raises:
         UserError: See ``relative_loads``.
@@ -29,9 +29,9 @@ def plot_load_map(records: Records, out: str | Path) -> Path:
 
 
 def relative_loads(records: Records) -> np.ndarray:
-    """Load of every expert divided by its layer's mean, ``(records, layers, experts)``.
+    """Load of every expert divided by the mean of its layer, ``(records, layers, experts)``.
 
-    1 is an equal load, 0 an expert without tokens; 1 everywhere in a layer without tokens.
+    1 is an even load, 0 an expert without tokens; a layer without tokens is 1 everywhere.
 
     Raises:
         UserError: No record, or records of different experts or layers.
@@ -39,7 +39,8 @@ def relative_loads(records: Records) -> np.ndarray:
     shapes = {(tuple(record["experts"]), tuple(record["layers"])) for record in records}
     if len(shapes) != 1:
         raise UserError(
-            f"The load map needs the routing records of one model, these come from {len(shapes)}."
+            f"The load map needs the routing records of one model, not of {len(shapes)}: "
+            "use the routing.jsonl of one run."
         )
     loads = np.array(
         [
@@ -53,10 +54,10 @@ def relative_loads(records: Records) -> np.ndarray:
 
 
 def load_map_figure(records: Records) -> Figure:
-    """Columns are as wide as the steps that their record covers."""
+    """The figure of ``plot_load_map``; a column is as wide as the steps that its record covers."""
     loads = relative_loads(records)
     experts, layers = records[0]["experts"], list(records[0]["layers"])
-    rows = len(layers) * len(experts)
+    rows, highest = len(layers) * len(experts), _ceiling(loads)
     edges = [records[0]["step"] - records[0]["steps"], *(record["step"] for record in records)]
     height = min(max(3.0, 1.6 + 0.19 * rows), 11.0)
     figure = new_figure(7.0, height)
@@ -66,7 +67,7 @@ def load_map_figure(records: Records) -> Figure:
         np.arange(rows + 1),
         loads.reshape(len(records), rows).T,
         cmap="RdBu_r",
-        norm=TwoSlopeNorm(1.0, vmin=0.0, vmax=_ceiling(loads)),
+        norm=TwoSlopeNorm(1.0, vmin=0.0, vmax=highest),
         rasterized=True,
     )
     axes.set_ylim(rows, 0)
@@ -81,8 +82,8 @@ def load_map_figure(records: Records) -> Figure:
         spine.set_visible(False)
     _name_rows(axes, experts * len(layers))
     bar = figure.colorbar(mesh, ax=axes, location="top", aspect=40, pad=0.02, shrink=0.7)
-    bar.set_label("load of an expert over the mean of its layer", color=INK)
-    ticks = [0, 0.5, 1, (1 + mesh.norm.vmax) / 2, mesh.norm.vmax]
+    bar.set_label("load of an expert / mean of its layer", color=INK)
+    ticks = [0, 0.5, 1, (1 + highest) / 2, highest]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.ax.tick_params(colors=INK, length=0)
     bar.outline.set_visible(False)
@@ -91,12 +92,12 @@ def load_map_figure(records: Records) -> Figure:
 
 
 def _ceiling(loads: np.ndarray) -> float:
-    """Upper end of the colour scale, in halves; outliers above it do not make the rest pale."""
+    """The load of the last colour, a multiple of 0.5 that at most 0.5 % of the loads exceed."""
     return max(2.0, float(np.ceil(np.percentile(loads, 99.5) * 2) / 2))
 
 
 def _name_rows(axes: Axes, names: list[str]) -> None:
-    """Mark every row at its right end in its group's colour, with the name where there is room."""
+    """At the right end of every row a mark in the colour of its group, and its name if it fits."""
     for row, name in enumerate(names):
         colour = GROUP_COLOURS[name.split(".")[0]]
         mark = Rectangle(

@@ -1,11 +1,12 @@
-"""Token pathways: the experts that image tokens and text tokens take, layer by layer.
+"""Token pathways: which experts process image tokens and text tokens, layer by layer.
 
-One panel per modality, one lane per expert; the band in a lane is as wide as the fraction of the
-modality's tokens that take the expert in that layer (the paper's picture of routing).
+One panel per modality, one lane per expert; the width of the band in a lane is the fraction of
+the modality's tokens that the expert processes in that layer (the paper's figure of routing).
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,18 +30,18 @@ from moiie_megatron.routing_stats.expert_use import (
 )
 
 _LANE = 0.42  # inches
-_HALF_BAND = 0.40  # of a lane: half the width of a band that every token takes
-_MAX_LABELLED_LAYERS = 12  # beyond, numbers beside the bands would touch
+_HALF_BAND = 0.40  # of a lane: half the width of a band for a fraction of 1
+_MAX_LABELLED_LAYERS = 12  # with more, the numbers beside the bands would overlap
 _CURVE_POINTS = 24  # between two layers
 
 
 def plot_pathways(use: ExpertUse, out: str | Path) -> Path:
-    """Write the picture as PNG."""
+    """Write the figure as PNG."""
     return save_png(pathways_figure(use), out)
 
 
 def pathways_figure(use: ExpertUse) -> Figure:
-    """One axes per modality that had tokens."""
+    """One panel per modality that has tokens."""
     modalities, lanes = use.present(), len(use.experts)
     height = 1.15 + len(modalities) * (0.55 + _LANE * lanes)
     figure = new_figure(max(6.4, 1.6 + 0.36 * len(use.layers)), height)
@@ -76,7 +77,7 @@ def _panel(axes: Axes, use: ExpertUse, modality: str) -> None:
                 fontsize=8,
                 color=INK,
             )
-    panel_title(axes, f"{MODALITY_TITLES[modality]}: fraction that takes an expert")
+    panel_title(axes, f"{MODALITY_TITLES[modality]}: fraction processed by each expert")
     axes.set_yticks(range(len(use.experts)), [short_name(name) for name in use.experts])
     axes.tick_params(colors=INK, length=0)
     for label, name in zip(axes.get_yticklabels(), use.experts, strict=True):
@@ -91,11 +92,11 @@ def _panel(axes: Axes, use: ExpertUse, modality: str) -> None:
 
 
 def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Join the points by curves with a horizontal tangent at every layer, extended at both ends."""
+    """The points joined by curves that are horizontal at every layer and beyond both ends."""
     x = np.concatenate([[x[0] - 0.35], x, [x[-1] + 0.35]])
     y = np.concatenate([[y[0]], y, [y[-1]]])
     ease = (1 - np.cos(np.linspace(0, np.pi, _CURVE_POINTS, endpoint=False))) / 2
     line = np.linspace(0, 1, _CURVE_POINTS, endpoint=False)
-    along = [a + (b - a) * line for a, b in zip(x[:-1], x[1:], strict=True)]
-    value = [a + (b - a) * ease for a, b in zip(y[:-1], y[1:], strict=True)]
+    along = [a + (b - a) * line for a, b in pairwise(x)]
+    value = [a + (b - a) * ease for a, b in pairwise(y)]
     return np.append(np.concatenate(along), x[-1]), np.append(np.concatenate(value), y[-1])

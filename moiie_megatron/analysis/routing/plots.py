@@ -1,4 +1,4 @@
-"""All routing plots from the records of one model."""
+"""All figures of routing from the records of one model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from moiie_megatron.utils.jsonl import Records
 
 
 def plot_routing(records: Records, out: str | Path, *, last: int = 50) -> list[Path]:
-    """Draw ``pathways.png``, ``groups.png`` and, for a training run, ``load_map.png``.
+    """Write ``pathways.png``, ``groups.png`` and, for a training run, ``load_map.png``.
 
     Args:
         records: Of one model (``read_routing``).
-        out: Directory.
-        last: How many of the last optimizer steps the first two pictures cover.
+        out: Output directory.
+        last: Number of final optimizer steps that the first two figures average over.
 
     Raises:
         UserError: Records of several models, or none.

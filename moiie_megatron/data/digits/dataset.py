@@ -158,7 +158,7 @@ def _write(folder: Path, settings: DigitSettings) -> None:
 
 
 def _tiles(scans: np.ndarray, side: int) -> np.ndarray:
-    """float [N, 8, 8] in 0..16 to uint8 [N, side, side]."""
+    """Float [N, 8, 8] in 0..16 to uint8 [N, side, side]."""
     pixels = np.round(scans * (255 / 16)).astype(np.uint8)
     resized = [
         np.asarray(Image.fromarray(scan).resize((side, side), Image.Resampling.BICUBIC))

@@ -203,8 +203,10 @@ class TokenizerTemplate:
 
 
 def _learnt(turn: Turn, growth: str) -> str:
-    """What the model writes of the text that an answer adds: without the space behind the token
-    that ends the turn."""
+    """The part of the text that an answer adds which the model writes.
+
+    White space after the token that ends the turn is not part of it.
+    """
     core = growth.rstrip()
     return growth if core.endswith(turn.text.rstrip()) else core
 

@@ -29,8 +29,10 @@ ATTENTION: Final = (
 
 
 def read_window(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """``sliding_window``, which counts where ``use_sliding_window`` is set: in the layers that
-    ``layer_types`` names, or from layer ``max_window_layers`` on."""
+    """``sliding_window``, if ``use_sliding_window`` is set.
+
+    It applies to the layers that ``layer_types`` names, or to those from ``max_window_layers`` on.
+    """
     kinds, first = theirs["layer_types"], theirs["max_window_layers"]
     if kinds is None:
         kinds = ["full" if i < first else "sliding" for i in range(theirs["num_hidden_layers"])]

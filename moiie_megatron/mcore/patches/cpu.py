@@ -137,8 +137,8 @@ def _stand_in_for_torch_cuda() -> None:
 
 def _tensors_stay_on_the_cpu() -> None:
     """``tensor.cuda()`` and ``module.cuda()`` keep what they are given."""
-    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
 
 
 def _type_strings_name_cuda() -> None:
@@ -227,7 +227,8 @@ def _gloo_needs_equal_parts() -> None:
 
 def _groups_of_one_exchange_nothing() -> None:
     """The distributed optimizer scatters and gathers in place; in a group of one process the
-    result is there already, but Gloo copies the whole buffer out and back."""
+    result is there already, but Gloo copies the whole buffer out and back.
+    """
     module: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
 
     def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:

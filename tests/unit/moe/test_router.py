@@ -118,7 +118,7 @@ def test_a_modality_without_tokens_costs_nothing(context: ParallelContext) -> No
     probs, _ = module(hidden, types)
     vision, text = torch.autograd.grad(probs.sum() * 0.0, list(module.gates.values()))
     assert not vision.any() and text.any()
-    assert module.stats.aux_G[0] == 0.0 and module.stats.aux_R[1] > 1.9
+    assert module.stats.aux_G[0] == 0.0 and module.stats.aux_G[1] > 1.9
 
 
 @pytest.mark.parametrize("router_dtype", ["fp32", None])

@@ -1,4 +1,4 @@
-"""The plots show the fractions of the records."""
+"""The figures show the fractions of the records."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ def test_load_over_training() -> None:
 
 @pytest.mark.parametrize("plot", [plot_pathways, plot_groups])
 def test_png_in_the_colours_of_the_groups(plot: object, tmp_path: Path) -> None:
-    file = plot(USE, tmp_path / "new" / "picture.png")
+    file = plot(USE, tmp_path / "new" / "figure.png")
     with Image.open(file) as image:
         assert image.format == "PNG" and min(image.size) > 300
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
     assert set(COLOURS.values()) <= colours
-    assert [path.name for path in file.parent.iterdir()] == ["picture.png"]
+    assert [path.name for path in file.parent.iterdir()] == ["figure.png"]
 
 
-def test_all_pictures_of_a_run_and_of_a_checkpoint(tmp_path: Path) -> None:
+def test_all_figures_of_a_run_and_of_a_checkpoint(tmp_path: Path) -> None:
     names = ["pathways.png", "groups.png", "load_map.png"]
     assert [file.name for file in plot_routing(RECORDS, tmp_path / "run")] == names
     measured = [{key: value for key, value in RECORDS[0].items() if not key.startswith("step")}]
@@ -92,5 +92,5 @@ def test_many_layers_are_drawn_without_numbers(tmp_path: Path) -> None:
 
 def test_refusals() -> None:
     other = [*RECORDS, record(30, [6, 10, 4, 0], [0, 5, 5, 10], layers=(1,))]
-    with user_error("records of one model", 2):
+    with user_error("routing records", 2):
         relative_loads(other)
