@@ -21,7 +21,7 @@ def is_key(key: str) -> bool:
     if first not in SECTIONS:
         return False
     if first == "megatron":
-        return len(rest) == 1 and rest[0] in _megatron_fields()
+        return len(rest) == 1 and rest[0] in megatron_fields()
     return _has(RunConfig.model_fields[first].annotation, rest)
 
 
@@ -48,7 +48,7 @@ def _section(kind: Any) -> Any:
 
 
 @cache
-def _megatron_fields() -> frozenset[str]:
+def megatron_fields() -> frozenset[str]:
     """The fields of Megatron's TransformerConfig, from its source: importing it takes seconds."""
     sources = [
         (megatron_core() / file).read_text(encoding="utf-8")
