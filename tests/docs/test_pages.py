@@ -106,3 +106,16 @@ def _has_name(module: str, attribute: str) -> bool:
         for file in files
         if file.is_file()
     )
+
+
+def test_every_patch_is_described() -> None:
+    page = (ROOT / "docs/cpu.md").read_text()
+    sources = (ROOT / "moiie_megatron/mcore/patches").glob("*.py")
+    names = [
+        next(keyword.value.value for keyword in node.keywords if keyword.arg == "name")
+        for source in sources
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Patch"
+    ]
+    assert len(names) > 20
+    assert [name for name in names if name not in " ".join(page.split())] == []
