@@ -112,7 +112,7 @@ def test_every_patch_is_described() -> None:
     page = (ROOT / "docs/cpu.md").read_text()
     sources = (ROOT / "moiie_megatron/mcore/patches").glob("*.py")
     names = [
-        next(keyword.value.value for keyword in node.keywords if keyword.arg == "name")
+        next(ast.literal_eval(kw.value) for kw in node.keywords if kw.arg == "name")
         for source in sources
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Patch"
