@@ -39,9 +39,8 @@ from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.run import run_distributed
 from moiie_megatron.moe.layer import MoIIELayer
-from moiie_megatron.training.logging.router_stats import RoutingCounters
-from moiie_megatron.training.logging.run_log import RunLog
-from moiie_megatron.training.loop import current_learning_rates
+from moiie_megatron.routing_stats.counters import RoutingCounters
+from moiie_megatron.training.logging.run_log import RunLog, StepReport
 from moiie_megatron.training.state import TrainState, prepare_training
 from moiie_megatron.training.step import StepResult, train_step
 from moiie_megatron.vlm.build import build_model
@@ -150,9 +149,8 @@ class Run:
     def logged(self) -> None:
         result = self.train()
         self.counters.count_step(len(self.batches) * self.context.dp_size)
-        rates = current_learning_rates(self.config, self.train_state)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            self.log.step(self.number, result, rates, self.counters.losses(), 0, 0, None)
+            self.log.step(StepReport(self.number, result, self.counters.losses()))
         self.log.routing(self.number, self.counters.record())
 
 

@@ -1,4 +1,4 @@
-"""Ask an exported model one question, with or without pictures.
+"""Ask an exported model one question, with or without images.
 
 Needs torch, transformers and pillow, not this project: the model's code is in its directory.
 
@@ -18,17 +18,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="exported directory; its code is run")
     parser.add_argument("question")
-    parser.add_argument("--image", type=Path, action="append", default=[], help="several allowed")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     options = parser.parse_args()
     for path in (options.model / "config.json", *options.image):
         if not path.is_file():
-            sys.exit(f"ask.py: {path} is not there: name a file that exists.")
+            sys.exit(f"ask.py: {path} does not exist: name a file that does.")
     print(answer(options.model, options.question, options.image, options.max_new_tokens))
 
 
 def answer(model_path: Path, question: str, images: list[Path], max_new_tokens: int) -> str:
-    """The most likely answer."""
+    """The answer by greedy decoding."""
     import torch
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor

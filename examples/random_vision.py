@@ -1,8 +1,7 @@
 """A tiny SigLIP with random weights as a Hugging Face directory.
 
-Stands in for a pretrained vision encoder where none can be downloaded: it has learnt nothing, and
-learns together with the rest.  16 image tokens per picture of 28 x 28 pixels, like the encoder of
-the built-in digits.
+It replaces a pretrained vision encoder where none can be downloaded, and is trained together with
+the rest.  16 image tokens per image of 28 x 28 pixels, like the encoder of the built-in digits.
 
     python examples/random_vision.py --out models/tiny-siglip
 """

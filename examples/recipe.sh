@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# What the scripts that train at full size share: paths, a tiny stand-in, runs in turn.  Sourced.
+# Sourced by the scripts that train at full size: paths, a tiny substitute, runs in sequence.
 #
-# LLM, VISION                    Hugging Face folders; the LLM's tokenizer is used
-# STAGE1_RECORDS, STAGE1_IMAGES  LLaVA records (.json, .jsonl) of captions, and their image folder
+# LLM, VISION                    Hugging Face directories; the LLM's tokenizer is used
+# STAGE1_RECORDS, STAGE1_IMAGES  LLaVA records (.json, .jsonl) of captions, and their image directory
 # STAGE2_RECORDS, STAGE2_IMAGES  the same for instructions
-# OUTPUT                         checkpoints and logs, one folder per run; default runs/moiie-*
+# OUTPUT                         checkpoints and logs, one directory per run; default runs/moiie-*
 # TP, PP, EP                     degrees of parallelism; default: those in the YAML files
 # NPROC_PER_NODE, NNODES, RDZV_ENDPOINT, NODE_RANK, MAX_RESTARTS, PYTHON
 #                                see examples/torchrun.sh
 #
-# Started by torchrun, the processes that exist are used; else torchrun is started here.  With no
-# path set at all, a tiny model trains on built-in pictures of digits, on the CPU.
+# Under torchrun its processes are used; else torchrun is started here.  If no path is set, a tiny
+# model trains on built-in images of digits, on the CPU.
 
 set -euo pipefail
 

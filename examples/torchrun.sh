@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torchrun on this node, set up for runs that nodes may leave and join again:
+# torchrun on this node, configured so that nodes may leave a run and rejoin it:
 #
 #   bash examples/torchrun.sh tools/train.py CONFIG.yaml [override...]
 #
@@ -14,12 +14,12 @@
 # NODE_RANK        number of this node; may be left out where the nodes can agree on it (torchrun's
 #                  c10d rendezvous), and must be for a killed agent to be taken back
 # MAX_RESTARTS     how often the workers are started again after one has failed; default 3 on
-#                  several nodes, 0 on one.  Training goes on from the last checkpoint.
+#                  several nodes, 0 on one.  Training continues from the last checkpoint.
 # JOIN_TIMEOUT     seconds that the others wait for a node that is gone; default 1800
 # LOCAL_ADDRESS    address of this node for the others; default: its host name, localhost on one node
-# PYTHON           default: .venv/bin/python if it is there, else python
+# PYTHON           default: .venv/bin/python if it exists, else python
 #
-# SIGTERM and SIGUSR1 to this script make the run save and end with code 0.
+# On SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 0.
 
 set -euo pipefail
 

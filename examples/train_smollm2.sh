@@ -2,7 +2,7 @@
 # A real pretrained language model becomes a MoIIE model, on two CPU cores in a few minutes:
 # SmolLM2-135M-Instruct is upcycled to 1 vision + 2 shared + 1 text expert in every second layer
 # and compared with the dense model (tensors, perplexity, an answer); then it is trained on the
-# built-in pictures of digits (stage 2, experts spread over two processes), exported to Hugging Face
+# built-in images of digits (stage 2, experts spread over two processes), exported to Hugging Face
 # format and asked the same question.  Stage 1 is left out: the vision encoder has random weights,
 # there is nothing yet that a connector could connect.
 #

@@ -1,9 +1,10 @@
-"""Compare parallel layouts, or the losses of two runs.
+"""Compare parallel layouts with a single process, or the losses of two runs.
 
-``compare_runs.py layouts CONFIG [key=value ...]`` takes one optimizer step in many layouts, with
-every way to recompute, dispatcher and model variant, and prints PASS or FAIL for each against a
-single process, without packing: losses, balance losses, every gradient and the next weights.
-``compare_runs.py losses A B --assert-equal`` compares two runs' metrics.
+``compare_runs.py layouts CONFIG [key=value ...]`` takes one optimizer step in many parallel
+layouts, with every recompute mode, dispatcher and model variant, without packing.  It compares
+losses, balance losses, all gradients and the updated weights with those of a single process, and
+prints PASS or FAIL for each layout.
+``compare_runs.py losses A B --assert-equal`` compares the losses of two runs, step by step.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moiie_megatron.cli.launch import exit_code
 from moiie_megatron.cli.overrides import parse_with_overrides
@@ -27,6 +29,11 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.dist_env import connect_store, dist_env_from
 from moiie_megatron.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moiie_megatron.mcore.parallel import ParallelContext
 
 RECOMPUTE = {
     "off": [],
@@ -39,8 +46,8 @@ RECOMPUTE = {
 }
 
 
-# Adam divides by |g| + epsilon: with the usual one, rounding noise of a gradient that is zero (a
-# key's bias moves no softmax) becomes a step as large as any.
+# Adam divides by |g| + epsilon: with the usual epsilon, the rounding error of a gradient that is
+# zero (a bias of the keys does not change the softmax) becomes as large a step as any other.
 SMOOTH_ADAM = "optimizer.epsilon=1e-3"
 DISPATCHERS = ("moiie", "alltoall", "allgather")
 VARIANTS = ("vanilla", "modality", "moiie")
@@ -48,7 +55,7 @@ VARIANTS = ("vanilla", "modality", "moiie")
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to spread a step over processes."""
+    """Degrees of parallelism and options of one step to compare."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -57,7 +64,7 @@ class Layout:
     data: int = 1
     recompute: str = "off"
     dispatcher: str = "moiie"
-    variant: str | None = None  # None: the configuration's own
+    variant: str | None = None  # None: the variant of the configuration
 
     @property
     def processes(self) -> int:
@@ -76,14 +83,14 @@ class Layout:
             f"parallel.expert={self.expert}",
             f"parallel.expert_tensor={self.expert_tensor}",
             f"moe.dispatcher={self.dispatcher}",
-            # Which samples share a row, and so a balance loss, depends on data parallelism.
+            # Data parallelism decides which samples share a packed row, and so a balance loss.
             "data.packing=false",
             *RECOMPUTE[self.recompute],
             *self._variant_overrides(),
         ]
 
     def _variant_overrides(self) -> list[str]:
-        """Another variant comes with its own numbers of experts."""
+        """Another variant has its default numbers of experts."""
         if self.variant is None:
             return []
         counts = [f"moe.num_{group}_experts=null" for group in ("vision", "shared", "text")]
@@ -91,9 +98,9 @@ class Layout:
 
 
 def layouts(processes: int, own_variant: str) -> Iterator[Layout]:
-    """The table: every grid that fills 1, 2, 4, ... processes, then what else can differ.
+    """All layouts: the grids of 1, 2, 4, ... processes, then recompute, dispatchers, variants.
 
-    A layout may come twice.
+    A layout may be yielded twice.
     """
     sizes = [n for n in (1, 2, 4, 8, 16, 32) if n <= processes]
     degrees = (1, 2)
@@ -101,10 +108,10 @@ def layouts(processes: int, own_variant: str) -> Iterator[Layout]:
         sizes, degrees, degrees, (1, 2, 4), degrees
     ):
         dense, experts = tensor * pipeline, expert * expert_tensor * pipeline
-        if n % dense or n % experts or max(dense, experts) < n and n > 2:
-            continue  # data parallelism beyond what the grid needs adds nothing new
+        if n % dense or n % experts or (max(dense, experts) < n and n > 2):
+            continue  # more data parallelism than the grid needs tests nothing new
         yield Layout(tensor, pipeline, expert, expert_tensor, n // dense)
-    # Two processes share the experts; four also the layers, or also the sequence.
+    # EP2 on two processes; with PP2 or TP2 on four.
     mixed = [Layout(expert=2, data=2), Layout(pipeline=2, expert=2, data=2)]
     mixed += [Layout(tensor=2, expert=2, data=2)]
     for layout in (layout for layout in mixed if layout.processes <= processes):
@@ -117,7 +124,7 @@ def layouts(processes: int, own_variant: str) -> Iterator[Layout]:
 
 
 def compare_layouts(arguments: argparse.Namespace) -> int:
-    """Run the table, one launch per number of processes; print and judge."""
+    """Run all layouts, one torchrun per number of processes; return the exit code."""
     own_variant = load_config(arguments.config, arguments.overrides).moe.variant
     table = [
         layout
@@ -125,18 +132,18 @@ def compare_layouts(arguments: argparse.Namespace) -> int:
         if _possible(arguments.config, [*arguments.overrides, *layout.overrides()], layout)
     ]
     failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        verdicts = Path(folder) / "verdicts"
+    with tempfile.TemporaryDirectory() as directory:
+        verdicts = Path(directory) / "verdicts"
         for processes in sorted({layout.processes for layout in table}):
             ours = [layout for layout in table if layout.processes == processes]
-            job = Path(folder) / f"job{processes}.json"
+            job = Path(directory) / f"job{processes}.json"
             job.write_text(
                 json.dumps(
                     {
                         "config": arguments.config,
                         "overrides": arguments.overrides,
                         "layouts": [asdict(layout) for layout in ours],
-                        "references": folder,
+                        "references": directory,
                         "verdicts": str(verdicts),
                         "tolerance": arguments.tolerance,
                     }
@@ -145,13 +152,13 @@ def compare_layouts(arguments: argparse.Namespace) -> int:
             subprocess.run(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                    "--local-addr=localhost",  # a container's own name may be unknown
-                    *("--nproc-per-node", str(processes), __file__, "probe", str(job)),
+                    "--local-addr=localhost",  # the host name of a container may not resolve
+                    *("--nproc-per-node", str(processes), __file__, "worker", str(job)),
                 ],
                 check=False,
             )
             done = verdicts.read_text().splitlines() if verdicts.exists() else []
-            # A launch that died has left out its layouts.
+            # If the launch died, some of its layouts have no verdict.
             failed += len(ours) - done.count("PASS")
             verdicts.unlink(missing_ok=True)
     print(f"{len(table) - failed} of {len(table)} layouts PASS", flush=True)
@@ -161,19 +168,16 @@ def compare_layouts(arguments: argparse.Namespace) -> int:
 def _possible(config: str, overrides: Sequence[str], layout: Layout) -> bool:
     try:
         check_config(load_config(config, overrides), world_size=layout.processes)
-    except ValueError as reason:
+    except UserError as reason:
         print(f"----  {layout.name}: {reason}", flush=True)
         return False
     return True
 
 
-def probe(job_file: str) -> int:
-    """What each process of a launch does: its layouts one after the other."""
-    import torch
+def run_worker(job_file: str) -> int:
+    """What each process of a launch does: its layouts, one after the other."""
     import torch.distributed as dist
 
-    from moiie_megatron.data.stream.build import build_dataset, build_train_loader
-    from moiie_megatron.evaluation.layout_equivalence import differences, record_step
     from moiie_megatron.mcore.parallel import destroy_parallel, init_parallel
 
     job = json.loads(Path(job_file).read_text())
@@ -181,58 +185,86 @@ def probe(job_file: str) -> int:
     store = connect_store(dist_env)
     for number, values in enumerate(job["layouts"]):
         layout = Layout(**values)
-        config: RunConfig = load_config(job["config"], [*job["overrides"], *layout.overrides()])
-        keys = dist.PrefixStore(f"layout{number}", store)
+        config = load_config(job["config"], [*job["overrides"], *layout.overrides()])
         context = init_parallel(
-            config.active_parallel, dist_env, device=config.train.device, store=keys
+            config.active_parallel,
+            dist_env,
+            device=config.train.device,
+            store=dist.PrefixStore(f"layout{number}", store),
         )
-        loader = build_train_loader(
-            config,
-            build_dataset(config),
-            consumed_samples=0,
-            dp_rank=context.dp_rank,
-            dp_size=context.dp_size,
-            most=context.most,
-        )
-        batches = next(loader)
-        reference_file = Path(job["references"]) / f"{layout.variant}.pt"
-        reference = torch.load(reference_file) if reference_file.exists() else None
-
-        def weights(name: str, expert: int | None, known: dict | None = reference):
-            whole = known[f"start/{name}"]
-            return whole if expert is None else whole[expert]
-
-        try:
-            record = record_step(config, context, batches, weights if reference else None)
-            problem = ""
-        except ValueError as error:
-            record, problem = None, str(error)
+        reference = Path(job["references"]) / f"{layout.variant}.pt"
+        verdict, text = compare_step(config, context, reference, job["tolerance"])
         if context.rank == 0:
-            worst = {}
-            if record is not None and reference is None:
-                torch.save(record, reference_file)
-            elif record is not None:
-                worst = differences(record, reference)
-            wrong = [name for x, name in worst.values() if not x <= job["tolerance"]]
-            bad = bool(problem or wrong)
-            figures = "  ".join(f"{kind} {x:.1e}" for kind, (x, _) in worst.items())
-            figures += f"  (worst: {', '.join(wrong)})" if wrong else ""
-            verdict = "FAIL" if bad else "PASS"
-            print(f"{verdict}  {layout.name}: {problem or figures or 'reference'}", flush=True)
+            print(f"{verdict}  {layout.name}: {text}", flush=True)
             with Path(job["verdicts"]).open("a") as verdicts:
                 verdicts.write(verdict + "\n")
         destroy_parallel()
     return 0
 
 
+def compare_step(
+    config: RunConfig, context: ParallelContext, reference_file: Path, tolerance: float
+) -> tuple[str, str]:
+    """Take one step and compare it with the reference, or write the reference if there is none.
+
+    Returns:
+        PASS or FAIL and an explanation; on ranks other than 0 it has no meaning.
+    """
+    import torch
+
+    from moiie_megatron.evaluation.layout_equivalence import ShardMismatch, differences
+
+    reference = torch.load(reference_file) if reference_file.exists() else None
+    try:
+        record = take_step(config, context, reference)
+    except (ShardMismatch, UserError) as error:
+        return "FAIL", str(error)
+    if record is None or reference is None:
+        if record is not None:
+            torch.save(record, reference_file)
+        return "PASS", "reference"
+    worst = differences(record, reference)
+    wrong = [name for difference, name in worst.values() if not difference <= tolerance]
+    text = "  ".join(f"{kind} {difference:.1e}" for kind, (difference, _) in worst.items())
+    return ("FAIL", f"{text}  (worst: {', '.join(wrong)})") if wrong else ("PASS", text)
+
+
+def take_step(
+    config: RunConfig, context: ParallelContext, reference: dict[str, Tensor] | None
+) -> dict[str, Tensor] | None:
+    """One recorded step, from the weights of the reference if there is one."""
+    from moiie_megatron.data.stream.build import build_dataset, build_train_loader
+    from moiie_megatron.evaluation.layout_equivalence import record_step
+
+    loader = build_train_loader(
+        config,
+        build_dataset(config),
+        consumed_samples=0,
+        dp_rank=context.dp_rank,
+        dp_size=context.dp_size,
+        max_over_dp=context.max_over_dp,
+    )
+    if reference is None:
+        return record_step(config, context, next(loader), None)
+    known = reference
+
+    def weights(name: str, expert: int | None) -> Tensor:
+        tensor = known[f"start/{name}"]
+        return tensor if expert is None else tensor[expert]
+
+    return record_step(config, context, next(loader), weights)
+
+
 def compare_losses(arguments: argparse.Namespace) -> int:
-    """Compare every step of two runs."""
+    """Compare the losses of two runs; return the exit code."""
     runs = []
     for name in (arguments.a, arguments.b):
         path = Path(name)
         path = path / "metrics.jsonl" if path.is_dir() else path
         if not path.exists():
-            raise UserError(f"{path} does not exist: name two runs or two metrics.jsonl files.")
+            raise UserError(
+                f"{path} does not exist: name two output directories or metrics.jsonl files."
+            )
         runs.append({line["step"]: line for line in map(json.loads, path.open())})
     first, second = runs
     common = sorted(first.keys() & second.keys())
@@ -240,7 +272,7 @@ def compare_losses(arguments: argparse.Namespace) -> int:
     worst = 0.0
     for step in common:
         a, b = (run[step]["lm_loss"] for run in runs)
-        if a == b or math.isnan(a) and math.isnan(b):
+        if a == b or (math.isnan(a) and math.isnan(b)):
             continue
         difference = abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf
         worst = max(worst, difference)
@@ -254,19 +286,24 @@ def compare_losses(arguments: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, dest="command")
-    table = commands.add_parser("layouts", help="one step in many layouts against one process")
+    table = commands.add_parser(
+        "layouts", help="one step in many layouts, compared with one process"
+    )
     table.add_argument("config")
     table.add_argument("overrides", nargs="*", metavar="key=value")
-    table.add_argument("--processes", type=int, default=8, help="largest number to start")
+    table.add_argument("--processes", type=int, default=8, help="largest number of processes (8)")
     table.add_argument(
-        "--tolerance", type=float, default=1e-3, help="relative to the largest value"
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        help="largest difference, relative to the largest value of a tensor (1e-3)",
     )
     losses = commands.add_parser("losses", help="the losses of two runs, step by step")
-    losses.add_argument("a")
-    losses.add_argument("b")
-    losses.add_argument("--tolerance", type=float, default=0.0)
+    losses.add_argument("a", metavar="A", help="output directory or metrics.jsonl")
+    losses.add_argument("b", metavar="B", help="output directory or metrics.jsonl")
+    losses.add_argument("--tolerance", type=float, default=0.0, help="largest difference (0)")
     losses.add_argument("--assert-equal", action="store_true", help="exit with 1 if they differ")
-    worker = commands.add_parser("probe", help=argparse.SUPPRESS)
+    worker = commands.add_parser("worker", help=argparse.SUPPRESS)
     worker.add_argument("job")
     arguments = parse_with_overrides(parser)
     arguments.overrides = [SMOOTH_ADAM, *getattr(arguments, "overrides", [])]
@@ -275,8 +312,8 @@ def main() -> int:
     def task() -> None:
         if arguments.command == "layouts":
             codes.append(compare_layouts(arguments))
-        elif arguments.command == "probe":
-            codes.append(probe(arguments.job))
+        elif arguments.command == "worker":
+            codes.append(run_worker(arguments.job))
         else:
             codes.append(compare_losses(arguments))
 

@@ -1,9 +1,9 @@
-"""Demo: the whole recipe on two CPU cores, from data to held-out accuracy, in minutes.
+"""Run the whole recipe on two CPU cores, from data to held-out accuracy, in minutes.
 
-Writes pictures of handwritten digits, then trains three runs (examples/configs/digits-*.yaml):
-a dense model that stands in for pretrained backbones, stage 1 with a new connector, stage 2 with
-experts on two processes.  Then asks questions about pictures of unseen digits, and the same
-questions with the pictures blanked.  Started again, it goes on where it was stopped.
+It writes images of handwritten digits and trains three runs (examples/configs/digits-*.yaml): a
+dense model in place of pretrained backbones, stage 1 with a new connector, stage 2 with experts on
+two processes.  Then it evaluates on images of unseen digits, and on the same images blanked.
+Started again, it continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.files import atomic_write
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("dense", "stage1", "stage2")
 PROCESSES = 2
-TRAIN_PICTURES, TEST_PICTURES = 6000, 100
+TRAIN_IMAGES, TEST_IMAGES = 6000, 100
 REPORT_EVERY = 25  # steps
 PLOTS = ("losses.png", "pathways.png", "groups.png", "load_map.png")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the demo writes and how much it does."""
+    """Output directory and size of the demo."""
 
     out: Path
     quick: bool
@@ -43,7 +46,7 @@ class Plan:
         return ROOT / "examples" / "configs" / f"digits-{stage}.yaml"
 
     def overrides(self, stage: str) -> list[str]:
-        """The files of examples/configs name runs/demo; this run may be elsewhere."""
+        """Paths of this run, which the files in examples/configs expect in runs/demo."""
         records = "train.jsonl" if stage == "stage2" else "captions.json"
         sources = [{"records": str(self.data / records), "images": str(self.data / "images")}]
         result = [
@@ -63,27 +66,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", default="runs/demo", help="folder for everything it writes")
+    parser.add_argument("--out", default="runs/demo", help="output directory (runs/demo)")
     parser.add_argument(
-        "--quick", action="store_true", help="a few steps of everything: does it run, not: learn"
+        "--quick",
+        action="store_true",
+        help="a few steps of each stage: tests that it runs, not that it learns",
     )
     arguments = parser.parse_args()
     plan = Plan(Path(arguments.out).absolute(), arguments.quick)
     try:
         return run(plan)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
 def run(plan: Plan) -> int:
-    """All parts in turn; the exit code of the first that fails."""
+    """Run all parts in sequence; return the exit code of the first that fails, or 0."""
     started = time.monotonic()
     write_data(plan)
     heading("Training: dense, then stage 1 (connector), then stage 2 (experts on 2 processes)")
     if code := train(plan):
         return code
-    heading("Questions about pictures of unseen digits, and with the pictures blanked")
+    heading("Evaluation on images of unseen digits, and with the images blanked")
     if code := evaluate(plan):
         return code
     metrics = collect_metrics(plan)
@@ -92,7 +97,7 @@ def run(plan: Plan) -> int:
     write_text(plan.out / "report.json", json.dumps(report, indent=1) + "\n")
     write_page(plan)
     heading(
-        f"Accuracy {report['accuracy']:.1%}, with blanked pictures "
+        f"Accuracy {report['accuracy']:.1%}, with blanked images "
         f"{report['blanked_accuracy']:.1%}, after {report['seconds']:.0f} s"
     )
     print(f"report      {plan.out / 'report.html'} {plan.out / 'report.json'}")
@@ -104,15 +109,15 @@ def run(plan: Plan) -> int:
 def write_data(plan: Plan) -> None:
     from moiie_megatron.data.digits.dataset import write_digits
 
-    train, test = (64, 4) if plan.quick else (TRAIN_PICTURES, TEST_PICTURES)
-    heading(f"Data: {train} training and {test} test pictures in {plan.data}")
+    train, test = (64, 4) if plan.quick else (TRAIN_IMAGES, TEST_IMAGES)
+    heading(f"Data: {train} training and {test} test images in {plan.data}")
     write_digits(plan.data, train=train, test=test)
 
 
 def train(plan: Plan) -> int:
-    """All stages in one job: Megatron is imported and the processes are connected once."""
+    """Train all stages in one job, so that Megatron is imported only once."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--local-addr=localhost"]  # a container's own name may be unknown
+    command += ["--local-addr=localhost"]  # the host name of a container may not resolve
     command += [f"--nproc-per-node={PROCESSES}", str(ROOT / "tools" / "train.py")]
     for stage in STAGES:
         command += [str(plan.config(stage)), *plan.overrides(stage)]
@@ -128,7 +133,7 @@ def evaluate(plan: Plan) -> int:
 
 
 def follow(command: Sequence[str], threads: int) -> int:
-    """Run a program and pass on what it prints, but few of its step lines."""
+    """Run a program and print its output, with every 25th of its step lines."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
@@ -142,7 +147,7 @@ def follow(command: Sequence[str], threads: int) -> int:
 
 
 def collect_metrics(plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    """The steps of every stage, also written to one file with the stage in every line."""
+    """The metrics of each stage; one file with all of them is written too."""
     from moiie_megatron.analysis.records import read_metrics
 
     metrics = {stage: read_metrics(plan.out / stage / "metrics.jsonl") for stage in STAGES}
@@ -157,8 +162,8 @@ def collect_metrics(plan: Plan) -> dict[str, list[dict[str, Any]]]:
 
 def plot(plan: Plan, metrics: Mapping[str, list[dict[str, Any]]]) -> None:
     from moiie_megatron.analysis.curves import plot_curves
-    from moiie_megatron.analysis.records import read_routing
-    from moiie_megatron.analysis.routing_plots import plot_routing
+    from moiie_megatron.analysis.routing.plots import plot_routing
+    from moiie_megatron.routing_stats.reading import read_routing
 
     plot_curves(metrics, plan.out / "losses.png")
     plot_routing(read_routing(plan.out / "stage2" / "routing.jsonl"), plan.out)
@@ -193,9 +198,8 @@ def write_page(plan: Plan) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".writing")
-    beside.write_text(text)
-    os.replace(beside, path)
+    with atomic_write(path) as file:
+        file.write_text(text)
 
 
 def heading(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Generate: one answer of a trained model, from a checkpoint alone."""
+"""Answer one prompt, with or without images, with the model in a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from moiie_megatron.utils.errors import UserError
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", help="step_... folder, or the output folder of a run")
+    parser.add_argument("checkpoint", help="step_... directory, or the output directory of a run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.expert=2")
-    parser.add_argument("--prompt", required=True, help="what the user asks")
+    parser.add_argument("--prompt", required=True, help="text of the user")
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="may be given several times"
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="image of the prompt; may be repeated",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    # Options and overrides may come in any order.
-    arguments = parser.parse_intermixed_args()
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (64)"
+    )
+    arguments = parser.parse_intermixed_args()  # options and overrides in any order
 
-    # Heavy imports after the arguments: --help answers at once.
+    # Imported here because torch and Megatron take seconds: --help answers at once.
     from moiie_megatron.checkpoint.directory import find_checkpoint
     from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
     from moiie_megatron.evaluation.generate import Generator, checkpoint_config
@@ -39,13 +44,13 @@ def main() -> int:
             raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}: use 1 or more.")
         for image in arguments.image:
             if not Path(image).is_file():
-                raise UserError(f"The image {image} does not exist.")
-        folder = find_checkpoint(arguments.checkpoint)
-        config = checkpoint_config(folder, arguments.overrides)
+                raise UserError(f"--image is {image}, which does not exist: name an image file.")
+        directory = find_checkpoint(arguments.checkpoint)
+        config = checkpoint_config(directory, arguments.overrides)
         check_config(config, world_size=dist_env.world_size)
 
         def answer(context: ParallelContext) -> None:
-            generator = Generator.load(folder, config, context)
+            generator = Generator.load(directory, config, context)
             files = [Path(image) for image in arguments.image]
             images = [generator.image_loader(file.parent).load(file.name) for file in files]
             text = arguments.prompt

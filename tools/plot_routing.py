@@ -1,10 +1,10 @@
-"""Plot routing: which experts image tokens and text tokens take, layer by layer.
+"""Plot which experts process image tokens and text tokens in each layer.
 
-``plot_routing.py RUN`` draws what a training run has logged (routing.jsonl): token pathways,
-share of intra-modality and shared experts, load of every expert over training.
+``plot_routing.py RUN`` plots the routing.jsonl of a training run: token pathways, fractions of
+intra-modality and shared experts, load of every expert over training.
 
-``plot_routing.py CKPT --out DIR`` (or RUN with --records) puts samples through the model without
-training it, writes the same JSON, and draws the first two; also under torchrun.
+``plot_routing.py CHECKPOINT --out DIR`` (or RUN with --records) runs samples through the model
+without training it, writes a routing.jsonl, and plots the first two; also under torchrun.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.dist_env import DistEnv, dist_env_from
 from moiie_megatron.mcore.run import run_distributed
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.files import atomic_write
 
 LOG = "routing.jsonl"
 
@@ -28,21 +29,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", help="output folder of a run, or a step_... folder")
+    parser.add_argument("target", help="output directory of a run, or a step_... directory")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.expert=2")
-    parser.add_argument("--out", metavar="DIR", help="where to write; default RUN/routing")
+    parser.add_argument("--out", metavar="DIR", help="output directory; default: RUN/routing")
     parser.add_argument(
-        "--last", type=int, default=50, metavar="N", help="steps of a run to add up (50)"
+        "--last",
+        type=int,
+        default=50,
+        metavar="N",
+        help="final steps of a run to average over (50)",
     )
     parser.add_argument(
-        "--records", metavar="FILE", help="LLaVA records to read; default: the run's own data"
+        "--records", metavar="FILE", help="LLaVA records to run; default: the data of the run"
     )
-    parser.add_argument("--images", metavar="DIR", help="folder of the image paths in --records")
     parser.add_argument(
-        "--samples", type=int, default=256, metavar="N", help="how many samples to read (256)"
+        "--images", metavar="DIR", help="directory that image paths in --records are relative to"
     )
-    # Options and overrides may come in any order.
-    arguments = parser.parse_intermixed_args()
+    parser.add_argument(
+        "--samples", type=int, default=256, metavar="N", help="number of samples to run (256)"
+    )
+    arguments = parser.parse_intermixed_args()  # options and overrides in any order
     dist_env = dist_env_from(os.environ)
     target = Path(arguments.target)
     log = target / LOG
@@ -55,17 +61,17 @@ def main() -> int:
             if getattr(arguments, name) < 1:
                 raise UserError(f"--{name} is {getattr(arguments, name)}: use 1 or more.")
         if (arguments.records is None) != (arguments.images is None):
-            raise UserError("--records and --images belong together: give both or neither.")
+            raise UserError("--records and --images are used together: give both or neither.")
         if measures and arguments.out is None:
             raise UserError(
-                f"{target} has no {LOG} to draw or is to read other records: name a folder for "
-                "the result with --out."
+                f"{target} has no {LOG} to plot, or --records is given: name an output directory "
+                "with --out."
             )
         out = Path(arguments.out) if arguments.out else target / "routing"
         if measures and (out / "metrics.jsonl").exists():
             raise UserError(
-                f"{out} is the folder of a run, whose {LOG} would be replaced: name another one "
-                "with --out."
+                f"--out is {out}, the directory of a run, whose {LOG} would be replaced: name "
+                "another one."
             )
         if measures:
             measure(arguments, dist_env, out)
@@ -76,51 +82,52 @@ def main() -> int:
 
 
 def draw(file: Path, out: Path, last: int) -> None:
-    """Pictures from JSON alone."""
-    from moiie_megatron.analysis.records import read_routing
-    from moiie_megatron.analysis.routing_plots import plot_routing
+    """Write the figures of a routing.jsonl."""
+    from moiie_megatron.analysis.routing.plots import plot_routing
+    from moiie_megatron.routing_stats.reading import read_routing
 
-    for picture in plot_routing(read_routing(file), out, last=last):
-        print(picture)
+    for figure in plot_routing(read_routing(file), out, last=last):
+        print(figure)
 
 
 def measure(arguments: argparse.Namespace, dist_env: DistEnv, out: Path) -> None:
-    """Write the record of a checkpoint on a data set to ``out/routing.jsonl``."""
-    # Heavy imports where they are needed: drawing a log does without Megatron.
+    """Run samples through a checkpoint and write the routing record to ``out/routing.jsonl``."""
+    # Imported here because plotting a log needs no Megatron.
     from moiie_megatron.checkpoint.directory import find_checkpoint
     from moiie_megatron.checkpoint.load_weights import load_weights
     from moiie_megatron.data.stream.build import build_dataset
+    from moiie_megatron.data.stream.dataset import LlavaDataset
     from moiie_megatron.evaluation.generate import checkpoint_config
     from moiie_megatron.evaluation.routing import measure_routing
     from moiie_megatron.mcore.parallel import ParallelContext
     from moiie_megatron.vlm.build import build_model
 
-    folder = find_checkpoint(arguments.target)
+    checkpoint = find_checkpoint(arguments.target)
     overrides = list(arguments.overrides)
     if arguments.records is not None:
         source = {"records": arguments.records, "images": arguments.images}
         overrides += [f"data.sources={json.dumps([source])}", "data.loader=plain"]
-    config = checkpoint_config(folder, overrides)
+    config = checkpoint_config(checkpoint, overrides)
     if config.data.loader != "plain":
         raise UserError(
-            f"{folder} was trained on shards (data.loader is {config.data.loader}): name records "
-            "and their pictures with --records and --images."
+            f"{checkpoint} was trained on shards (data.loader is {config.data.loader}): name "
+            "records and their images with --records and --images."
         )
     check_config(config, world_size=dist_env.world_size)
     dataset = build_dataset(config)
+    assert isinstance(dataset, LlavaDataset)  # what the plain loader reads
 
     def body(context: ParallelContext) -> None:
         model = build_model(config, context)
-        load_weights(folder, context, model)
+        load_weights(checkpoint, context, model)
         record = measure_routing(config, context, model, dataset, arguments.samples)
         if record is None:
             return
         sources = [source.model_dump() for source in config.data.sources]
-        record |= {"checkpoint": str(folder), "sources": sources}
+        record |= {"checkpoint": str(checkpoint), "sources": sources}
         out.mkdir(parents=True, exist_ok=True)
-        beside = out / f"{LOG}.writing"
-        beside.write_text(json.dumps(record) + "\n")
-        os.replace(beside, out / LOG)
+        with atomic_write(out / LOG) as file:
+            file.write_text(json.dumps(record) + "\n")
         print(
             f"{record['samples']} samples routed, {record['skipped_samples']} unreadable",
             flush=True,

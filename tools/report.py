@@ -1,7 +1,7 @@
-"""Report: one self-contained HTML page about a run, or about runs that followed each other.
+"""Write a self-contained HTML report about one run, or about runs that continue each other.
 
-It shows configuration, curves, routing, answers, data problems and checkpoints from the files in
-the output folders; it needs no network to be read and nothing is computed again.
+It shows configuration, curves, routing, answers, data problems and checkpoints, all read from the
+output directories; no model is loaded.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder(s), in order")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="output directories, in the order of training"
+    )
     parser.add_argument(
         "--scores",
         metavar="FILE",
-        help="what tools/evaluate.py --out wrote; default: scores.json in the last RUN if there",
+        help="file of tools/evaluate.py --out; default: scores.json in the last RUN, if it exists",
     )
     parser.add_argument(
-        "--out", metavar="FILE", help="the page; default report.html in the last RUN"
+        "--out", metavar="FILE", help="the HTML file; default: report.html in the last RUN"
     )
     arguments = parser.parse_args()
 

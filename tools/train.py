@@ -1,6 +1,7 @@
-"""Train: one YAML file per run, runs one after the other; started alone or by torchrun.
+"""Train one or more runs in sequence, in one process or under torchrun.
 
-``train.py stage1.yaml train.steps=100 stage2.yaml``: an override belongs to the file before it.
+Each run has a YAML file, followed by its overrides:
+``train.py stage1.yaml train.steps=100 stage2.yaml``.
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ from moiie_megatron.mcore.run import run_sequentially
 from moiie_megatron.planning.parameters import count_parameters, format_parameters
 from moiie_megatron.training.stop import StopRequest
 
-UNFINISHED = 3  # exit code of --is-done; 1 is an error, 2 a mistake in the arguments
+UNFINISHED = 3  # exit code of --is-done; 1 is an error, 2 an error in the arguments
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="YAML file of the (first) run")
+    parser.add_argument("config", help="YAML file of the first run")
     parser.add_argument(
         "more",
         nargs="*",
         metavar="key=value | config",
-        help="overrides, e.g. train.steps=100; further YAML files with their overrides",
+        help="overrides of the file before, e.g. train.steps=100; further YAML files",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the configuration and print parameter counts; allocates nothing",
+        help="check the configuration and print parameter counts, without allocating anything",
     )
     parser.add_argument(
         "--is-done",
         action="store_true",
-        help=f"train nothing: exit code 0 if all runs have come to their end, {UNFINISHED} if not",
+        help=f"do not train; exit with 0 if all runs are finished, else with {UNFINISHED}",
     )
     arguments = parser.parse_intermixed_args()
     dist_env = dist_env_from(os.environ)
@@ -62,7 +63,7 @@ def main() -> int:
             unfinished = report_progress(configs)
             return
         check_runs(configs, dist_env)
-        # Megatron takes seconds to import: only after the checks.
+        # Importing Megatron takes seconds: errors of the configuration come first.
         from moiie_megatron.training.loop import train
 
         run_sequentially(configs, dist_env, partial(train, stop=stop), lambda: stop.reason is None)
@@ -71,8 +72,8 @@ def main() -> int:
 
 
 def report_progress(configs: Sequence[RunConfig]) -> bool:
-    """Print how far each run is; whether any has not come to its end."""
-    from moiie_megatron.training.finished import steps_done
+    """Print the progress of each run; return whether any is unfinished."""
+    from moiie_megatron.training.resume import steps_done
 
     progress = [steps_done(config) for config in configs]
     for config, (done, steps) in zip(configs, progress, strict=True):
@@ -81,7 +82,7 @@ def report_progress(configs: Sequence[RunConfig]) -> bool:
 
 
 def split_runs(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each file with the overrides that follow it; what holds no ``=`` is a file."""
+    """Each file with the overrides that follow it; a word without ``=`` is a file."""
     runs: list[tuple[str, list[str]]] = []
     for word in words:
         if runs and "=" in word:

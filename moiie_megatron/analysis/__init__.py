@@ -1,1 +1,1 @@
-"""From statistics to pictures."""
+"""Figures, tables and an HTML report from the logs of runs."""

@@ -1,4 +1,4 @@
-"""Questions with their pictures and the model's answers, ready to be shown on a page."""
+"""Questions with their images and the model's answers, for the HTML report."""
 
 from __future__ import annotations
 
@@ -15,36 +15,46 @@ from PIL import Image
 from moiie_megatron.data.encode.images import ImageLoader
 from moiie_megatron.data.records.llava import PLACEHOLDER, BadRecord
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.text import same_answer
 
 _SHOWN = 24
-_SIDE = 192  # pixels of a picture
+_SIDE = 192  # pixels of a thumbnail
 _WHITE = (1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One question.
+    """One question and its answers.
 
     Attributes:
-        pictures: Data URIs; empty where a picture cannot be read.
-        missing: Why not.
+        question: Its text, without image placeholders.
+        expected: The expected answer.
+        answer: The model's answer.
+        blanked_answer: The model's answer with every image blanked.
+        is_correct: Whether ``answer`` is the expected one.
+        images: Data URIs of the thumbnails of the images that can be read.
+        missing: Why an image is missing; empty if none is.
     """
 
     question: str
     expected: str
     answer: str
     blanked_answer: str
-    is_right: bool
-    pictures: tuple[str, ...]
+    is_correct: bool
+    images: tuple[str, ...]
     missing: str
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The scores of a question file and some of its questions; accuracies are shares, 0 to 1.
+    """The scores of a question file and some of its questions; accuracies are fractions (0..1).
 
     Attributes:
-        by_kind: Kind of question, number of questions, accuracy, accuracy on blanked pictures.
+        questions: Number of questions.
+        accuracy: With the images.
+        blanked_accuracy: With the images blanked.
+        by_kind: Kind of question, number of questions, accuracy, accuracy on blanked images.
+        shown: A sample of the questions.
     """
 
     questions: int
@@ -55,10 +65,10 @@ class Answers:
 
 
 def read_answers(path: str | Path) -> Answers:
-    """What ``tools/evaluate.py --out`` wrote; questions are taken from all parts of the file.
+    """Read a file that ``tools/evaluate.py --out`` wrote; the sample covers the whole file.
 
     Raises:
-        UserError: The file cannot be read or is none of that tool's.
+        UserError: The file cannot be read, or that tool did not write it.
     """
     try:
         scores = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -67,30 +77,32 @@ def read_answers(path: str | Path) -> Answers:
             for kind, part in scores["by_kind"].items()
         )
         outcomes, root = scores["outcomes"], scores.get("images", "")
-        shown = tuple(_answer(outcome, root) for outcome in _spread(outcomes, _SHOWN))
+        shown = tuple(_answer(outcome, root) for outcome in _sample(outcomes, _SHOWN))
         return Answers(
             scores["questions"], scores["accuracy"], scores["blanked_accuracy"], kinds, shown
         )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"The scores {path} cannot be read ({error}).") from error
+        raise UserError(
+            f"The scores {path} cannot be read ({error}): run tools/evaluate.py --out {path}."
+        ) from error
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} does not hold scores ({error!r}): name what tools/evaluate.py --out wrote."
+            f"{path} holds no scores ({error!r}): name a file that tools/evaluate.py --out wrote."
         ) from error
 
 
-def _spread(outcomes: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """Evenly over the whole file, which is often sorted by kind."""
+def _sample(outcomes: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """``count`` outcomes at equal distances: files are often sorted by kind."""
     count = min(count, len(outcomes))
     return [outcomes[number * len(outcomes) // count] for number in range(count)]
 
 
 def _answer(outcome: Mapping[str, Any], root: str) -> Answer:
-    pictures, missing = [], ""
+    images, missing = [], ""
     for path in outcome.get("images", ()):
         try:
-            pictures.append(_picture(root, path))
-        except ValueError as error:
+            images.append(_thumbnail(root, path))
+        except UserError as error:
             missing = error.reason if isinstance(error, BadRecord) else str(error)
     expected, answer = outcome["expected"], outcome["answer"]
     return Answer(
@@ -98,17 +110,17 @@ def _answer(outcome: Mapping[str, Any], root: str) -> Answer:
         expected=expected,
         answer=answer,
         blanked_answer=outcome["blanked_answer"],
-        is_right=answer.strip().casefold() == expected.strip().casefold(),
-        pictures=tuple(pictures),
+        is_correct=same_answer(answer, expected),
+        images=tuple(images),
         missing=missing,
     )
 
 
-def _picture(root: str, path: str) -> str:
-    """A small PNG of the picture on white, as a data URI.
+def _thumbnail(root: str, path: str) -> str:
+    """A small PNG of the image on a white square, as a data URI.
 
     Raises:
-        UserError: The folder is gone, or the picture cannot be read.
+        UserError: The directory or the image cannot be read.
     """
     loader = ImageLoader(root, _SIDE, "pad", _WHITE, _WHITE)
     image = Image.fromarray(loader.load(path).permute(1, 2, 0).numpy())

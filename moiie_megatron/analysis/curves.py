@@ -1,4 +1,4 @@
-"""Curves of a run of one or several stages over its steps, from its metrics."""
+"""Curves of loss, learning rates and throughput over the steps of one or several stages."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from moiie_megatron.analysis.figure import COLOURS, GROUP_COLOURS, INK, new_figure, save_png, tidy
-from moiie_megatron.analysis.records import Records
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.jsonl import Records
 
 _SIZE = (9.0, 7.0)  # inches
 _PARTS = {
@@ -29,11 +29,11 @@ _ROUTERS = {
 
 
 def plot_curves(stages: Mapping[str, Records], out: str | Path) -> Path:
-    """Language-model loss, balance losses and learning rates over the steps of all stages.
+    """Write the language-model loss, balance losses and learning rates of all stages as PNG.
 
     Args:
-        stages: Name of each stage and its steps, in the order of training.
-        out: PNG file.
+        stages: The metrics of each stage by name, in the order of training.
+        out: The file.
 
     Raises:
         UserError: No stage, or one without steps.
@@ -45,7 +45,7 @@ def plot_curves(stages: Mapping[str, Records], out: str | Path) -> Path:
 
 
 def curves_figure(stages: Mapping[str, Records], size: tuple[float, float] = _SIZE) -> Figure:
-    """The figure of ``plot_curves``; axes: loss, balance (if any stage has it), learning rate.
+    """The figure of ``plot_curves``; panels: loss, balance loss (if logged), learning rate.
 
     Args:
         size: Width and height in inches.
@@ -66,7 +66,7 @@ def curves_figure(stages: Mapping[str, Records], size: tuple[float, float] = _SI
     if routers:
         tidy(panels[1], "balance loss")
         _legend_above(panels[1])
-    # Parts often share a rate: earlier curves are wider, so that later ones do not hide them.
+    # Parts often have equal rates: earlier curves are wider, so that later ones do not hide them.
     parts = [part for part in _PARTS if _has(stages, f"lr_{part}")]
     for number, part in enumerate(parts):
         width = 1.5 + 1.5 * (len(parts) - 1 - number)
@@ -81,10 +81,10 @@ def curves_figure(stages: Mapping[str, Records], size: tuple[float, float] = _SI
 
 
 def step_figure(stages: Mapping[str, Records], size: tuple[float, float]) -> Figure:
-    """Tokens per second and norm of the gradient; axes in this order.
+    """Panels of tokens per second and gradient norm.
 
     Args:
-        stages: As for ``plot_curves``.
+        stages: As in ``plot_curves``.
         size: Width and height in inches.
     """
     figure = new_figure(*size)
@@ -101,7 +101,7 @@ def step_figure(stages: Mapping[str, Records], size: tuple[float, float]) -> Fig
 
 
 def _log_scale(axes: Axes) -> None:
-    """Logarithmic, with plain numbers."""
+    """A logarithmic axis with numbers such as 0.5 instead of powers of ten."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -109,7 +109,7 @@ def _log_scale(axes: Axes) -> None:
 
 
 def _legend_above(axes: Axes) -> None:
-    """In one row at the right end, where no curve can pass behind it."""
+    """A legend of one row above the panel, where it hides no curve."""
     axes.legend(
         frameon=False,
         ncols=4,
@@ -136,7 +136,7 @@ def _curve(
     smooth: bool = False,
     width: float = 1.8,
 ) -> None:
-    """One line per stage that logged ``key``; ``smooth`` adds the raw values faintly behind."""
+    """One line per stage that logged ``key``; ``smooth``: a running median over the raw values."""
     start = 0
     for records in stages.values():
         points = [(start + r["step"], r[key]) for r in records if key in r]
@@ -151,7 +151,7 @@ def _curve(
 
 
 def running_median(values: np.ndarray) -> np.ndarray:
-    """Median over a window of about 1/25 of the curve, shorter at its ends."""
+    """Median over a window of 1/25 of the curve (at least 3 points), shorter at its ends."""
     half = max(1, len(values) // 50)
     return np.array(
         [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]

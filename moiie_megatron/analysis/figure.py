@@ -1,10 +1,9 @@
-"""The look that all figures share, and how they leave matplotlib."""
+"""The style that all figures share, and how they are written to files."""
 
 from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -15,12 +14,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from moiie_megatron.utils.files import atomic_write
+
 DPI: Final = 150
 INK: Final = "#333333"
 GRID: Final = "#e4e4e4"
-# Okabe and Ito's palette: told apart with any colour vision.
+# The palette of Okabe and Ito, which people with any colour vision can tell apart.
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-# What belongs to image tokens, to text tokens, and to both, in every figure.
+# Image tokens, both, text tokens, in every figure.
 GROUP_COLOURS: Final = {"vision": "#e69f00", "shared": "#8c8c8c", "text": "#0072b2"}
 
 
@@ -28,8 +29,8 @@ def expert_colour(name: str, experts: Sequence[str]) -> tuple[float, float, floa
     """The colour of the expert's group; later experts of a group are lighter.
 
     Args:
-        name: ``shared.1``.
-        experts: All names.
+        name: The expert, such as ``shared.1``.
+        experts: The names of all experts.
     """
     group, number = name.split(".")
     size = sum(other.split(".")[0] == group for other in experts)
@@ -50,7 +51,7 @@ def tidy(axes: Axes, ylabel: str) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure (inches) whose contents keep clear of its edges and of each other."""
+    """An empty figure of a size in inches, with space between its contents and its edges."""
     figure = Figure(figsize=(width, height), layout="constrained")
     engine = figure.get_layout_engine()
     assert engine is not None
@@ -75,19 +76,18 @@ def group_legend(figure: Figure, groups: Sequence[str]) -> None:
 
 
 def save_png(figure: Figure, out: str | Path) -> Path:
-    """Write the figure beside ``out`` and rename it; the folder is made if needed."""
+    """Write the figure, in a directory that is created if needed."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(out.name + ".writing")
-    figure.savefig(beside, format="png", dpi=DPI)
-    os.replace(beside, out)
+    with atomic_write(out) as file:
+        figure.savefig(file, format="png", dpi=DPI)
     return out
 
 
 def svg_data(figure: Figure) -> str:
-    """The figure as a data URI for an ``img`` element, the same for the same figure.
+    """The figure as a data URI for an ``img`` element; equal figures give equal texts.
 
-    Letters are drawn, so no font is needed where it is shown.
+    Letters are written as paths, so that the reader needs no font.
     """
     stream = io.BytesIO()
     with rc_context({"svg.hashsalt": "moiie"}):

@@ -1,10 +1,9 @@
-"""One self-contained HTML page about a run of one or several stages, from the files it left."""
+"""A self-contained HTML report about the runs of one or several stages, from their logs."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from importlib import resources
 from pathlib import Path
 from statistics import median
@@ -14,33 +13,34 @@ from jinja2 import Environment, StrictUndefined
 
 from moiie_megatron.analysis.answers import Answers, read_answers
 from moiie_megatron.analysis.curves import curves_figure, step_figure
-from moiie_megatron.analysis.expert_use import MODALITY_TITLES, ExpertUse
 from moiie_megatron.analysis.figure import svg_data
-from moiie_megatron.analysis.groups import groups_figure
-from moiie_megatron.analysis.load_map import load_map_figure
-from moiie_megatron.analysis.pathways import pathways_figure
-from moiie_megatron.analysis.records import (
-    Records,
-    newest,
-    read_lines,
-    read_metrics,
-    read_routing,
+from moiie_megatron.analysis.records import read_metrics
+from moiie_megatron.analysis.routing.groups import groups_figure
+from moiie_megatron.analysis.routing.load_map import load_map_figure
+from moiie_megatron.analysis.routing.pathways import pathways_figure
+from moiie_megatron.checkpoint.directory import (
+    CONFIG_FILE,
+    checkpoints_directory,
+    latest_checkpoint,
 )
-from moiie_megatron.checkpoint.directory import CONFIG_FILE, checkpoints_folder, latest_checkpoint
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.routing_stats.expert_use import MODALITY_TITLES, ExpertUse
+from moiie_megatron.routing_stats.reading import newest, read_routing
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.files import atomic_write
+from moiie_megatron.utils.jsonl import Records, read_records
 
-_ROWS = 100  # of a table of problems; what is beyond is counted
-_AVERAGED_STEPS = 50  # of the routing pictures
+_ROWS = 100  # of a table of problems; further rows are only counted
+_AVERAGED_STEPS = 50  # of the routing figures
 _FINAL_STEPS = 20  # whose median is called the final loss
-_WIDE, _TALL, _LOW = 6.4, 6.2, 4.2  # inches: letters stay legible where a phone shrinks a picture
+_WIDE, _TALL, _LOW = 6.4, 6.2, 4.2  # inches: legible on a phone too
 
-# What a run may leave besides its metrics: file, heading, what it means.
+# Files that a run may write besides its metrics: name, heading, description.
 _PROBLEMS = (
-    ("skipped_samples.jsonl", "Samples left out", "Records or images that could not be used."),
+    ("skipped_samples.jsonl", "Skipped samples", "Records or images that could not be used."),
     ("skipped_steps.jsonl", "Skipped steps", "Their loss or gradient was not finite."),
-    ("loss_spikes.jsonl", "Spikes of the loss", "Steps far above the losses before them."),
+    ("loss_spikes.jsonl", "Loss spikes", "Steps whose loss is far above the recent median."),
 )
 
 
@@ -50,34 +50,38 @@ def write_report(
     *,
     scores: str | Path | None = None,
 ) -> Path:
-    """Write the page; it opens without a network.
+    """Write the report; it needs no network to be read.
 
     Args:
-        runs: Output folders of a run, or of the runs that followed each other.
+        runs: Output directories, in the order of training.
         out: The HTML file.
-        scores: What ``tools/evaluate.py --out`` wrote about the last run; None for no answers.
+        scores: The file that ``tools/evaluate.py --out`` wrote for the last run; None: no answers.
+
+    Returns:
+        ``out``.
 
     Raises:
-        UserError: A folder holds no run, or one of its files cannot be read.
+        UserError: A directory is not that of a run, or one of its files cannot be read.
     """
-    folders = [Path(run) for run in runs]
-    if not folders:
-        raise UserError("There is no run to report on: name an output folder.")
-    names = _names(folders)
-    stages = {name: _stage(name, folder) for name, folder in zip(names, folders, strict=True)}
+    directories = [Path(run) for run in runs]
+    if not directories:
+        raise UserError("There is no run to report on: name an output directory.")
+    names = _names(directories)
+    stages = {
+        name: _stage(name, directory) for name, directory in zip(names, directories, strict=True)
+    }
     answers = None if scores is None else read_answers(scores)
     page = _render(stages, answers)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(out.name + ".writing")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, out)
+    with atomic_write(out) as file:
+        file.write_text(page, encoding="utf-8")
     return out
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """Names of the folders, with a number in front where two are alike."""
-    names = [folder.resolve().name for folder in folders]
+def _names(directories: Sequence[Path]) -> list[str]:
+    """Names of the directories, numbered if two of them are equal."""
+    names = [directory.resolve().name for directory in directories]
     if len(set(names)) == len(names):
         return names
     return [f"{number}. {name}" for number, name in enumerate(names, start=1)]
@@ -93,39 +97,41 @@ def _render(stages: Mapping[str, dict[str, Any]], answers: Answers | None) -> st
     return environment.from_string(source.read_text(encoding="utf-8")).render(
         title=" / ".join(stages),
         stages=list(stages.values()),
-        loss_picture=svg_data(curves_figure(metrics, (_WIDE, _TALL))),
-        step_picture=svg_data(step_figure(metrics, (_WIDE, _LOW))),
+        loss_figure=svg_data(curves_figure(metrics, (_WIDE, _TALL))),
+        throughput_figure=svg_data(step_figure(metrics, (_WIDE, _LOW))),
         routing=_routing(routed[-1]["name"], routed[-1]["routing"]) if routed else None,
         answers=answers,
     )
 
 
-def _stage(name: str, folder: Path) -> dict[str, Any]:
-    """What the page says about one run."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is not the output folder of a run: it has no config.yaml.")
-    config = load_saved_config(folder / "config.yaml")
-    metrics = read_metrics(folder / "metrics.jsonl")
-    routing = folder / "routing.jsonl"
+def _stage(name: str, directory: Path) -> dict[str, Any]:
+    """The values of the template for one run."""
+    if not (directory / "config.yaml").is_file():
+        raise UserError(
+            f"{directory} is not the output directory of a run (it has no config.yaml): name one."
+        )
+    config = load_saved_config(directory / "config.yaml")
+    metrics = read_metrics(directory / "metrics.jsonl")
+    routing = directory / "routing.jsonl"
     has_routing = routing.exists() and routing.stat().st_size > 0
-    written = datetime.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime, timezone.utc)
+    written = datetime.fromtimestamp((directory / "metrics.jsonl").stat().st_mtime, UTC)
     return {
         "name": name,
-        "folder": str(folder),
-        "config": (folder / "config.yaml").read_text(encoding="utf-8"),
+        "directory": str(directory),
+        "config": (directory / "config.yaml").read_text(encoding="utf-8"),
         "facts": _facts(config),
         "figures": _figures(metrics),
         "written": written.strftime("%Y-%m-%d %H:%M UTC"),
         "metrics": metrics,
         "routing": read_routing(routing) if has_routing else [],
-        "problems": _problems(folder),
+        "problems": _problems(directory),
         "skipped_samples": metrics[-1].get("skipped_samples", 0),
-        "checkpoints": _checkpoints(folder),
+        "checkpoints": _checkpoints(directory),
     }
 
 
 def _facts(config: RunConfig) -> dict[str, str]:
-    """What a reader wants to know of the configuration before the whole of it."""
+    """The main settings, shown before the complete configuration."""
     degrees = config.active_parallel
     parallel = {
         "TP": degrees.tensor,
@@ -143,7 +149,7 @@ def _facts(config: RunConfig) -> dict[str, str]:
         "stage": config.stage.name,
         "trains": ", ".join(config.stage.learning_rates),
         "experts": experts if config.moe_layers else "none (dense)",
-        "parallelism": used or "data parallelism alone",
+        "parallelism": used or "data parallelism only",
         "batch": f"{config.train.global_batch_size} samples, {config.train.precision}",
     }
 
@@ -169,18 +175,18 @@ def _short_number(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _problems(folder: Path) -> list[dict[str, Any]]:
-    """One table per file of problems that is there."""
+def _problems(directory: Path) -> list[dict[str, Any]]:
+    """One table for each file of problems that exists."""
     tables = []
     for file, title, meaning in _PROBLEMS:
-        if not (folder / file).exists():
+        if not (directory / file).exists():
             continue
-        records = read_lines(folder / file)
+        records = read_records(directory / file)
         columns = list(dict.fromkeys(key for record in records for key in record))
         rows = [[_cell(record.get(column)) for column in columns] for record in records[:_ROWS]]
         tables.append(
             {"title": title, "meaning": meaning, "count": len(records)}
-            | {"columns": columns, "rows": rows, "left_out": len(records) - len(rows)}
+            | {"columns": columns, "rows": rows, "omitted": len(records) - len(rows)}
         )
     return tables
 
@@ -192,14 +198,14 @@ def _cell(value: Any) -> str:
     return text if len(text) <= 200 else text[:200] + " ..."
 
 
-def _checkpoints(folder: Path) -> list[dict[str, Any]]:
-    newest_one = latest_checkpoint(folder)
+def _checkpoints(directory: Path) -> list[dict[str, Any]]:
+    newest_one = latest_checkpoint(directory)
     found = []
-    for path in sorted(checkpoints_folder(folder).glob("step_*")):
+    for path in sorted(checkpoints_directory(directory).glob("step_*")):
         if not (path / CONFIG_FILE).is_file():
             continue
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        saved = datetime.fromtimestamp((path / CONFIG_FILE).stat().st_mtime, timezone.utc)
+        saved = datetime.fromtimestamp((path / CONFIG_FILE).stat().st_mtime, UTC)
         found.append(
             {
                 "name": path.name,
@@ -212,7 +218,7 @@ def _checkpoints(folder: Path) -> list[dict[str, Any]]:
 
 
 def _routing(name: str, records: Records) -> dict[str, Any]:
-    """Pictures of a run with experts, and its last record as a table."""
+    """The figures of a run with experts, and its last routing record as a table."""
     last = newest(records, _AVERAGED_STEPS)
     use = ExpertUse.from_records(last)
     record = records[-1]

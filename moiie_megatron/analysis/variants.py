@@ -1,4 +1,4 @@
-"""Runs that differ in ``moe.variant`` alone, side by side: a table and one PNG."""
+"""Compare runs that differ in ``moe.variant`` only: a table and a figure."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from matplotlib.ticker import (
 
 from moiie_megatron.analysis.curves import running_median
 from moiie_megatron.analysis.figure import COLOURS, INK, save_png, tidy
-from moiie_megatron.analysis.records import Records, read_metrics
+from moiie_megatron.analysis.records import read_metrics
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.planning.parameters import count_parameters
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.jsonl import Records
 
 NAMES = {"dense": "Dense", "vanilla": "Vanilla MoE", "modality": "Modality MoE", "moiie": "MoIIE"}
 SCORES_FILE = "scores.json"
@@ -33,11 +34,17 @@ _SIZE = (9.0, 4.2)  # inches
 
 @dataclass(frozen=True)
 class VariantRun:
-    """What a finished and evaluated run of one variant and seed has shown.
+    """The results of a finished and evaluated run.
 
     Attributes:
-        accuracy, blanked_accuracy: On held-out questions (0..1), with the pictures and without.
-        activated, total: Parameters per token and in all, vision encoder included.
+        variant: ``moe.variant``.
+        seed: ``train.seed``.
+        records: The lines of ``metrics.jsonl``.
+        questions: Number of held-out questions.
+        accuracy: Fraction (0..1) of correct answers.
+        blanked_accuracy: The same with every image blanked.
+        activated: Parameters that process a token, vision encoder included.
+        total: All parameters, vision encoder included.
     """
 
     variant: str
@@ -57,15 +64,15 @@ class VariantRun:
 
     @property
     def tokens_per_second(self) -> float:
-        """Median over the steps; the first one, which warms up, counts only if it is alone."""
+        """Median over the steps without the first, which includes warm-up, if there are others."""
         return float(np.median([r["tokens_per_second"] for r in self.records[1:] or self.records]))
 
 
 def read_run(output: str | Path) -> VariantRun:
-    """A run's output folder, which also holds the scores of ``tools/evaluate.py``.
+    """Read the output directory of a run, with the scores of ``tools/evaluate.py`` in it.
 
     Raises:
-        UserError: Something is missing or damaged there.
+        UserError: A file is missing or broken.
     """
     output = Path(output)
     config = load_saved_config(output / "config.yaml")
@@ -89,10 +96,10 @@ def read_run(output: str | Path) -> VariantRun:
 
 
 def by_variant(runs: Sequence[VariantRun]) -> dict[str, list[VariantRun]]:
-    """The runs of each variant, in the paper's order, all with the same seeds and budget.
+    """The runs of each variant, in the paper's order.
 
     Raises:
-        UserError: No run, or runs that cannot be compared.
+        UserError: There is no run, or the seeds, steps, questions or data of the variants differ.
     """
     groups = {v: [run for run in runs if run.variant == v] for v in NAMES}
     groups = {variant: group for variant, group in groups.items() if group}
@@ -116,7 +123,7 @@ def by_variant(runs: Sequence[VariantRun]) -> dict[str, list[VariantRun]]:
 
 
 def format_table(runs: Sequence[VariantRun]) -> str:
-    """One line per variant: means over its seeds, with the lowest and highest if it has several."""
+    """A table with one line per variant: mean over its seeds, lowest and highest if several."""
     rows = [("", "accuracy", "blanked", "loss", "activated", "total", "tokens/s")]
     for variant, group in by_variant(runs).items():
         rows.append(
@@ -141,7 +148,7 @@ def format_table(runs: Sequence[VariantRun]) -> str:
 
 
 def to_json(runs: Sequence[VariantRun]) -> dict[str, list[dict[str, Any]]]:
-    """The numbers behind the table, per variant and seed."""
+    """The numbers of the table for each variant and seed."""
     keys = ("seed", "questions", "accuracy", "blanked_accuracy", "loss", "activated", "total")
     return {
         variant: [
@@ -154,12 +161,12 @@ def to_json(runs: Sequence[VariantRun]) -> dict[str, list[dict[str, Any]]]:
 
 
 def plot_variants(runs: Sequence[VariantRun], out: str | Path) -> Path:
-    """Training loss by step, and accuracy with and without pictures, by variant."""
+    """Write training loss by step and accuracy, with and without images, as PNG."""
     return save_png(variants_figure(runs), out)
 
 
 def variants_figure(runs: Sequence[VariantRun]) -> Figure:
-    """The figure of ``plot_variants``; axes: loss, accuracy."""
+    """The figure of ``plot_variants``; panels: loss, accuracy."""
     groups = by_variant(runs)
     figure = Figure(figsize=_SIZE, layout="constrained")
     loss, accuracy = figure.subplots(1, 2, width_ratios=[1.7, 1.0])
@@ -169,7 +176,7 @@ def variants_figure(runs: Sequence[VariantRun]) -> Figure:
 
 
 def _plot_losses(axes: Axes, groups: Mapping[str, list[VariantRun]]) -> None:
-    """The mean over seeds; its running median in front."""
+    """The mean over seeds, and its running median."""
     for (variant, group), colour in zip(groups.items(), COLOURS, strict=False):
         steps = np.array([record["step"] for record in group[0].records])
         values = np.mean([[r["lm_loss"] for r in run.records] for run in group], axis=0)
@@ -187,18 +194,18 @@ def _plot_losses(axes: Axes, groups: Mapping[str, list[VariantRun]]) -> None:
 
 
 def _plot_accuracies(axes: Axes, groups: Mapping[str, list[VariantRun]]) -> None:
-    """Bars: means over seeds, with the picture in colour, without in grey; dots: each seed."""
-    for place, (group, colour) in enumerate(zip(groups.values(), COLOURS, strict=False)):
+    """Bars: means over seeds, with images in colour, blanked in grey; dots: each seed."""
+    for position, (group, colour) in enumerate(zip(groups.values(), COLOURS, strict=False)):
         for shift, shade, values in (
             (-0.2, colour, [run.accuracy for run in group]),
             (0.2, "#c4c4c4", [run.blanked_accuracy for run in group]),
         ):
             mean = float(np.mean(values))
-            axes.bar(place + shift, mean, width=0.36, color=shade)
+            axes.bar(position + shift, mean, width=0.36, color=shade)
             top = max(values) if len(values) > 1 else mean
             axes.annotate(
                 f"{mean:.0%}",
-                (place + shift, top),
+                (position + shift, top),
                 xytext=(0, 4),
                 textcoords="offset points",
                 ha="center",
@@ -206,11 +213,11 @@ def _plot_accuracies(axes: Axes, groups: Mapping[str, list[VariantRun]]) -> None
                 color=INK,
             )
             if len(values) > 1:
-                axes.scatter([place + shift] * len(values), values, color=INK, s=6, zorder=3)
+                axes.scatter([position + shift] * len(values), values, color=INK, s=6, zorder=3)
     axes.set_xticks(range(len(groups)), [NAMES[v].replace(" ", "\n") for v in groups])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylim(0, 1.08)
-    tidy(axes, "held-out questions right (grey: picture blanked)")
+    tidy(axes, "accuracy on held-out questions (grey: image blanked)")
 
 
 def _tokens(group: Sequence[VariantRun]) -> list[list[Any]]:

@@ -1,1 +1,1 @@
-"""Weights from Hugging Face, upcycling, and distributed checkpoints."""
+"""A run's own checkpoints: saving, finding, loading."""

@@ -1,6 +1,6 @@
-"""A checkpoint folder that is complete gets its name, ``latest`` follows, old ones go.
+"""Gives a complete checkpoint its name, points ``latest`` to it and removes old ones.
 
-The order is what makes a kill at any moment harmless: the files reach the disk before the name,
+A kill at any moment does no harm because of the order: the files reach the disk before the name,
 the name before the pointer, and the pointer before anything older is removed.
 """
 
@@ -10,41 +10,40 @@ import os
 import shutil
 from pathlib import Path
 
-from moiie_megatron.checkpoint.directory import LATEST_FILE, WRITING, step_number
+from moiie_megatron.checkpoint.directory import LATEST_FILE, step_number
 from moiie_megatron.checkpoint.manifest import sync, write_manifest
+from moiie_megatron.utils.files import WRITING, atomic_write
 
 _REMOVING = ".removing"
 
 
-def writing_folder(final: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
+def unfinished_directory(final: Path) -> Path:
+    """Where the checkpoint ``final`` is written before it gets its name."""
     return final.with_name(final.name + WRITING)
 
 
-def publish(final: Path, *, keep: int) -> None:
-    """Name the folder beside ``final`` that way, and keep the newest ``keep`` checkpoints.
+def finalize(final: Path, *, keep: int) -> None:
+    """Rename the unfinished directory to ``final``, and keep the newest ``keep`` checkpoints.
 
-    One process calls this, after all have written.
+    One process calls this, after all ranks have written.
     """
-    beside, folder = writing_folder(final), final.parent
-    write_manifest(beside)
+    unfinished, checkpoints = unfinished_directory(final), final.parent
+    write_manifest(unfinished)
     if final.exists():
         _remove(final)
-    os.replace(beside, final)
-    sync(folder)
-    pointer = folder / LATEST_FILE
-    new_pointer = pointer.with_name(pointer.name + ".writing.txt")
-    new_pointer.write_text(final.name + "\n")
-    sync(new_pointer)
-    os.replace(new_pointer, pointer)
-    sync(folder)
+    os.replace(unfinished, final)
+    sync(checkpoints)
+    with atomic_write(checkpoints / LATEST_FILE) as pointer:
+        pointer.write_text(final.name + "\n")
+        sync(pointer)
+    sync(checkpoints)
     _prune(final, keep)
 
 
 def _prune(newest: Path, keep: int) -> None:
-    """Remove what is older than the ``keep`` newest, and what killed processes left behind.
+    """Remove all but the ``keep`` newest checkpoints, and what killed processes left behind.
 
-    Later steps than ``newest`` are there when a run went back; it will write them anew.
+    Checkpoints later than ``newest`` exist where a run went back; it will write them again.
     """
     steps = {path: step_number(path) for path in newest.parent.iterdir()}
     limit = step_number(newest)
@@ -59,9 +58,9 @@ def _prune(newest: Path, keep: int) -> None:
             shutil.rmtree(path)
 
 
-def _remove(folder: Path) -> None:
-    """Take the name away first: what is half removed must not look like a checkpoint."""
-    going = folder.with_name(folder.name + _REMOVING)
-    shutil.rmtree(going, ignore_errors=True)
-    os.replace(folder, going)
-    shutil.rmtree(going)
+def _remove(checkpoint: Path) -> None:
+    """Rename before removing: half a checkpoint must not look like a whole one."""
+    doomed = checkpoint.with_name(checkpoint.name + _REMOVING)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)

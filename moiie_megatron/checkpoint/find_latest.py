@@ -1,38 +1,42 @@
-"""Which checkpoint a run goes on from: the newest that is whole, the same on all ranks."""
+"""The checkpoint that a run goes on from: the newest whole one, the same on all ranks."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Final
 
 import torch.distributed as dist
 
-from moiie_megatron.checkpoint.directory import LATEST_FILE, checkpoints_folder, step_number
+from moiie_megatron.checkpoint.directory import LATEST_FILE, checkpoints_directory, step_number
 from moiie_megatron.checkpoint.manifest import damage
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.utils.errors import UserError
 
+LOGGER: Final = logging.getLogger(__name__)
+
 
 def newest_whole(output: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run that is not damaged, and what was found on the way.
+    """The newest undamaged checkpoint of a run, and the problems with newer ones.
 
-    ``latest`` says where to begin: later steps are of a run that was taken back, or of a save
-    that did not come to its end.
+    The search starts at the step that ``latest`` names: later ones belong to a run that was set
+    back, or to a save that did not finish.
 
     Returns:
-        The folder (None: the run has no checkpoint yet), and a sentence for each thing that was
-        not as it should be.
+        The checkpoint (None: the run has none yet), and a sentence for each problem.
 
     Raises:
         UserError: There are checkpoints but all of them are damaged.
     """
-    folder = checkpoints_folder(output)
-    pointer = folder / LATEST_FILE
-    steps = {path: step_number(path) for path in (folder.iterdir() if folder.is_dir() else ())}
+    directory = checkpoints_directory(output)
+    pointer = directory / LATEST_FILE
+    found = directory.iterdir() if directory.is_dir() else ()
+    steps = {path: step_number(path) for path in found}
     known = sorted(((step, path) for path, step in steps.items() if step is not None), reverse=True)
     if not known and not pointer.exists():
         return None, []
     notes = []
-    named = folder / _text(pointer)
+    named = directory / _text(pointer)
     limit = step_number(named)
     if limit is None:
         notes.append(f"{pointer} does not name a checkpoint.")
@@ -46,13 +50,13 @@ def newest_whole(output: str | Path) -> tuple[Path | None, list[str]]:
             return path, notes
         notes.append(f"The checkpoint {path} is damaged: {wrong}.")
     raise UserError(
-        f"No checkpoint in {folder} can be used ({' '.join(notes)[:-1]}): restore one, or remove "
-        "that folder to start the run again."
+        f"No checkpoint in {directory} can be used ({' '.join(notes)[:-1]}): restore one, or "
+        "remove that directory to start the run again."
     )
 
 
 def agree_on_newest(output: str | Path, context: ParallelContext) -> Path | None:
-    """``newest_whole`` as rank 0 sees it, on every rank; rank 0 says what it passed over.
+    """``newest_whole`` as rank 0 sees it, on every rank; rank 0 logs the problems.
 
     Raises:
         UserError: See ``newest_whole``; on all ranks.
@@ -62,9 +66,9 @@ def agree_on_newest(output: str | Path, context: ParallelContext) -> Path | None
         try:
             path, notes = newest_whole(output)
             for note in notes:
-                print(f"warning: {note}", flush=True)
+                LOGGER.warning("%s", note)
             found = [(path, "")]
-        except ValueError as error:
+        except UserError as error:
             found = [(None, str(error))]
     dist.broadcast_object_list(found, src=0)
     path, problem = found[0]

@@ -1,8 +1,9 @@
-"""Upcycling while loading: a MoE model reads a dense checkpoint, every rank expands its own.
+"""Loads weights into a fresh model; a MoE model may read a dense checkpoint (upcycling).
 
-Every expert of a layer starts as the dense FFN of that layer, routers start fresh (paper,
-section 3).  With renormalised probabilities the upcycled model equals its dense parent up to
-rounding, whatever the routers say.
+Upcycling: every rank reads the dense FFN of a layer into each of its experts of that layer, and
+routers keep their random initialisation (paper, section 3).  Since top-k probabilities are
+renormalised, the upcycled model computes what its dense parent does, up to rounding, whatever
+its routers choose.
 """
 
 from __future__ import annotations
@@ -24,21 +25,22 @@ from moiie_megatron.vlm.model import MoIIEModel
 
 
 def load_weights(
-    folder: Path, context: ParallelContext, model: MoIIEModel, *, new_connector: bool = False
+    checkpoint: Path, context: ParallelContext, model: MoIIEModel, *, new_connector: bool = False
 ) -> None:
-    """Load the weights of a checkpoint of any stage and layout into a fresh model.
+    """Load the weights of a checkpoint of any stage and parallel layout into a fresh model.
 
-    Where the model has experts and the checkpoint has a dense FFN, the layer is upcycled.
+    A layer that has experts in the model and a dense FFN in the checkpoint is upcycled.
 
     Args:
+        checkpoint: Its directory.
         new_connector: The connector keeps its fresh weights.
 
     Raises:
-        UserError: The folder is no checkpoint, or its tensors do not fit the model.
+        UserError: There is no checkpoint, or its tensors do not fit the model.
     """
-    load_common(folder)
-    present = {t.key: t for t in dist_checkpointing.load_tensors_metadata(str(folder)).values()}
-    # One load per distinct piece: all local experts of a layer share the dense one.
+    load_common(checkpoint)
+    present = {t.key: t for t in dist_checkpointing.load_tensors_metadata(str(checkpoint)).values()}
+    # Each distinct shard is read once: all local experts of a layer read the same dense one.
     wanted: dict[str, ShardedTensor] = {}
     entries: list[tuple[Any, list[str]]] = []
     for entry in _entries(model, context):
@@ -49,14 +51,14 @@ def load_weights(
             if new_connector and shard.key.startswith(CONNECTOR):
                 continue
             source = shard if shard.key in present else _dense_shard(shard)
-            _check(source, present, folder)
+            _check(source, present, checkpoint)
             name = f"{source.key}@{source.global_offset}"
             wanted.setdefault(name, source)
             names.append(name)
         if names:
             entries.append((entry, names))
     # Ranks that hold the same expert read the same dense shard: no exclusive owners here.
-    loaded = read_sharded(folder, dict(wanted), validate_access_integrity=False)
+    loaded = read_sharded(checkpoint, dict(wanted), validate_access_integrity=False)
     with torch.no_grad():
         for entry, names in entries:
             pieces = [loaded[name] for name in names]
@@ -67,7 +69,7 @@ def load_weights(
 def _entries(
     model: MoIIEModel, context: ParallelContext
 ) -> list[ShardedTensor | ShardedTensorFactory]:
-    """One entry per parameter; extra state of Transformer Engine modules has nothing to load."""
+    """One entry per parameter; the extra state of Transformer Engine modules is not loaded."""
     state = model.sharded_state_dict(metadata=sharding_metadata(context))
     return [v for v in state.values() if isinstance(v, ShardedTensor | ShardedTensorFactory)]
 
@@ -77,7 +79,7 @@ def _shards(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
 
 
 def _dense_shard(shard: ShardedTensor) -> ShardedTensor:
-    """The same cut of the dense tensor: without the leading expert axis if there is one."""
+    """The same shard of the dense tensor: without the expert axis, which comes first."""
     name = dense_name(shard.key)
     if EXPERTS not in shard.key:
         return replace(shard, key=name)
@@ -97,14 +99,14 @@ def _fresh(shard: ShardedTensor) -> Tensor:
     return torch.empty(shard.local_shape, dtype=shard.dtype, device=shard.data.device)
 
 
-def _check(shard: ShardedTensor, present: dict[str, ShardedTensor], folder: Path) -> None:
+def _check(shard: ShardedTensor, present: dict[str, ShardedTensor], checkpoint: Path) -> None:
     if shard.key not in present:
         raise UserError(
-            f"The checkpoint {folder} has no tensor {shard.key}: it belongs to another model."
+            f"The checkpoint {checkpoint} has no tensor {shard.key}: it belongs to another model."
         )
     have = tuple(present[shard.key].global_shape)
     if have != tuple(shard.global_shape):
         raise UserError(
-            f"{shard.key} has shape {have} in the checkpoint {folder} but this run wants "
+            f"{shard.key} has shape {have} in the checkpoint {checkpoint} but this run wants "
             f"{tuple(shard.global_shape)}: use the same language, vision and moe sections."
         )

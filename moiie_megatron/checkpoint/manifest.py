@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moiie_megatron.utils.digest import ALGORITHMS, SHA256, file_digest
+from moiie_megatron.utils.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
 
@@ -71,6 +72,6 @@ def _fault(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
         # A digest is listed under the name of its algorithm.
         algorithms = ALGORITHMS.keys() & entry.keys()
         changed = any(file_digest(path, kind) != entry[kind] for kind in algorithms)
-    except ValueError:
+    except UserError:
         return f"{name} cannot be read"
     return f"{name} is not what was written" if changed else None

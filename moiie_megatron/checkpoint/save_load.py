@@ -1,15 +1,14 @@
-"""The state of a run as a distributed checkpoint, written and read in any layout.
+"""The state of a run as a distributed checkpoint, written and read in any parallel layout.
 
-A run's checkpoints live in ``OUTPUT/checkpoints/step_0000100``; ``latest`` beside them names
-the newest complete one.  Each is a Megatron ``torch_dist`` checkpoint and also holds the
-resolved configuration and the tokenizer, so that it can be used without the run around it.
+A run's checkpoints are directories ``OUTPUT/checkpoints/step_0000100``; the file ``latest`` beside
+them names the newest complete one.  Each is a Megatron ``torch_dist`` checkpoint that also holds
+the resolved configuration and the tokenizer, so that it can be used on its own.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION
+from moiie_megatron.checkpoint.older_progress import renamed_counters
+from moiie_megatron.checkpoint.progress import Progress
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.patches.dist_checkpointing import (
     add_dummy_step_state,
@@ -31,38 +32,8 @@ from moiie_megatron.mcore.patches.dist_checkpointing import (
 from moiie_megatron.utils.errors import UserError
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is, and what the order of its samples and its schedule depend on.
-
-    Attributes:
-        num_samples: Samples per epoch.
-        blend: Samples per epoch of every source (``Blend.describe``); older checkpoints have
-            none.
-        schedule: What the learning rates of all steps depend on; older checkpoints have none.
-        experts: Which experts the model has; older checkpoints do not say.
-        skipped_samples: Samples left out so far, on all ranks.
-        skipped: Steps that changed nothing, because loss or gradient was not finite.
-    """
-
-    step: int
-    consumed_samples: int
-    num_samples: int
-    seed: int
-    blend: str = ""
-    schedule: str = ""
-    experts: str = ""
-    skipped_samples: int = 0
-    skipped: int = 0
-
-    @property
-    def updates(self) -> int:
-        """Steps that the optimizer has made."""
-        return self.step - self.skipped
-
-
 def sharding_metadata(context: ParallelContext) -> dict[str, Any]:
-    """How Megatron cuts the state: every layer under its own name, any layout reads it back."""
+    """How Megatron shards the state: one name per layer, so that every layout can read it."""
     return {
         "dp_cp_group": context.groups.dp_cp,
         # MoE and dense layers differ, and a dense checkpoint must have the same names.
@@ -74,60 +45,60 @@ def sharding_metadata(context: ParallelContext) -> dict[str, Any]:
 
 
 def request_save(
-    folder: Path, context: ParallelContext, parts: dict[str, Any], progress: Progress
+    checkpoint: Path, context: ParallelContext, parts: dict[str, Any], progress: Progress
 ) -> AsyncRequest:
-    """What has to be written, and done then on all ranks, to save a run; every rank calls this.
+    """The request that saves a run (what to write, what to do then); every rank calls this.
 
     Args:
-        folder: A new folder; what is there is removed.
-        parts: ``model``, ``optimizer`` and ``scheduler``; ``stream`` where the data have a state
-            of their own; ``counters``, further values with ``state_dict`` and
-            ``load_state_dict`` by name, alike on all ranks.
+        checkpoint: The directory to write; an existing one is removed.
+        parts: ``model``, ``optimizer`` and ``scheduler``; ``stream`` where the data loader has a
+            state; ``counters``, a dictionary of further objects with ``state_dict`` and
+            ``load_state_dict``, whose state is equal on all ranks.
     """
     metadata = sharding_metadata(context)
     with add_dummy_step_state(parts["optimizer"], progress.updates):
         state = _sharded_state(parts, context, metadata, is_loading=False)
-    state["progress"] = asdict(progress)
+    state["progress"] = progress.to_state()
     state["counters"] = {name: part.state_dict() for name, part in _counters(parts)}
     state["format_version"] = FORMAT_VERSION
     state["world_size"] = context.size
     if context.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        checkpoint.mkdir(parents=True)
     dist.barrier()
     stored = {k: v for k, v in metadata.items() if k != "dp_cp_group"}
     use_file_results_queue()
     request = dist_checkpointing.save(
-        state, str(folder), content_metadata=stored, async_sharded_save=True
+        state, str(checkpoint), content_metadata=stored, async_sharded_save=True
     )
     assert request is not None
     return request
 
 
-def load_checkpoint(folder: Path, context: ParallelContext, parts: dict[str, Any]) -> Progress:
-    """Load weights, optimizer, schedule and RNG into ``parts``, from any layout into this one.
+def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str, Any]) -> None:
+    """Load weights, optimizer, schedule and RNG into ``parts``, from any parallel layout.
 
     Raises:
-        UserError: The folder is no checkpoint, of a newer version, or does not fit the model.
+        UserError: There is no checkpoint, it is of a newer version, or does not fit the model.
     """
     metadata = sharding_metadata(context)
-    common = load_common(folder)
-    optimizer, updates = parts["optimizer"], Progress(**common["progress"]).updates
-    with add_dummy_step_state(optimizer, updates), patch_optimizer_loading(optimizer):
-        return _load_state(folder, context, parts, common, metadata)
+    common = load_common(checkpoint)
+    optimizer, progress = parts["optimizer"], Progress.from_state(common["progress"])
+    with add_dummy_step_state(optimizer, progress.updates), patch_optimizer_loading(optimizer):
+        _load_state(checkpoint, context, parts, common, metadata)
 
 
 def _load_state(
-    folder: Path,
+    checkpoint: Path,
     context: ParallelContext,
     parts: dict[str, Any],
     common: dict[str, Any],
     metadata: dict[str, Any],
-) -> Progress:
+) -> None:
     state = _sharded_state(parts, context, metadata, is_loading=True)
     if common["world_size"] != context.size:
-        del state["rng"]  # states of single ranks have no meaning in another layout
-    loaded = read_sharded(folder, state)
+        del state["rng"]  # one state per rank, meaningless for another number of ranks
+    loaded = read_sharded(checkpoint, state)
     parts["model"].load_state_dict(loaded["model"])
     parts["optimizer"].load_state_dict(loaded["optimizer"])
     parts["scheduler"].load_state_dict(loaded["scheduler"])
@@ -135,51 +106,51 @@ def _load_state(
         parts["stream"].restore(loaded["stream"])
     if "rng" in loaded:
         _set_rng(loaded["rng"], context)
+    counters = renamed_counters(common.get("counters", {}))
     for name, part in _counters(parts):
-        if name in common.get("counters", {}):
-            part.load_state_dict(common["counters"][name])
-    return Progress(**common["progress"])
+        if name in counters:
+            part.load_state_dict(counters[name])
 
 
-def load_common(folder: Path) -> dict[str, Any]:
-    """What every rank reads alike: progress, versions, schedule.
+def load_common(checkpoint: Path) -> dict[str, Any]:
+    """The part of a checkpoint that is equal on all ranks: progress, versions, schedule.
 
     Raises:
-        UserError: The folder is no checkpoint of this project or of a newer version of it.
+        UserError: There is no checkpoint, it is not of this project, or of a newer version.
     """
-    if not folder.is_dir():
-        raise UserError(f"There is no checkpoint folder {folder}.")
+    if not checkpoint.is_dir():
+        raise UserError(f"There is no checkpoint {checkpoint}: name a step_... directory.")
     try:
-        common = dist_checkpointing.load_common_state_dict(str(folder))
+        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     except (CheckpointingException, OSError, EOFError, RuntimeError) as error:
         raise UserError(
-            f"{folder} is not a complete Megatron checkpoint ({_first_line(error)}): use a "
-            "folder named step_... under a run's checkpoints, or a converted checkpoint."
+            f"{checkpoint} is not a complete Megatron checkpoint ({_first_line(error)}): use a "
+            "directory named step_... under a run's checkpoints, or a converted checkpoint."
         ) from error
     version = common.get("format_version")
     if version is None or version > FORMAT_VERSION:
         raise UserError(
-            f"{folder} has format version {version}, this program reads up to {FORMAT_VERSION}: "
-            "update moiie-megatron."
+            f"{checkpoint} has format version {version}, this program reads up to "
+            f"{FORMAT_VERSION}: update moiie-megatron."
         )
     return common
 
 
-def read_sharded(folder: Path, state: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """``dist_checkpointing.load`` with one-sentence errors.
+def read_sharded(checkpoint: Path, state: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """``dist_checkpointing.load``, with its errors as UserError.
 
     Raises:
-        UserError: A tensor is missing or has another shape than this model wants.
+        UserError: A tensor is missing, or its shape is not that of the model.
     """
     try:
-        return dist_checkpointing.load(state, str(folder), **options)
+        return dist_checkpointing.load(state, str(checkpoint), **options)
     except (Exception, CheckpointException) as error:  # the readers raise many types
-        # Torch wraps what a rank met in a BaseException whose own text only counts ranks.
+        # Torch wraps the ranks' errors in a BaseException whose own text only counts them.
         causes = error.failures.values() if isinstance(error, CheckpointException) else ()
         cause = next((inner for inner, _ in causes), error)
         raise UserError(
-            f"The checkpoint {folder} does not fit this run ({_first_line(cause)}): compare its "
-            f"{CONFIG_FILE} with the configuration."
+            f"The checkpoint {checkpoint} does not fit this run ({_first_line(cause)}): compare "
+            f"its {CONFIG_FILE} with the configuration."
         ) from error
 
 
@@ -191,7 +162,7 @@ def _sharded_state(
         model_state, is_loading=is_loading, metadata=metadata
     )
     if not is_loading and optimizer_state.get("param_state") == {}:
-        # A stage without trained parameters: Megatron would report that rank 0 has some.
+        # A pipeline stage without trained parameters: Megatron would expect some on rank 0.
         del optimizer_state["param_state"]
     state = {
         "model": model_state,

@@ -1,8 +1,8 @@
-"""Saves a run, at once or in the background, and never gives a name to what is not complete.
+"""Saves a run, at once or in the background; only complete checkpoints get their name.
 
-Both ways are one request of Megatron-Core: what to write, and what all ranks do when everybody
-has written.  In the background every rank forks a process that writes a copy of its state as it
-was at the fork (GPU tensors are copied to the host before), and training goes on.
+Both ways are one request of Megatron-Core: what to write, and what all ranks do once every rank
+has written.  In the background every rank forks a process that writes its state as it was at the
+fork (GPU tensors are copied to the host before), and training goes on.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moiie_megatron.checkpoint.directory import CONFIG_FILE, copy_tokenizer, step_folder
-from moiie_megatron.checkpoint.finalize import publish, writing_folder
-from moiie_megatron.checkpoint.save_load import Progress, request_save
+from moiie_megatron.checkpoint.directory import CONFIG_FILE, copy_tokenizer, step_directory
+from moiie_megatron.checkpoint.finalize import finalize, unfinished_directory
+from moiie_megatron.checkpoint.progress import Progress
+from moiie_megatron.checkpoint.save_load import request_save
 from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.parallel import ParallelContext
@@ -28,17 +29,17 @@ from moiie_megatron.utils.errors import UserError
 
 
 class CheckpointSaver:
-    """The saves of a run; every rank calls every method alike.
+    """The saves of a run; every rank makes the same calls.
 
     Args:
         parts: What ``request_save`` takes.
-        report: Called with every checkpoint that is complete, and the seconds since its save
-            began.
+        report: Called with every complete checkpoint and the seconds since its save began.
+        newest: The checkpoint that the run goes on from, if any.
 
     Attributes:
         newest: The last complete checkpoint.
 
-    All methods raise ValueError, on all ranks, where a save has failed.
+    All methods raise UserError, on all ranks, if a save has failed.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class CheckpointSaver:
     ) -> None:
         self.newest = newest
         self._config = config
-        self._world = context
+        self._context = context
         self._parts = parts
         self._report = report
         self._pending = AsyncCallsQueue()
@@ -60,9 +61,11 @@ class CheckpointSaver:
         """Save; with ``checkpoint.asynchronous`` return as soon as the state is copied."""
         self.drain()
         started = time.monotonic()
-        final = step_folder(self._config.output, progress.step)
+        final = step_directory(self._config.output, progress.step)
         with self._failures(final):
-            request = request_save(writing_folder(final), self._world, self._parts, progress)
+            request = request_save(
+                unfinished_directory(final), self._context, self._parts, progress
+            )
             request.add_finalize_fn(partial(self._finish, final, started))
             if self._config.checkpoint.asynchronous:
                 self._pending.schedule_async_request(request)
@@ -70,8 +73,10 @@ class CheckpointSaver:
                 request.execute_sync()
 
     def poll(self) -> None:
-        """Finish a save whose writers are done on all ranks (one small reduction while there is
-        a save in the background, nothing otherwise)."""
+        """Finish a save whose writers are done on all ranks.
+
+        Costs one small reduction while there is a save in the background, else nothing.
+        """
         self._finalize(blocking=False)
 
     def drain(self) -> None:
@@ -85,30 +90,30 @@ class CheckpointSaver:
 
     def _finish(self, final: Path, started: float) -> None:
         config = self._config
-        if self._world.rank == 0:
-            beside = writing_folder(final)
-            (beside / CONFIG_FILE).write_text(dump_config(config))
-            copy_tokenizer(Path(config.data.tokenizer), beside)
-            publish(final, keep=config.checkpoint.keep)
+        if self._context.rank == 0:
+            unfinished = unfinished_directory(final)
+            (unfinished / CONFIG_FILE).write_text(dump_config(config))
+            copy_tokenizer(Path(config.data.tokenizer), unfinished)
+            finalize(final, keep=config.checkpoint.keep)
         dist.barrier()
         self.newest = final
         self._report(final, time.monotonic() - started)
 
     @contextmanager
-    def _failures(self, folder: Path) -> Iterator[None]:
-        """Megatron tells every rank that a save has failed, but only rank 0 why."""
+    def _failures(self, path: Path) -> Iterator[None]:
+        """Turn errors of a save into a UserError on all ranks; Megatron tells only rank 0 why."""
         try:
             yield
         except OSError as error:  # rank 0 alone, while it completes the folder
-            raise UserError(_failed(folder, str(error))) from error
+            raise UserError(_failed(path, str(error))) from error
         except CheckpointException as error:
             reason = [next((str(cause) for cause, _ in error.failures.values()), "")]
             dist.broadcast_object_list(reason, src=0)
-            raise UserError(_failed(folder, reason[0])) from error
+            raise UserError(_failed(path, reason[0])) from error
 
 
-def _failed(folder: Path, reason: str) -> str:
+def _failed(path: Path, reason: str) -> str:
     return (
-        f"The checkpoint {folder} could not be written ({reason.rstrip('.')}): make room there "
+        f"The checkpoint {path} could not be written ({reason.rstrip('.')}): make room there "
         "and start again, the run goes on from the checkpoint before."
     )

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
+from moiie_megatron.cli.log import configure_logging
 from moiie_megatron.config.optional_dependencies import check_extras
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate import check_config, check_paths
@@ -38,11 +39,10 @@ def check_run(config: RunConfig, dist_env: DistEnv) -> None:
 
 
 def check_runs(configs: Sequence[RunConfig], dist_env: DistEnv) -> None:
-    """``check_run`` for runs that follow each other; one may start from what an earlier one is
-    still going to write.
+    """``check_run`` for runs in sequence; one may start from the output of an earlier one.
 
     Raises:
-        UserError: See ``check_run``; or two runs write to one folder.
+        UserError: See ``check_run``; or two runs have the same output directory.
     """
     outputs: list[Path] = []
     for config in configs:
@@ -54,27 +54,29 @@ def check_runs(configs: Sequence[RunConfig], dist_env: DistEnv) -> None:
             check_run(config, dist_env)
         if Path(config.output) in outputs:
             raise UserError(
-                f"output is {config.output!r} in two of the runs: give each its own folder."
+                f"output is {config.output!r} in two of the runs: give each its own directory."
             )
         outputs.append(Path(config.output))
 
 
 def exit_code(task: Callable[[], None], dist_env: DistEnv) -> int:
-    """Run a task of this process; a user's error becomes one sentence and the code 1.
+    """Run a task of this process and return its exit code.
 
-    One process of a job prints: the first that fails, whichever rank it is.  The launcher ends
-    the others; what they meet because a peer is gone is not worth a traceback.
+    A ``UserError`` is printed as one sentence, every other exception with its traceback; the code
+    is 1.  One process of a job prints: the first that fails, whichever rank it is.  The launcher
+    ends the others; what they meet because a peer is gone would hide the cause.
     """
+    configure_logging(dist_env.rank)
     try:
         task()
-    except ValueError as error:
+    except Exception as error:
         if _is_first_to_fail(dist_env):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            if isinstance(error, UserError):
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            else:
+                # In one piece: the output of other processes may go to the same place.
+                print(traceback.format_exc(), end="", file=sys.stderr, flush=True)
         return _leave(1)
-    except Exception:
-        if _peer_has_failed(dist_env):
-            return _leave(1)
-        raise
     return 0
 
 
@@ -82,34 +84,20 @@ def _is_first_to_fail(dist_env: DistEnv) -> bool:
     if dist_env.world_size == 1:
         return True
     try:
-        return bool(_connect_to_job(dist_env).add(_FAILED, 1) == 1)
-    except (RuntimeError, ValueError):  # nobody holds the store: better twice than never
+        # Joined even before the processes are connected otherwise: an error on one node alone
+        # must be told too.
+        store = connect_store(dist_env, _CONNECT_TIMEOUT)
+        return bool(store.add(_FAILED, 1) == 1)
+    except (RuntimeError, UserError):  # nobody holds the store: better twice than never
         return True
 
 
-def _peer_has_failed(dist_env: DistEnv) -> bool:
-    if dist_env.world_size == 1:
-        return False
-    try:
-        return bool(_connect_to_job(dist_env).check([_FAILED]))
-    except (RuntimeError, ValueError):
-        return False
-
-
-def _connect_to_job(dist_env: DistEnv) -> Any:
-    """The key-value store that connects the processes of the job, joined even before they are
-    connected otherwise: an error on one node alone must be told too.
-
-    Raises:
-        RuntimeError: Nobody holds the store (any more).
-        UserError: The launcher named none.
-    """
-    return connect_store(dist_env, _CONNECT_TIMEOUT)
-
-
 def _leave(code: int) -> int:
-    """End the process at once if it is connected: other processes may be inside a collective,
-    and threads of the communication library would wait for them at a normal exit."""
+    """End the process, at once if it is in a process group.
+
+    Other processes may be inside a collective, for which threads of the communication library
+    would wait at a normal exit.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush()

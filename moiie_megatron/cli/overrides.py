@@ -13,7 +13,7 @@ def parse_with_overrides(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """
     arguments, rest = parser.parse_known_args()
     others = [word for word in rest if word.startswith("-") or "=" not in word]
-    if others or rest and not hasattr(arguments, "overrides"):
+    if others or (rest and not hasattr(arguments, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(others or rest)}")
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]

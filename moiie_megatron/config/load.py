@@ -1,4 +1,4 @@
-"""From a YAML file, presets and ``a.b=c`` overrides to a checked ``RunConfig``, and back."""
+"""Read a ``RunConfig`` from a YAML file, presets and ``a.b=c`` overrides, and write it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +26,35 @@ _VARIABLE = re.compile(r"(\$+)\{([A-Za-z_][A-Za-z0-9_]*)\}")
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
 ) -> RunConfig:
-    """Read, complete and check the configuration of a run.
+    """Read and check the configuration of a run.
 
     A section may name a preset, ``language: {preset: phi3-mini, pretrained: weights/phi3}``; the
-    section's other keys are laid over the preset's, mapping by mapping.  A file may name another
-    one, ``base: phi3-stage2.yaml`` (relative to its own folder), and is laid over it in the same
-    way before presets are read: lists and single values replace those of the base.
-    ``data.sources`` may name a YAML file that holds the list (``examples/configs/mixtures``).
-    ``${NAME}`` in a value is replaced by the variable's value, ``$${NAME}`` stands for the text
-    itself.  Other relative paths are left as they are: relative to the current directory, not to
-    the file.
+    section's other keys are merged into the preset: mappings key by key, lists and single values
+    replace those of the preset.  A file may name another one, ``base: phi3-stage2.yaml``
+    (relative to its own directory), and is merged into it in the same way before presets are
+    read.  ``data.sources`` may name a YAML file that holds the list
+    (``examples/configs/mixtures``).  ``${NAME}`` in a value is replaced by the environment
+    variable, ``$${NAME}`` is the text ``${NAME}``.  Other relative paths are relative to the
+    current directory.
 
     Args:
         path: YAML file.
-        overrides: ``a.b=c`` each, c in YAML; they win over the file and may set a preset.
+        overrides: ``a.b=c`` each, where c is YAML; they take precedence over the file.
         environ: Variables for ``${NAME}``; default: the process environment.
 
     Raises:
-        UserError: One sentence that names the key, its value and what is allowed: a file that
-            is missing or broken, a base that leads back to itself, an unknown key, preset or
-            variable, a wrong type, or a combination that ``check_config`` refuses.
+        UserError: A file is missing or broken, ``base`` leads back to itself, a key, preset or
+            variable is unknown, a value has a wrong type, or ``check_config`` refuses a
+            combination.
     """
     environ = os.environ if environ is None else environ
     return _completed(_read_over_base(Path(path), environ), overrides, environ)
 
 
 def load_saved_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The resolved configuration that a run or a checkpoint holds (``dump_config``), of this
-    version or an earlier one whose keys had other names.
+    """Read the resolved configuration of a run or a checkpoint (``dump_config``).
+
+    Earlier versions, in which keys had other names, are read too.
 
     Args:
         path: ``config.yaml`` of a run, ``run.yaml`` of a checkpoint.
@@ -80,13 +82,23 @@ def _completed(
 
 
 def dump_config(config: RunConfig) -> str:
-    """``config`` as YAML with every value written out; ``load_config`` reads an equal one."""
+    """``config`` as YAML with all values; ``load_config`` reads it back unchanged."""
     return yaml_text.write(_escape(config.model_dump()))
 
 
 def preset_names(section: str) -> list[str]:
-    """Names that ``preset:`` may have in a section."""
-    return sorted(name for name in _preset_files() if section in _read_preset(name))
+    """The presets of a section."""
+    return sorted(name for name in preset_files() if section in _read_preset(name))
+
+
+def preset_files() -> dict[str, Traversable]:
+    """The file of every preset, by name."""
+    directory = resources.files("moiie_megatron.config") / "presets"
+    return {
+        file.name.removesuffix(".yaml"): file
+        for file in directory.iterdir()
+        if file.name.endswith(".yaml")
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -110,7 +122,7 @@ def _text(path: Path, what: str) -> str:
 
 
 def _read_sources(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """``data`` with the list of sources from the file that ``data.sources`` may name."""
+    """``data`` with the sources read from a file, if ``data.sources`` names one."""
     section = data.get("data")
     if not isinstance(section, dict) or not isinstance(section.get("sources"), str):
         return data
@@ -128,7 +140,7 @@ def _read_sources(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str,
 def _read_over_base(
     path: Path, environ: Mapping[str, str], above: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
-    """A file laid over the file that its ``base`` names, and so on; ``above`` led here."""
+    """A file merged into its ``base``, recursively; ``above``: the files that led to this one."""
     data = _read(path)
     if "base" not in data:
         return data
@@ -139,11 +151,11 @@ def _read_over_base(
     below = path.parent / base
     if below.resolve() in above:
         raise UserError(f"base is {show(base)} in {path}, which leads back to a file above it.")
-    return _overlay(_read_over_base(below, environ, above), data)
+    return _merge(_read_over_base(below, environ, above), data)
 
 
 def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
-    """``data`` with one ``a.b=c`` laid over it; ``data`` itself stays as it is."""
+    """A copy of ``data`` with one override ``a.b=c``."""
     key, equals, text = override.partition("=")
     keys = key.strip().split(".")
     if not equals or not all(keys):
@@ -152,7 +164,7 @@ def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _with_value(node: Any, keys: list[str], value: Any, parent: str) -> dict[str, Any]:
-    if node is None:  # a section that is absent, or present but empty
+    if node is None:  # an absent or empty section
         node = {}
     if not isinstance(node, dict):
         raise UserError(
@@ -186,7 +198,7 @@ def _expand(node: Any, environ: Mapping[str, str], path: tuple[str, ...]) -> Any
 
 
 def _escape(node: Any) -> Any:
-    """The inverse of ``_expand`` on values that hold no variable any more."""
+    """The inverse of ``_expand``, for values without variables."""
     if isinstance(node, dict):
         return {k: _escape(v) for k, v in node.items()}
     if isinstance(node, list | tuple):
@@ -195,40 +207,31 @@ def _escape(node: Any) -> Any:
 
 
 def _apply_preset(section: str, value: Any) -> Any:
-    """A section with its preset's values filled in; other values pass through."""
+    """A section merged into its preset, if it names one."""
     if not isinstance(value, dict) or "preset" not in value:
         return value
     name = value["preset"]
-    preset = _read_preset(name) if isinstance(name, str) and name in _preset_files() else {}
+    preset = _read_preset(name) if isinstance(name, str) and name in preset_files() else {}
     if section not in preset:
         known = preset_names(section)
         if not known:
             raise UserError(f"{section}.preset is {show(name)}, but {section} has no presets.")
         raise UserError(f"{section}.preset is {show(name)}: use {listed(known)}.")
     own = {key: v for key, v in value.items() if key != "preset"}
-    return _overlay(preset[section], own)
+    return _merge(preset[section], own)
 
 
-def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         below = base.get(key)
         both = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = _overlay(below, value) if both else value  # type: ignore[arg-type]
+        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
     return merged
 
 
-def _preset_files() -> dict[str, Any]:
-    folder = resources.files("moiie_megatron.config") / "presets"
-    return {
-        file.name.removesuffix(".yaml"): file
-        for file in folder.iterdir()
-        if file.name.endswith(".yaml")
-    }
-
-
 def _read_preset(name: str) -> dict[str, Any]:
-    """The file of a preset: one section name, and the section's values below it."""
-    file = _preset_files()[name]
+    """The content of a preset: one section, by name."""
+    file = preset_files()[name]
     data: dict[str, Any] = yaml_text.parse(file.read_text(encoding="utf-8"), where=file.name)
     return data

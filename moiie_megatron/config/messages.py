@@ -1,4 +1,4 @@
-"""One-sentence messages for configurations that do not fit the schema."""
+"""One-sentence messages about configurations that do not fit the schema."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_VALUE_LENGTH = 80
 
 
 def show(value: Any) -> str:
-    """A value for a message: as Python writes it, cut when long."""
+    """A value as Python writes it, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= _MAX_VALUE_LENGTH else text[:_MAX_VALUE_LENGTH] + "..."
 
@@ -25,13 +25,19 @@ def listed(names: Iterable[object], last: str = "or") -> str:
     return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def divisors(number: int) -> str:
+    """The divisors of ``number`` as text, or ``a divisor of`` it if there are more than eight."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return listed(divisors) if len(divisors) <= 8 else f"a divisor of {number}"
+
+
 def unknown_key(key: str, name: str, allowed: Sequence[str]) -> str:
-    """The sentence for a key that does not exist, with the nearest that does.
+    """The sentence about a key that does not exist, with the most similar one that does.
 
     Args:
         key: The full dotted key.
-        name: Its last part, compared with ``allowed``.
-        allowed: The names that exist there.
+        name: Its last part, which is compared with ``allowed``.
+        allowed: The names of existing keys.
     """
     if key in RENAMED:
         return f"{key} is not a known key: it is called {RENAMED[key]} now."
@@ -41,9 +47,9 @@ def unknown_key(key: str, name: str, allowed: Sequence[str]) -> str:
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem that pydantic found, as a sentence, and how many there are.
+    """A sentence about the first problem that pydantic found, and the number of problems.
 
-    Unknown keys come first: a misspelt key also shows up as a missing one.
+    Unknown keys come first, because a misspelt key is reported as a missing one too.
     """
     schema = model.model_json_schema()
     problems: dict[str, str] = {}
@@ -51,8 +57,8 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     for detail in details:
         key, sentence = _sentence(detail, schema)
         problems.setdefault(key, sentence)
-    # Every member of a union reports for itself, some about the key and some about what is
-    # below it: the deeper one says more.
+    # Each member of a union reports its own error, about the key or about a key below it; keep
+    # the deeper one, which is more specific.
     problems = {
         key: sentence
         for key, sentence in problems.items()
@@ -69,25 +75,25 @@ def _is_unknown_key(detail: Any) -> bool:
 
 
 def _sentence(detail: Any, schema: dict[str, Any]) -> tuple[str, str]:
-    """The dotted key that a pydantic error is about, and what to say."""
+    """The dotted key of a pydantic error, and the sentence about it."""
     defs = schema.get("$defs", {})
     path: list[str] = []
-    node = _resolve(schema, defs)
+    node = resolve(schema, defs)
     parent = node
     for part in detail["loc"]:
         child = _child(node, part, defs)
         if child is None:
             if _is_unknown_key(detail) and part != "[key]":
                 return _unknown(path, str(part), node)
-            continue  # pydantic's name for the member of a union
+            continue  # pydantic's name of a union member
         parent, node = node, child
         path.append(str(part))
     key = ".".join(path)
     if _is_unknown_key(detail):
         return _unknown(path[:-1], path[-1], parent)
     if detail["type"] == "missing":
-        return key, f"{key} is missing: give {_describe(node, defs)}."
-    return key, f"{key} is {show(detail['input'])}: use {_describe(node, defs)}."
+        return key, f"{key} is missing: give {describe(node, defs)}."
+    return key, f"{key} is {show(detail['input'])}: use {describe(node, defs)}."
 
 
 def _unknown(path: list[str], name: str, node: dict[str, Any]) -> tuple[str, str]:
@@ -96,38 +102,48 @@ def _unknown(path: list[str], name: str, node: dict[str, Any]) -> tuple[str, str
     return key, unknown_key(key, name, allowed)
 
 
-def _resolve(node: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
+def resolve(node: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
+    """The schema that a reference, or the one reference of ``Section | None``, points to.
+
+    Args:
+        node: A part of a JSON schema.
+        defs: The definitions of the whole schema (``$defs``).
+    """
     if "$ref" in node:
         return dict(defs[node["$ref"].rsplit("/", 1)[-1]])
     members = [m for m in node.get("anyOf", []) if m.get("type") != "null"]
-    # ``Section | None`` is entered like ``Section``.
-    return _resolve(members[0], defs) if len(members) == 1 and "$ref" in members[0] else node
+    return resolve(members[0], defs) if len(members) == 1 and "$ref" in members[0] else node
 
 
 def _child(node: dict[str, Any], part: str | int, defs: dict[str, Any]) -> dict[str, Any] | None:
-    """The schema one step down; None where ``part`` is no step of the user's data."""
+    """The schema of a key or list item; None if ``part`` is not part of the user's data."""
     if isinstance(part, int):
         lists = [m for m in [node, *node.get("anyOf", [])] if "items" in m]
-        return _resolve(lists[0]["items"], defs) if lists else None
+        return resolve(lists[0]["items"], defs) if lists else None
     if part in node.get("properties", {}):
-        return _resolve(node["properties"][part], defs)
+        return resolve(node["properties"][part], defs)
     values = node.get("additionalProperties")
     if isinstance(values, dict) and part != "[key]":
-        return _resolve(values, defs)
+        return resolve(values, defs)
     return None
 
 
-def _describe(node: dict[str, Any], defs: dict[str, Any]) -> str:
-    """What a schema allows, in words."""
+def describe(node: dict[str, Any], defs: dict[str, Any]) -> str:
+    """The values that a schema allows, in words.
+
+    Args:
+        node: A part of a JSON schema.
+        defs: The definitions of the whole schema (``$defs``).
+    """
     if "anyOf" in node:
-        return " or ".join(_describe(_resolve(m, defs), defs) for m in node["anyOf"])
+        return " or ".join(describe(resolve(m, defs), defs) for m in node["anyOf"])
     if "enum" in node:
         return listed(node["enum"])
     if "properties" in node:
         return f"a mapping with the keys {listed(node['properties'], 'and')}"
     kind = node.get("type")
     if kind == "array":
-        return f"a list ({_describe(_resolve(node['items'], defs), defs)} each)"
+        return f"a list ({describe(resolve(node['items'], defs), defs)} each)"
     if kind == "object":
         names = node.get("propertyNames", {}).get("enum")
         return f"a mapping with keys from {listed(names, 'and')}" if names else "a mapping"

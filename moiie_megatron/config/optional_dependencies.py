@@ -1,4 +1,4 @@
-"""Packages that only some runs need: asked for before a run starts, not in the middle of it."""
+"""Packages that only some runs need, checked before a run starts."""
 
 from __future__ import annotations
 

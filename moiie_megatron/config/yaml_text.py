@@ -1,7 +1,7 @@
-"""The YAML of configuration files: PyYAML's safe subset with two of its traps removed.
+"""YAML of configuration files: PyYAML's safe loader with two changes.
 
-YAML 1.1 reads ``1e-3`` (no dot) as text and lets a repeated key silently win.  Here ``1e-3`` is
-a number, as in YAML 1.2, and a repeated key is an error.
+In YAML 1.1 ``1e-3`` (without a dot) is text, and the last of repeated keys is used.  Here ``1e-3``
+is a number, as in YAML 1.2, and a repeated key is an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Shares the float rule, so that the *text* ``1e-3`` is written with quotes."""
+    """With the loader's rule for numbers, so that the *text* ``1e-3`` is written in quotes."""
 
 
 for _class in (_Loader, _Dumper):
@@ -63,6 +63,12 @@ def parse(text: str, where: str) -> Any:
         raise UserError(f"{where} is not valid YAML: {reason}.") from None
 
 
-def write(value: Any) -> str:
-    """``value`` as YAML text that ``parse`` reads back unchanged; keys keep their order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+def write(value: Any, *, flow: bool = False) -> str:
+    """``value`` as YAML text that ``parse`` reads back unchanged; keys keep their order.
+
+    Args:
+        value: Mappings, lists, texts, numbers, booleans and None.
+        flow: Write ``[a, b]`` on one line instead of blocks.
+    """
+    width = float("inf") if flow else None
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=flow, width=width)

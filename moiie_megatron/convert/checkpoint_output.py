@@ -1,6 +1,4 @@
-"""A Megatron checkpoint that a conversion writes: it appears complete, with its report, or not
-at all.
-"""
+"""Write a Megatron checkpoint, with the report of the conversion, completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +10,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION, new_directory
+from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION
+from moiie_megatron.checkpoint.progress import Progress
 from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.conversion_report import ConversionReport
@@ -21,6 +20,7 @@ from moiie_megatron.convert.tensor_bytes import TensorBytes
 from moiie_megatron.families import weight_map
 from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.layout.experts import ExpertLayout
+from moiie_megatron.utils.directories import new_directory
 from moiie_megatron.utils.progress import ProgressCounter, ProgressFn
 
 MARKER: Final = "metadata.json"  # by which a checkpoint is recognised before it is replaced
@@ -49,7 +49,7 @@ def checkpoint_output(
     """
     with ExitStack() as stack:
         directory = stack.enter_context(
-            new_directory(out, num_bytes=num_bytes, force=force, ours=MARKER)
+            new_directory(out, num_bytes=num_bytes, force=force, marker=MARKER)
         )
         if report is not None:  # inside: its threads end before the directory is removed
             stack.enter_context(report)
@@ -128,5 +128,5 @@ def initial_state(seed: int) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "world_size": 1,
-        "progress": {"step": 0, "consumed_samples": 0, "num_samples": 0, "seed": seed},
+        "progress": Progress(step=0, consumed_samples=0, identity={"seed": seed}).to_state(),
     }

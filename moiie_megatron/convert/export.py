@@ -5,11 +5,14 @@ Needs only the checkpoint: no process group, no Megatron, one tensor in memory a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from moiie_megatron.checkpoint.directory import CONFIG_FILE, check_output, new_directory
+from torch import Tensor
+
+from moiie_megatron.checkpoint.directory import CONFIG_FILE
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.dcp.reader import CheckpointReader
 from moiie_megatron.convert.hf.export_files import write_files
@@ -18,6 +21,7 @@ from moiie_megatron.convert.tensor_bytes import TensorBytes, transformed
 from moiie_megatron.families import weight_map
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.families.weight_map import WeightMapping
+from moiie_megatron.utils.directories import check_output, new_directory
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.progress import ProgressCounter, ProgressFn
 
@@ -67,7 +71,7 @@ def export_checkpoint(
             its configuration says, or an output that may not be replaced or does not fit.
     """
     out = Path(out)
-    check_output(out, force=force, ours=MARKER)
+    check_output(out, force=force, marker=MARKER)
     export_from(CheckpointReader(checkpoint), out, force, bytes_per_file, progress)
     return out
 
@@ -86,20 +90,24 @@ def export_from(
     total = sum(info.num_bytes for _, info in names)
     dtype = reader.info(rows[-1].megatron, rows[-1].expert).dtype
     with (
-        new_directory(out, num_bytes=total, force=force, ours=MARKER) as folder,
+        new_directory(out, num_bytes=total, force=force, marker=MARKER) as folder,
         SafetensorsWriter(folder, names, bytes_per_file) as writer,
     ):
         # First, because what they need may be missing.
         write_files(reader.folder, reader.config, folder, dtype)
         counter = ProgressCounter(total, progress)
         for row, _ in plan:
-            to_hf = row.transform.to_hf
             whole = reader.get_bytes(row.megatron, row.expert)
-            parts = transformed(lambda whole, to_hf=to_hf: to_hf(whole[0]), [whole])
+            parts = transformed(partial(_to_hf, row), [whole])
             for name, part in zip(row.hf, parts, strict=True):
                 writer.write(name, part)
             counter.add(whole.info.num_bytes)
         writer.finish()
+
+
+def _to_hf(row: WeightMapping, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    (tensor,) = tensors
+    return row.transform.to_hf(tensor)
 
 
 def exported_rows(config: RunConfig) -> list[WeightMapping]:

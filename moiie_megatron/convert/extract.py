@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moiie_megatron.checkpoint.directory import check_output
 from moiie_megatron.config.messages import listed
 from moiie_megatron.config.schema import MoEConfig, RunConfig
 from moiie_megatron.convert.dcp.reader import CheckpointReader
@@ -17,6 +16,7 @@ from moiie_megatron.convert.export import MARKER, export_from, exported_rows
 from moiie_megatron.convert.tensor_bytes import TensorBytes
 from moiie_megatron.families import weight_map
 from moiie_megatron.families.transforms import TensorInfo
+from moiie_megatron.utils.directories import check_output
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.progress import ProgressFn
 
@@ -46,7 +46,7 @@ def extract_expert(
             ``export_checkpoint`` raises.
     """
     out = Path(out)
-    check_output(out, force=force, ours=MARKER)
+    check_output(out, force=force, marker=MARKER)
     reader = CheckpointReader(checkpoint)
     export_from(OneExpert(reader, chosen_experts(reader, experts)), out, force, progress=progress)
     return out
@@ -93,7 +93,7 @@ class OneExpert:
         self._sources = {
             weight_map.dense_name(row.megatron): (row.megatron, row.expert)
             for row in rows
-            if row.expert is None or row.expert == chosen[row.layer]
+            if row.expert is None or (row.layer is not None and row.expert == chosen[row.layer])
         }
         self.tensors = {row.megatron: self.info(row.megatron) for row in exported_rows(self.config)}
 

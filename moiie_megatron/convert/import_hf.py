@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moiie_megatron.checkpoint.directory import check_output, copy_tokenizer
+from moiie_megatron.checkpoint.directory import copy_tokenizer
 from moiie_megatron.config.schema import LanguageConfig, RunConfig
 from moiie_megatron.convert.checkpoint_output import MARKER, checkpoint_output, initial_state
 from moiie_megatron.convert.conversion_report import ConversionReport
@@ -31,6 +31,7 @@ from moiie_megatron.families import weight_map
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.layout.experts import moe_layers
+from moiie_megatron.utils.directories import check_output
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.progress import ProgressFn
 
@@ -77,7 +78,7 @@ def import_checkpoint(
             source that turns out to be unreadable.
     """
     directory, out = Path(directory), Path(out)
-    check_output(out, force=force, ours=MARKER)
+    check_output(out, force=force, marker=MARKER)
     source = _Source.open(directory, None if vision is None else Path(vision), groups)
     config = _config(directory, out, source, last_image_token_as_text)
     weights = _Weights(source, config)

@@ -1,5 +1,6 @@
-"""Start from Hugging Face weights: language model, vision encoder, or both, each by itself or
-inside a composed model.
+"""Start from Hugging Face weights of a language model, a vision encoder, or both.
+
+Each may be a model of its own or a part of a composed model.
 
 A MoE model starts from a dense language model by upcycling while it loads: every rank takes its
 own experts from the dense FFN (paper, section 3).

@@ -70,9 +70,11 @@ class Weights:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Open a Megatron checkpoint (its folder or a run's output folder) or a Hugging Face directory
-    (a language model, alone or composed with a vision tower; an exported MoIIE model, or one
-    trained with the reference's code).
+    """Open a Megatron checkpoint or a Hugging Face directory.
+
+    A checkpoint is named by its directory or by the output directory of its run.  A Hugging Face
+    directory holds a language model, alone or composed with a vision tower, an exported MoIIE
+    model, or one trained with the reference's code.
 
     Only headers are read.
 

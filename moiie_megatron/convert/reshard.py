@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from moiie_megatron.checkpoint.directory import CONFIG_FILE, check_output
+from moiie_megatron.checkpoint.directory import CONFIG_FILE
 from moiie_megatron.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from moiie_megatron.config.schema import ParallelConfig, RunConfig
 from moiie_megatron.config.validate import check_config
@@ -19,6 +19,7 @@ from moiie_megatron.convert.checkpoint_output import MARKER, checkpoint_output
 from moiie_megatron.convert.dcp.reader import CheckpointReader
 from moiie_megatron.convert.dcp.shard_plan import TensorShards, shard_plan, unsplit
 from moiie_megatron.families.weight_map import model_rows
+from moiie_megatron.utils.directories import check_output
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.progress import ProgressFn
 
@@ -54,7 +55,7 @@ def reshard_checkpoint(
             cannot have, or an output that may not be replaced or does not fit.
     """
     out = Path(out)
-    check_output(out, force=force, ours=MARKER)
+    check_output(out, force=force, marker=MARKER)
     reader = CheckpointReader(checkpoint)
     config = _with_layout(reader.config, parallel)
     by_file = _plan(reader, config)

@@ -22,8 +22,8 @@ from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.utils.digest import tensor_bytes
 from moiie_megatron.utils.errors import UserError
 
-# Bytes that are read, hashed and written at a time, as many as cp takes: they stay in the cache of
-# the processor, and the kernel finds memory for pieces of this size quickly (512 kB took it longer).
+# Bytes that are read, hashed and written at a time: as many as cp takes.  They stay in the cache of
+# the processor; with 512 kB the kernel took longer to find memory for what is written.
 BLOCK: Final = 1 << 18
 
 

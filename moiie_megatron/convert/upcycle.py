@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from moiie_megatron.checkpoint.directory import PROCESSOR_FILES, check_output, copy_tokenizer
+from moiie_megatron.checkpoint.directory import PROCESSOR_FILES, copy_tokenizer
 from moiie_megatron.config.schema import LanguageConfig, MoEConfig, RunConfig
 from moiie_megatron.convert.checkpoint_output import (
     MARKER,
@@ -44,6 +44,7 @@ from moiie_megatron.families.registry import language_family
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.layout.experts import Variant, moe_layers
+from moiie_megatron.utils.directories import check_output
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.progress import ProgressFn
 
@@ -80,7 +81,7 @@ class UpcycleOptions:
             num_vision_experts=vision,
             num_shared_experts=shared,
             num_text_experts=text,
-            layers=self.layers,
+            layers=self.layers,  # type: ignore[arg-type]  # checked by MoEConfig
             top_k=self.top_k,
         )
         layout = section.layout
@@ -123,7 +124,7 @@ def upcycle_checkpoint(
             written; or a source that turns out to be unreadable.
     """
     options, llm, vision, out = options or UpcycleOptions(), Path(llm), Path(vision), Path(out)
-    check_output(out, force=force, ours=MARKER)
+    check_output(out, force=force, marker=MARKER)
     if options.perturb < 0:
         raise UserError(f"perturb is {options.perturb}: use 0 or more.")
     sources = _open(llm, vision, connector, options)

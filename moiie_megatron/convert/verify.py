@@ -100,14 +100,16 @@ def compare_tensors(a: Weights, b: Weights, progress: ProgressFn | None = None) 
     """
     report = TensorReport()
     pairs = list(_pairs(a, b, report.skipped))
-    sizes = [a.info(*x).num_bytes if x is not None else b.info(*y).num_bytes for x, y in pairs]
+    sizes = [
+        next(side.info(*key).num_bytes for side, key in ((a, x), (b, y)) if key is not None)
+        for x, y in pairs
+    ]
     sides = (_Side(a), _Side(b))
     counter = ProgressCounter(sum(sizes), progress)
     for (of_a, of_b), size in zip(pairs, sizes, strict=True):
         name = _label(a, of_a, b, of_b)
         if of_a is None or of_b is None:
-            shapes = (side.shape(key) for side, key in zip(sides, (of_a, of_b), strict=True))
-            report.mismatches.append(Mismatch(name, *shapes))
+            report.mismatches.append(Mismatch(name, sides[0].shape(of_a), sides[1].shape(of_b)))
         else:
             report.compared += 1
             report.dense_pairs += of_a[1] != of_b[1]

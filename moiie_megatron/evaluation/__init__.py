@@ -1,1 +1,1 @@
-"""Answers of a trained model, and their scores."""
+"""Measurements of a trained model: answers and scores, logits, routing, layout equivalence."""

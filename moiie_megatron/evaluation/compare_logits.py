@@ -1,8 +1,8 @@
-"""Do two models on disk say the same?  Logits in fp32, in one process, on the CPU.
+"""Compare the logits of two models on disk, in fp32, in one process, on the CPU.
 
-A Hugging Face directory runs through transformers (an exported one with the code inside it), a
-Megatron checkpoint through this project's model, so a conversion is seen from both ends.  The
-inputs are token ids and pixels drawn from a fixed seed: no tokenizer, no data.
+A Hugging Face directory runs in transformers (an exported one with the code that it contains), a
+Megatron checkpoint in this project's model, so that a conversion is tested end to end.  The
+inputs are random token ids and pixels of a fixed seed: no tokenizer, no data.
 
 Shapes: b rows, s positions, p image tokens per image, S pixels per side.
 """
@@ -34,11 +34,11 @@ _BEFORE_IMAGE = 3  # text tokens
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both models read.
+    """One input of both models.
 
     Args:
-        name: For people.
-        tokens: int64 ``(b, s)``, text ids everywhere.
+        name: Shown in the result.
+        tokens: int64 ``(b, s)``, text ids at every position.
         is_image: bool ``(b, s)``.
         images: Normalised fp32 ``(b, 3, S, S)``; None for text alone.
     """
@@ -51,14 +51,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """How far the logits for one input are apart.
+    """The difference of two models' logits for one input.
 
     Args:
         name: Of the input.
         positions: Tokens in it.
         mean: Mean absolute difference.
         maximum: Largest absolute difference.
-        top1: Share of positions with the same most likely token.
+        top1: Fraction (0..1) of positions with the same most likely token.
     """
 
     name: str
@@ -68,7 +68,7 @@ class LogitDifference:
     top1: float
 
     def line(self) -> str:
-        """For people."""
+        """One line of text."""
         return (
             f"logits, {self.name}: {self.positions} positions, |difference| mean {self.mean:.3e} "
             f"max {self.maximum:.3e}, top-1 agreement {100 * self.top1:.2f} %"
@@ -81,23 +81,23 @@ def compare_logits(a: Weights, b: Weights) -> tuple[list[LogitDifference], list[
     One model is in memory at a time, in fp32.
 
     Returns:
-        The differences, and sentences about inputs that were left out.
+        The differences, and a sentence about each input that was skipped.
 
     Raises:
         UserError: A model that cannot be loaded.
     """
-    inputs, left_out = make_inputs(a, b)
+    inputs, skipped = make_inputs(a, b)
     of_a, of_b = logits(a, inputs), logits(b, inputs)
     vocabulary = min(a.language.vocab_size, b.language.vocab_size)
     differences = [
         _difference(given.name, x[..., :vocabulary], y[..., :vocabulary])
         for given, x, y in zip(inputs, of_a, of_b, strict=True)
     ]
-    return differences, left_out
+    return differences, skipped
 
 
 def make_inputs(a: Weights, b: Weights) -> tuple[list[Inputs], list[str]]:
-    """Inputs that suit both models, and sentences about what does not."""
+    """Inputs that both models accept, and a sentence about each one that was skipped."""
     generator = torch.Generator().manual_seed(_SEED)
     positions = min(w.language.max_position_embeddings for w in (a, b))
     vocabulary = min(w.language.vocab_size for w in (a, b))
@@ -111,7 +111,7 @@ def make_inputs(a: Weights, b: Weights) -> tuple[list[Inputs], list[str]]:
     inputs = [Inputs("text", tokens, torch.zeros_like(tokens, dtype=torch.bool), None)]
     reason = _no_image(a, b, positions)
     if reason is not None:
-        return inputs, [f"logits, image + text: left out, {reason}"]
+        return inputs, [f"logits, image + text: skipped, {reason}"]
     assert a.vision is not None
     count, side = a.vision.num_image_tokens, a.vision.image_size
     tokens = text(1, min(count + _TEXT_TOKENS, positions))
@@ -170,6 +170,7 @@ def _hf_logits(weights: Weights, inputs: Sequence[Inputs]) -> list[Tensor]:
         tokens = given.tokens
         extra: dict[str, Tensor] = {}
         if given.images is not None:
+            assert weights.image_token_id is not None  # it has a vision tower
             tokens = torch.where(given.is_image, weights.image_token_id, tokens)
             extra["pixel_values"] = given.images
         results.append(model(input_ids=tokens, use_cache=False, **extra).logits.float())
@@ -190,7 +191,7 @@ def _hf_model(weights: Weights) -> Any:
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # transformers and the code in a directory raise many types
+    except Exception as error:  # transformers and the code of a directory raise many types
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"transformers cannot load {weights.folder} ({lines[0].rstrip('.')}): repair the "

@@ -1,7 +1,7 @@
-"""Greedy generation with the training model, straight from a checkpoint.
+"""Greedy generation with the training model, directly from a checkpoint.
 
-Meant for short answers: there is no key-value cache, every new token reads its whole prefix (and
-the images) again.  The exported Hugging Face model has a cache and is the one to serve.
+Meant for short answers: there is no key-value cache, so each new token is computed from the whole
+prefix and its images.  The exported Hugging Face model has a cache; use it for serving.
 
 Shapes: b prompts, s tokens of the longest prefix, m images of one prompt, S pixels per side.
 """
@@ -36,12 +36,12 @@ from moiie_megatron.vlm.model import MoIIEModel
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads before it answers.
+    """The encoded input that the model continues.
 
     Attributes:
         tokens: int64 ``(n,)``.
         token_types: int8 ``(n,)``.
-        images: uint8 ``(m, 3, S, S)``, in the order of their runs.
+        images: uint8 ``(m, 3, S, S)``, in the order of their runs of image tokens.
     """
 
     tokens: Tensor
@@ -49,30 +49,30 @@ class Prompt:
     images: Tensor
 
 
-def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration kept in a checkpoint, with the checkpoint's own tokenizer.
+def checkpoint_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration stored in a checkpoint, with the checkpoint's own tokenizer.
 
-    All parallel degrees are 1 unless ``overrides`` (``parallel.expert=2``) say otherwise,
-    whatever layout wrote the checkpoint.
+    All parallel degrees are 1 unless ``overrides`` set them (``parallel.expert=2``), whatever the
+    degrees of the run that wrote the checkpoint.
 
     Raises:
         UserError: The configuration is broken, or an override is wrong.
     """
-    config = load_saved_config(folder / CONFIG_FILE, ["parallel={}", *overrides])
+    config = load_saved_config(directory / CONFIG_FILE, ["parallel={}", *overrides])
     return config.model_copy(
-        update={"data": config.data.model_copy(update={"tokenizer": str(folder)})}
+        update={"data": config.data.model_copy(update={"tokenizer": str(directory)})}
     )
 
 
 class Generator:
-    """A model with what turns conversations into prompts and ids into text.
+    """A model, and the tokenizer, template and image processing of its training.
 
-    Every rank calls the same methods with the same prompts, at any layout without pipeline
-    parallelism; every rank gets the same answers.
+    Every rank calls the same methods with the same prompts and gets the same answers.  Pipeline
+    parallelism is not supported.
 
     Args:
-        config: ``data.tokenizer`` and ``stage.template`` decide how prompts look.
-        world: The process groups that ``model`` was built with.
+        config: ``data.tokenizer`` and ``stage.template`` define the format of prompts.
+        context: The process groups that ``model`` was built with.
         model: Put into evaluation mode here.
 
     Raises:
@@ -82,7 +82,7 @@ class Generator:
     def __init__(self, config: RunConfig, context: ParallelContext, model: MoIIEModel) -> None:
         if config.parallel.pipeline != 1:
             raise UserError(
-                f"parallel.pipeline is {config.parallel.pipeline}: generation needs 1, spread the "
+                f"parallel.pipeline is {config.parallel.pipeline}: generation needs 1, split the "
                 "model with parallel.tensor or parallel.expert."
             )
         self.config = config
@@ -94,18 +94,18 @@ class Generator:
         self.stop_ids = stop_ids(self.tokenizer, self.template)
 
     @classmethod
-    def load(cls, folder: Path, config: RunConfig, context: ParallelContext) -> Generator:
-        """Build the model of ``config`` and read its weights from the checkpoint ``folder``.
+    def load(cls, directory: Path, config: RunConfig, context: ParallelContext) -> Generator:
+        """Build the model of ``config`` and read its weights from the checkpoint ``directory``.
 
         Raises:
             UserError: See the constructor and ``load_weights``.
         """
         model = build_model(config, context)
-        load_weights(folder, context, model)
+        load_weights(directory, context, model)
         return cls(config, context, model)
 
     def image_loader(self, root: str | Path) -> ImageLoader:
-        """Reads images below ``root`` as the training data was read."""
+        """A loader of images below ``root`` that processes them as in training."""
         mean, std = self.statistics.mean, self.statistics.std
         size = self.config.vision.image_size
         return ImageLoader(root, size, self.config.stage.image_mode, mean, std)
@@ -134,7 +134,7 @@ class Generator:
         return Prompt(tokens, types, pixels)
 
     def blanked(self, prompt: Prompt) -> Prompt:
-        """The same prompt with every image in the encoder's mean colour: nothing to see."""
+        """The same prompt with every pixel set to the encoder's mean colour."""
         colour = torch.tensor(self.statistics.mean).mul(255).round().byte().view(1, 3, 1, 1)
         return replace(prompt, images=colour.expand_as(prompt.images))
 
@@ -147,10 +147,10 @@ class Generator:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int = 64) -> list[list[int]]:
-        """The most likely next token, again and again, for a batch of prompts of any lengths.
+        """Continue prompts of any lengths with the most likely token, up to a stop token.
 
         Returns:
-            New ids per prompt, without the one that ended the answer.
+            New token ids of each prompt, without the stop token.
 
         Raises:
             UserError: Prompt and answer could exceed the model's positions.

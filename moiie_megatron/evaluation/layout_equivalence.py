@@ -1,8 +1,7 @@
-"""One optimizer step recorded as full logical tensors, so that layouts can be compared.
+"""Record one optimizer step as full logical tensors, to compare parallel layouts.
 
-Every rank cuts its parameters, gradients and logits by their place in the distributed
-checkpoint; rank 0 puts the pieces together.  A tensor that several ranks hold (replicas) must be
-the same on all of them.
+Every rank describes its parameters and gradients as shards of the distributed checkpoint; rank 0
+assembles the full tensors.  Replicas of a shard must be equal on all ranks that hold them.
 """
 
 from __future__ import annotations
@@ -20,15 +19,18 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.fill_model import fill_model
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.mcore.parallel import ParallelContext
-from moiie_megatron.training.logging.router_stats import RoutingCounters
+from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import count_tokens, evaluate_loss, run_schedule
-from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.build import build_model
 from moiie_megatron.vlm.model import MoIIEModel
 
-# What a piece of a tensor is: its name, the full shape, where it starts, and the numbers.
-_Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
+# A shard: name of its tensor, full shape, offset of the shard in it, and the values.
+_Shard = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
+
+
+class ShardMismatch(Exception):
+    """Replicas of a shard differ between ranks, or a part of a tensor is on no rank."""
 
 
 def record_step(
@@ -37,27 +39,30 @@ def record_step(
     batches: list[Batch],
     weights: Callable[[str, int | None], Tensor | None] | None,
 ) -> dict[str, Tensor] | None:
-    """One step from given weights; every rank calls this.
+    """Record one step from given weights; every rank calls this.
 
     Args:
+        config: The run; its optimizer is used without the distributed optimizer's sharding.
+        context: This process's ranks and groups.
         batches: This rank's micro-batches of the global batch.
-        weights: Full tensors by logical name (``convert/fill_model.py``); None keeps fresh ones.
+        weights: Full tensors by logical name (``convert/fill_model.py``); None keeps the initial
+            values.
 
     Returns:
         On rank 0: ``start/NAME``, ``grad/NAME`` (after all reductions), ``next/NAME`` (after the
         optimizer) by logical tensor name, and ``loss``, ``eval_loss``, ``aux``; elsewhere None.
 
     Raises:
-        UserError: Replicas of a tensor differ between ranks.
+        ShardMismatch: Replicas of a tensor differ between ranks.
     """
-    # Gradients are whole on every rank only without the distributed optimizer's shards.
+    # With the distributed optimizer a rank would hold shards of the gradients only.
     config = config.model_copy(
         update={"optimizer": config.optimizer.model_copy(update={"distributed": False})}
     )
     model = build_model(config, context)
     if weights is not None:
         fill_model(model, weights)
-    record = _gather("start", _pieces(model, context, lambda parameter: parameter.data), context)
+    record = _gather("start", _shards(model, context, lambda parameter: parameter.data), context)
     eval_loss = evaluate_loss(config, context, model, batches)
     train_state = prepare_training(config, context, model, steps=10)
     labels, *_ = count_tokens(batches, context)
@@ -69,9 +74,9 @@ def record_step(
     counters = RoutingCounters(config, context, model)
     counters.count_step(len(batches) * context.dp_size)
     aux = counters.losses().aux
-    record |= _gather("grad", _pieces(model, context, _main_grad), context)
+    record |= _gather("grad", _shards(model, context, _main_grad), context)
     train_state.optimizer.step_if(lambda: True)
-    record |= _gather("next", _pieces(model, context, lambda parameter: parameter.data), context)
+    record |= _gather("next", _shards(model, context, lambda parameter: parameter.data), context)
     record |= {
         "loss": loss.cpu(),
         "eval_loss": torch.tensor(eval_loss),
@@ -80,14 +85,15 @@ def record_step(
     return record if context.rank == 0 else None
 
 
-def _main_grad(parameter: Tensor) -> Tensor | None:
+def _main_grad(parameter: Any) -> Tensor | None:
+    """The attribute that Megatron adds to parameters that train."""
     return parameter.main_grad if parameter.requires_grad else None
 
 
-def _pieces(
+def _shards(
     model: MoIIEModel, context: ParallelContext, read: Callable[[Tensor], Tensor | None]
-) -> Iterator[_Piece]:
-    """What this rank holds of every tensor; ``read`` gives the numbers of a parameter."""
+) -> Iterator[_Shard]:
+    """This rank's shard of every tensor; ``read`` returns the values of a parameter."""
     for entry in model.sharded_state_dict(metadata=sharding_metadata(context)).values():
         if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
             continue  # extra state of Transformer Engine modules
@@ -105,69 +111,70 @@ def _pieces(
             yield shard.key, tuple(shard.global_shape), tuple(shard.global_offset), part
 
 
-def _gather(kind: str, pieces: Iterator[_Piece], context: ParallelContext) -> dict[str, Any]:
-    """Full tensors on rank 0, an empty dictionary elsewhere.
+def _gather(kind: str, shards: Iterator[_Shard], context: ParallelContext) -> dict[str, Any]:
+    """Full tensors on rank 0, an empty dictionary on the other ranks.
 
     Raises:
-        UserError: Two ranks hold different values of the same piece; on all ranks.
+        ShardMismatch: On all ranks: two ranks hold different values of the same shard.
     """
-    received: list[list[_Piece]] | None = [[]] * context.size if context.rank == 0 else None
-    dist.gather_object(list(pieces), received)
+    received: list[list[_Shard]] | None = [[]] * context.size if context.rank == 0 else None
+    dist.gather_object(list(shards), received)
     full: dict[str, Tensor] = {}
     problem = [""]
     try:
-        full = _whole(kind, received or [])
-    except ValueError as error:
+        full = _assemble(kind, received or [])
+    except ShardMismatch as error:
         problem = [str(error)]
     dist.broadcast_object_list(problem, src=0)
     if problem[0]:
-        raise UserError(problem[0])
+        raise ShardMismatch(problem[0])
     return full
 
 
-def _whole(kind: str, received: list[list[_Piece]]) -> dict[str, Tensor]:
-    """Full tensors from the pieces of all ranks.
+def _assemble(kind: str, received: list[list[_Shard]]) -> dict[str, Tensor]:
+    """Full tensors from the shards of all ranks.
 
     Raises:
-        UserError: Two ranks hold different values of the same piece, or none holds some part.
+        ShardMismatch: Two ranks hold different values of a shard, or a part is missing.
     """
     full: dict[str, Tensor] = {}
-    for rank_pieces in received:
-        for name, shape, offset, part in rank_pieces:
-            whole = full.setdefault(f"{kind}/{name}", torch.full(shape, float("nan")))
-            place = whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))]
-            seen = ~place.isnan()
-            difference = (place - part)[seen].abs().max() if seen.any() else torch.zeros(())
+    for rank_shards in received:
+        for name, shape, offset, part in rank_shards:
+            tensor = full.setdefault(f"{kind}/{name}", torch.full(shape, float("nan")))
+            region = tensor[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))]
+            seen = ~region.isnan()
+            difference = (region - part)[seen].abs().max() if seen.any() else torch.zeros(())
             if difference > 1e-5 * part.abs().max():
-                raise UserError(
+                raise ShardMismatch(
                     f"{kind} of {name} differs by {float(difference):.2e} between ranks that "
-                    "hold the same piece."
+                    "hold the same shard."
                 )
-            place.copy_(part)
-    for name, whole in full.items():
-        if whole.isnan().any():
-            raise UserError(f"{name} is not held completely by any set of ranks, or is NaN.")
+            region.copy_(part)
+    for name, tensor in full.items():
+        if tensor.isnan().any():
+            raise ShardMismatch(f"{kind} of {name} is incomplete on all ranks together, or is NaN.")
     return full
 
 
 def differences(
     record: dict[str, Tensor], reference: dict[str, Tensor]
 ) -> dict[str, tuple[float, str]]:
-    """Largest relative difference by kind, and the tensor that shows it.
+    """Largest relative difference of each kind, and the tensor that has it.
 
-    A difference is relative to the largest value of its tensor (of its update, for ``next``), or
-    to a ten-thousandth of the largest of its kind if that is more: some gradients are zero but
-    for rounding (a key's bias moves no softmax), and noise over noise says nothing.
+    A difference is relative to the largest absolute value of its tensor (of its update, for
+    ``next``), or to 1e-4 of the largest of its kind if that is more: some gradients are zero up
+    to rounding (a bias of the keys does not change the softmax), so that the ratio of two
+    rounding errors must not count.
 
     Returns:
         ``loss``, ``eval_loss``, ``aux``, ``grad`` and ``next``.
 
     Raises:
-        UserError: The records hold different tensors.
+        ValueError: The records hold different tensors.
     """
     if record.keys() != reference.keys():
         odd = sorted(record.keys() ^ reference.keys())
-        raise UserError(f"The layouts hold different tensors: {', '.join(odd[:5])}.")
+        raise ValueError(f"The layouts have different tensors, such as {', '.join(odd[:5])}.")
     errors: dict[str, list[tuple[float, float, str]]] = {}
     for name, want in reference.items():
         kind = name.split("/")[0]

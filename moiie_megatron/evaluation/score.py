@@ -1,7 +1,7 @@
-"""Exact-match accuracy on a LLaVA question file, with and without the pictures.
+"""Exact-match accuracy on LLaVA questions, with the images and with the images blanked.
 
-The second number says what the words alone give away: a model that ignores its pictures scores
-the same on both.
+The accuracy on blanked images measures what the text alone gives away: a model that ignores its
+images has the same accuracy on both.
 """
 
 from __future__ import annotations
@@ -18,13 +18,21 @@ from moiie_megatron.data.encode.images import ImageLoader
 from moiie_megatron.data.records.llava import Record, RecordFile
 from moiie_megatron.evaluation.generate import Generator, Prompt
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.text import same_answer
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One question: what was expected, what was answered, and what with blank pictures.
+    """One question with the expected answer and the model's two answers.
 
-    ``question`` is the last turn of the user, ``images`` are the paths in the record.
+    Attributes:
+        id: Of the record.
+        kind: Group that the question is counted in.
+        expected: The record's answer.
+        answer: The model's answer.
+        blanked_answer: The model's answer with every image blanked.
+        question: The last turn of the user.
+        images: The image paths in the record.
     """
 
     id: str
@@ -46,7 +54,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Score:
-    """The outcomes of a question file; accuracies are shares, 0 to 1."""
+    """The outcomes of all questions; accuracies are fractions (0..1)."""
 
     outcomes: tuple[Outcome, ...]
 
@@ -59,14 +67,14 @@ class Score:
         return sum(o.blanked_correct for o in self.outcomes) / len(self.outcomes)
 
     def by_kind(self) -> dict[str, Score]:
-        """The score of every kind of question, by name."""
+        """The score of each kind of question."""
         groups: dict[str, list[Outcome]] = defaultdict(list)
         for outcome in self.outcomes:
             groups[outcome.kind].append(outcome)
         return {kind: Score(tuple(groups[kind])) for kind in sorted(groups)}
 
     def summary(self) -> dict[str, float | int]:
-        """The numbers."""
+        """Number of questions, and the two accuracies."""
         return {
             "questions": len(self.outcomes),
             "accuracy": self.accuracy,
@@ -74,7 +82,7 @@ class Score:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers, overall and ``by_kind``, and all ``outcomes``."""
+        """``summary()`` of all questions and ``by_kind``, and all ``outcomes``."""
         return {
             **self.summary(),
             "by_kind": {kind: part.summary() for kind, part in self.by_kind().items()},
@@ -90,11 +98,6 @@ class TestQuestion:
 
     record: Record
     kind: str
-
-
-def same_answer(answer: str, expected: str) -> bool:
-    """Equal but for case and surrounding white space."""
-    return answer.strip().casefold() == expected.strip().casefold()
 
 
 def read_questions(path: str | Path) -> list[TestQuestion]:
@@ -122,16 +125,20 @@ def score(
     max_new_tokens: int = 32,
     show_progress: bool = False,
 ) -> Score:
-    """Answer every question twice: as it is, and with every picture blanked.
+    """Answer every question twice: with its images, and with its images blanked.
 
     Every rank calls this with the same questions.
 
     Args:
-        images: The folder that image paths are relative to.
+        generator: The model.
+        questions: What to ask; at least one.
+        images: The directory that image paths are relative to.
         batch_size: Questions per forward pass.
+        max_new_tokens: Longest answer, in tokens.
+        show_progress: Show a progress bar on standard output.
 
     Raises:
-        UserError: An image or a conversation cannot be used (names the record).
+        UserError: An image or a conversation cannot be used; the message names the record.
     """
     if not questions:
         raise UserError("There are no questions to score.")
@@ -161,5 +168,5 @@ def score(
 def _prompt(generator: Generator, loader: ImageLoader, record: Record) -> Prompt:
     try:
         return generator.prompt(record.turns[:-1], [loader.load(path) for path in record.images])
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"Question {record.id}: {error}") from error

@@ -64,8 +64,9 @@ class Weight:
 
 
 def vision_weights(shapes: Mapping[str, tuple[str | int, ...]]) -> tuple[Weight, ...]:
-    """The table of a vision tower, which is transformers' own module: names differ in what stands
-    in front of them alone.
+    """The table of a vision tower, which is transformers' own module.
+
+    Names in Megatron and in Hugging Face files differ in their prefixes only.
 
     Args:
         shapes: Name in the module -> shape.
@@ -117,7 +118,7 @@ class LanguageFamily:
         fixed: Values of ``qkv_bias`` and ``qk_norm`` that all models of the family have; False
             where they are left out.
         read: From a ``config.json`` (defaults filled in) to keys of the ``language`` section that
-            are not copied.  Raises ``Unsupported``.
+            are not copied.  Raises ``UnsupportedError``.
         write: From the ``language`` section to further keys of ``config.json``.
         expert_config: Keys of the ``moe`` section and what ``config.json`` calls them, where
             pretrained models come with experts (then Vanilla MoE in every layer).
@@ -152,7 +153,7 @@ class LanguageFamily:
         return bool(self.expert_config)
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """A value in a ``config.json`` that our model cannot have.
 
     Args:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from moiie_megatron.config.families import LANGUAGE_FAMILIES, VISION_FAMILIES
 from moiie_megatron.config.messages import first_problem, listed, show
 from moiie_megatron.config.schema import LanguageConfig, MoEConfig, Section, VisionConfig
-from moiie_megatron.families.family import LanguageFamily, Unsupported, VisionFamily
+from moiie_megatron.families.family import LanguageFamily, UnsupportedError, VisionFamily
 from moiie_megatron.families.registry import language_family, vision_family
 from moiie_megatron.utils.errors import UserError
 
@@ -43,14 +43,18 @@ _SectionT = TypeVar("_SectionT", bound=Section)
 def find_language_family(section: Mapping[str, Any], file: Path) -> LanguageFamily:
     """The family of a language model's section.
 
-    It is the word in ``model_type`` that names one, so that ``llama_moiie`` is a llama.
+    It is the word in ``model_type`` that names one, so that ``llama_moiie`` is a llama; but not
+    where transformers has another model of that name (``..._moe``).
 
     Raises:
         UserError: No family, or several.
     """
+    from transformers import CONFIG_MAPPING
+
     model_type = str(section.get("model_type", ""))
     names = [word for word in re.split("[-_]", model_type) if word in LANGUAGE_FAMILIES]
-    if len(names) != 1:
+    is_other = model_type in CONFIG_MAPPING and model_type not in LANGUAGE_FAMILIES
+    if len(names) != 1 or is_other:
         raise _unknown(file, "model_type", model_type, listed(LANGUAGE_FAMILIES))
     return language_family(names[0])
 
@@ -71,7 +75,7 @@ def language_from_hf(section: Mapping[str, Any], file: Path, *, is_tied: bool) -
     try:
         for key, value in _BUILT_IN.items():
             if section.get(key, value) not in (value, None):
-                raise Unsupported(key, section[key], value)
+                raise UnsupportedError(key, section[key], value)
         rope = section.get("rope_scaling") or section.get("rope_parameters") or {}
         values = {
             ours: theirs[key]
@@ -91,8 +95,8 @@ def language_from_hf(section: Mapping[str, Any], file: Path, *, is_tied: bool) -
         if language.longrope is not None:
             usual, factor = language.longrope.attention_factor, rope.get("attention_factor")
             if factor is not None and not math.isclose(factor, usual, rel_tol=1e-6):
-                raise Unsupported("attention_factor", factor, f"LongRoPE's own, {usual}")
-    except Unsupported as error:
+                raise UnsupportedError("attention_factor", factor, f"LongRoPE's own, {usual}")
+    except UnsupportedError as error:
         raise _unknown(file, error.key, error.value, error.known) from None
     return language
 
@@ -241,7 +245,7 @@ def _read_rope(
     base = rope.get("rope_theta") or section.get("rope_theta") or default_theta
     partial = rope.get("partial_rotary_factor", section.get("partial_rotary_factor"))
     if partial not in (None, 1.0):
-        raise Unsupported("partial_rotary_factor", partial, 1.0)
+        raise UnsupportedError("partial_rotary_factor", partial, 1.0)
     values: dict[str, Any] = {"rotary_base": float(base), "rope_scaling": None, "longrope": None}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     positions = theirs["max_position_embeddings"]
@@ -265,7 +269,7 @@ def _read_rope(
             "original_max_position_embeddings": original,
         }
     elif kind != "default":
-        raise Unsupported("rope_type", kind, "default, llama3 or longrope")
+        raise UnsupportedError("rope_type", kind, "default, llama3 or longrope")
     return values
 
 

@@ -138,8 +138,11 @@ class MoiieConfig(PreTrainedConfig):
 
     @property
     def routers(self) -> dict[str, range]:
-        """The experts that each router scores, by the name of its weights: ``gate`` for text,
-        ``gate_vis`` for images; ``gate`` alone where all experts are shared."""
+        """The experts that each router scores, by the name of its weights.
+
+        ``gate`` is for text and ``gate_vis`` for images; ``gate`` is the only one if all experts
+        are shared.
+        """
         vision, total = self.experts["vision"], self.num_experts
         if self.experts["shared"] == total:
             return {"gate": range(total)}

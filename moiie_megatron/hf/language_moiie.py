@@ -74,7 +74,7 @@ class DecoderParts(NamedTuple):
         module = importlib.import_module(kind.__module__.replace("configuration_", "modeling_"))
         family = kind.__name__.removesuffix("Config")
         names = ("Attention", "MLP", "RMSNorm", "RotaryEmbedding", "DecoderLayer")
-        found = [getattr(module, family + name, None) for name in names]
+        found: list[Any] = [getattr(module, family + name, None) for name in names]
         if None not in found:
             *parts, layer = found
             with torch.device("meta"):
@@ -146,7 +146,10 @@ class MoiieExperts(nn.Module):
 
 
 class MoiieSparseMLP(nn.Module):
-    """What stands in place of the FFN in a layer with experts."""
+    """The block that replaces the FFN in a layer with experts."""
+
+    gate: MoiieGate
+    gate_vis: MoiieGate  # only with two routers
 
     def __init__(self, config: PreTrainedConfig, moiie: MoiieConfig) -> None:
         super().__init__()
@@ -209,7 +212,7 @@ class MoiiePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """transformers looks for the decorator in the file of the class: it is in this one."""
+        """Whether the decorator is in the file of the class, where transformers looks for it."""
         return True
 
     @torch.no_grad()
@@ -257,8 +260,10 @@ class MoiieLanguageModel(MoiiePreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """``inputs_embeds`` ``(B, S, H)``; ``is_image``: bool ``(B, S)``, the tokens of the
-        vision router."""
+        """Run the decoder on ``inputs_embeds`` ``(B, S, H)``.
+
+        ``is_image``, bool ``(B, S)``, marks the tokens of the vision router.
+        """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:

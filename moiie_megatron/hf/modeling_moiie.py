@@ -34,6 +34,7 @@ class MoiieConnector(nn.Module):
     def __init__(self, config: MoiieConfig) -> None:
         super().__init__()
         inner = config.connector_hidden_size
+        assert inner is not None  # set by the configuration
         self.linear_1 = nn.Linear(config.vision_config.hidden_size, inner)
         self.linear_2 = nn.Linear(inner, config.text_config.hidden_size)
 
@@ -225,8 +226,10 @@ class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As usual, except where a longrope model outgrows its original context: its rotary
-        frequencies change for all positions, so everything is computed again."""
+        """Inputs of a step; a longrope model that outgrows its original context starts again.
+
+        Its rotary frequencies then change for all positions, so that the cache is useless.
+        """
         if self._outgrows_cache(input_ids, past_key_values, attention_mask):
             past_key_values, next_sequence_length, is_first_iteration = None, None, True
         return super().prepare_inputs_for_generation(

@@ -15,8 +15,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
 class MoiieProcessor(ProcessorMixin):
-    """Every ``image_token`` in the text becomes the ids of one image; the result tells image
-    tokens from text in ``mm_token_type_ids``.
+    """Text and images to model inputs.
+
+    Every ``image_token`` in the text becomes the ids of one image; ``mm_token_type_ids`` marks
+    them in the result.
 
     Rows are padded at the left, as generation needs it (``padding_side="right"`` in a call for
     other uses).  Images are prepared as in training, with PIL whatever else is installed.

@@ -1,1 +1,1 @@
-"""Which experts exist, who may use them, and where they live; no torch."""
+"""Which experts exist, which tokens may use them, and on which rank each one is; no torch."""

@@ -1,4 +1,4 @@
-"""Which experts exist and who may use them: one pure value for all four systems compared.
+"""Which experts exist and which tokens may use them: one value for all four systems compared.
 
 Dense, Vanilla MoE, Modality MoE and MoIIE are four *values* of ``ExpertLayout`` (paper,
 section 3 and table 1).  Expert ids are logical: vision experts first, then shared, then text.
@@ -25,7 +25,7 @@ _DEFAULT_COUNTS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Three groups of experts and how many of them a token activates.
+    """The number of experts in each group, and how many of them process a token.
 
     Args:
         num_vision: Experts that only image tokens may use.
@@ -66,10 +66,10 @@ class ExpertLayout:
         text: int | None = None,
         top_k: int = 2,
     ) -> ExpertLayout:
-        """The layout of a named system; counts left out take the paper's four-expert value.
+        """The layout of a named system; a count of None takes the paper's four-expert value.
 
         Raises:
-            UserError: A count that contradicts the variant (shared experts in Modality MoE...).
+            UserError: A count that contradicts the variant, such as shared experts in Modality MoE.
         """
         given = {"vision": vision, "shared": shared, "text": text}
         defaults = dict(zip(given, _DEFAULT_COUNTS[variant], strict=True))
@@ -102,13 +102,6 @@ class ExpertLayout:
         return self.num_experts == 0
 
     @property
-    def is_balanced(self) -> bool:
-        """The paper's balanced allocation: |V| = |T| and |V| + |T| = |S|."""
-        return (
-            self.num_vision == self.num_text and self.num_vision + self.num_text == self.num_shared
-        )
-
-    @property
     def routers(self) -> tuple[Router, ...]:
         """The routers of a layer: one per modality, or one ``joint`` router in Vanilla MoE."""
         if self.is_dense:
@@ -116,7 +109,7 @@ class ExpertLayout:
         return ("joint",) if self.num_shared == self.num_experts else ("vision", "text")
 
     def allowed(self, router: Router) -> range:
-        """Logical ids that a router scores, in the order of its weight rows."""
+        """Logical ids of the experts that a router scores, in the order of its weight rows."""
         if router == "joint":
             return range(self.num_experts)
         if router == "vision":
@@ -137,12 +130,12 @@ class ExpertLayout:
 
 
 def moe_layers(layers: str | list[int], num_layers: int) -> list[int]:
-    """Layer numbers (from 0) that hold experts.
+    """Indices (from 0) of the layers that hold experts.
 
-    ``interleaved`` is layers 1, 3, 5, ...: Megatron's ``moe_layer_freq=2`` would be 0, 2, 4.
+    ``interleaved`` is layers 1, 3, 5, ...; Megatron's ``moe_layer_freq=2`` would be 0, 2, 4.
 
     Raises:
-        UserError: A layer outside the model, named twice, or an empty list.
+        UserError: An index outside the model, a repeated one, or an empty list.
     """
     if layers == "interleaved":
         return list(range(1, num_layers, 2))

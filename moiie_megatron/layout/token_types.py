@@ -1,7 +1,7 @@
-"""The one definition of what a token is: its type decides which experts may process it.
+"""Token types, which decide the experts that may process a token.
 
-Token types travel with the tokens as an int8 tensor of the same shape.  Padding routes like
-text (its hidden states must go somewhere) but is left out of the losses and of the routers'
+A batch carries them as an int8 tensor of the shape of its token ids.  Padding is routed like
+text (its hidden states must go somewhere) but excluded from the language-model loss and from the
 load-balancing losses.  Plain ints, so that configuration and planning need no torch.
 """
 
@@ -13,6 +13,5 @@ TEXT: Final = 0
 IMAGE: Final = 1
 PADDING: Final = 2
 
-# Names of what experts are chosen for, image tokens and text tokens, in the order of everything
-# that has one entry for each.
+# Token modalities, in the order used by every per-modality axis M.
 MODALITIES: Final[tuple[Literal["vision", "text"], ...]] = ("vision", "text")

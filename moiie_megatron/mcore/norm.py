@@ -1,4 +1,7 @@
-"""RMSNorm whose weight joins sequence parallelism (Megatron's ``WrappedTorchNorm`` refuses)."""
+"""RMSNorm that supports sequence parallelism, for machines without Transformer Engine.
+
+Megatron's ``WrappedTorchNorm`` refuses it.
+"""
 
 from __future__ import annotations
 
@@ -15,4 +18,4 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,1 +1,1 @@
-"""What the routers did: buffers of a layer, records of a run."""
+"""What the routers did: counters of a layer and of a model, records of a run, their totals."""

@@ -1,12 +1,14 @@
 """What the routers of one layer did since their counters were read.
 
-Shapes: M modalities (``MODALITIES``), R routers of the layer, E experts
-(logical ids), A = M + 1: the modalities, and all tokens with padding.
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,38 +16,74 @@ from torch import Tensor
 from moiie_megatron.layout.token_types import MODALITIES
 
 _ROUTING = ("tokens_M", "load_ME", "prob_ME", "rows_A", "remote_A")
-_LOSSES = ("aux_R", "z_R")
+_LOSSES = ("aux_G", "z_G")
+
+
+@dataclass(frozen=True)
+class LayerSums:
+    """The routing sums of one layer on the host.
+
+    Attributes:
+        tokens_M: Tokens, without padding.
+        load_ME: Tokens that each expert got.
+        prob_ME: Summed routing probability.
+        rows_A: Rows that the dispatcher exchanged between expert-parallel ranks.
+        remote_A: Those of them that went to another rank.
+    """
+
+    tokens_M: Sequence[int]
+    load_ME: Sequence[Sequence[int]]
+    prob_ME: Sequence[Sequence[float]]
+    rows_A: Sequence[int]
+    remote_A: Sequence[int]
+
+    @classmethod
+    def from_vector(cls, sums: Tensor, num_experts: int) -> LayerSums:
+        """The sums in a vector of ``LoadStats.routing``, as it is or reduced over ranks."""
+        shapes = _routing_shapes(num_experts)
+        parts = torch.split(sums.cpu(), [math.prod(shape) for shape in shapes.values()])
+        values: dict[str, Any] = {}
+        for (name, shape), part in zip(shapes.items(), parts, strict=True):
+            array = part.view(shape)
+            values[name] = (array if name == "prob_ME" else array.round().long()).tolist()
+        return cls(**values)
 
 
 class LoadStats(torch.nn.Module):
-    """Running sums of one layer, kept on its device and reduced only when they are logged.
+    """The same sums of one layer on its device, reduced over ranks only when they are logged.
 
     Buffers (not part of checkpoints; fp64, which counts exactly to 2**53 where fp32 stops at 17
-    million): ``tokens_M`` tokens, ``load_ME`` tokens sent to each expert, ``prob_ME`` summed
-    routing probability, ``rows_A`` rows that the dispatcher exchanged between expert-parallel
-    ranks, ``remote_A`` those of them that went to another rank, and ``aux_R`` balance losses,
-    ``z_R`` z-losses.  Only ``rows_A`` and ``remote_A`` know padding.
+    million): those of ``LayerSums``, and ``aux_G`` balance losses, ``z_G`` z-losses.  Only
+    ``rows_A`` and ``remote_A`` count padding.
     """
+
+    tokens_M: Tensor
+    load_ME: Tensor
+    prob_ME: Tensor
+    rows_A: Tensor
+    remote_A: Tensor
+    aux_G: Tensor
+    z_G: Tensor
 
     def __init__(self, num_routers: int, num_experts: int, device: torch.device) -> None:
         super().__init__()
-        shapes = routing_shapes(num_experts) | dict.fromkeys(_LOSSES, (num_routers,))
+        shapes = _routing_shapes(num_experts) | dict.fromkeys(_LOSSES, (num_routers,))
         for name, shape in shapes.items():
             zeros = torch.zeros(shape, dtype=torch.float64, device=device)
             self.register_buffer(name, zeros, persistent=False)
 
     @torch.no_grad()
     def add_tokens(self, tokens_M: Tensor, load_ME: Tensor, prob_ME: Tensor) -> None:
-        """Count the choices of one micro-batch; everything covers this rank's tokens alone."""
+        """Count the choices of this rank's tokens of one micro-batch."""
         self.tokens_M += tokens_M
         self.load_ME += load_ME
         self.prob_ME += prob_ME.detach()
 
     @torch.no_grad()
-    def add_losses(self, aux_R: Tensor, z_R: Tensor) -> None:
-        """Add the losses of one micro-batch (this rank's parts)."""
-        self.aux_R += aux_R
-        self.z_R += z_R
+    def add_losses(self, aux_G: Tensor, z_G: Tensor) -> None:
+        """Add this rank's parts of the losses of one micro-batch."""
+        self.aux_G += aux_G
+        self.z_G += z_G
 
     @torch.no_grad()
     def add_rows(self, masks_TM: Tensor, rows_TN: Tensor, own_rank: int) -> None:
@@ -63,37 +101,33 @@ class LoadStats(torch.nn.Module):
         self.remote_A += rows_A - rows_AN[:, own_rank]
 
     def losses(self) -> Tensor:
-        """Balance losses and z-losses as one vector ``(2 * R,)``."""
-        return torch.cat([self.aux_R, self.z_R])
+        """Balance losses and z-losses as one vector ``(2 * G,)``."""
+        return torch.cat([self.aux_G, self.z_G])
 
     def routing(self) -> Tensor:
-        """Everything else as one vector, so that one collective reduces it (see ``unpack``)."""
+        """The routing sums as one vector, so that one collective reduces it (``LayerSums``)."""
         return torch.cat([getattr(self, name).flatten() for name in _ROUTING])
 
     def reset_losses(self) -> None:
-        """Start over with what ``losses`` returns."""
-        self.aux_R.zero_()
-        self.z_R.zero_()
+        """Set to zero what ``losses`` returns."""
+        self.aux_G.zero_()
+        self.z_G.zero_()
 
     def reset_routing(self) -> None:
-        """Start over with what ``routing`` returns."""
+        """Set to zero what ``routing`` returns."""
         for name in _ROUTING:
             getattr(self, name).zero_()
 
 
-def routing_shapes(num_experts: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the sums in ``LoadStats.routing``, in its order."""
+def routing_size(num_experts: int) -> int:
+    """Length of the vector of ``LoadStats.routing``."""
+    return sum(math.prod(shape) for shape in _routing_shapes(num_experts).values())
+
+
+def _routing_shapes(num_experts: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the routing sums, in the order of ``LoadStats.routing``."""
     modalities = len(MODALITIES)
     per_expert, all_tokens = (modalities, num_experts), (modalities + 1,)
     return dict(
         zip(_ROUTING, ((modalities,), per_expert, per_expert, all_tokens, all_tokens), strict=True)
     )
-
-
-def unpack(sums: Tensor, num_experts: int) -> dict[str, Tensor]:
-    """The inverse of ``LoadStats.routing`` for a reduced vector."""
-    shapes = routing_shapes(num_experts)
-    parts = sums.split([math.prod(shape) for shape in shapes.values()])
-    return {
-        name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
-    }

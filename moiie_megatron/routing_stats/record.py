@@ -1,4 +1,4 @@
-"""What is reported about routing: counts of a stretch of training, and what follows from them.
+"""What is reported about routing: counts over some steps, and what follows from them.
 
 One record is one JSON object (a line of ``routing.jsonl``) that explains itself:
 
@@ -10,10 +10,10 @@ One record is one JSON object (a line of ``routing.jsonl``) that explains itself
         vision, text   image tokens, text tokens (never padding):
             tokens         how many
             load           how many of them each expert got; adds up to top_k * tokens
-            share          load / tokens
+            fraction       load / tokens (``share`` in older files)
             prob           mean routing probability, the router's softmax before top-k
-            entropy        of the load over the experts that the modality may use, as a share of
-                           its maximum: 1 is even, 0 one expert; null without tokens
+            entropy        of the load over the experts that the modality may use, divided by its
+                           maximum: 1 is even, 0 one expert; null without tokens
             rows           rows that the dispatcher exchanged between expert-parallel ranks
             remote_rows    those of them that went to another rank
         padding        rows and remote_rows of padding tokens, which travel like text
@@ -22,54 +22,42 @@ One record is one JSON object (a line of ``routing.jsonl``) that explains itself
         dead           logical ids of experts that no token chose although some could have
     row_bytes    bytes of one row: there and back in the forward pass, again in the backward
                  pass (without the exchange that recomputation repeats)
-    moved        vision, text, padding: rows, remote_rows and bytes (remote_rows * row_bytes), all
-                 layers together
+    moved        vision, text, padding: rows, remote_rows and bytes (remote_rows * row_bytes),
+                 summed over layers
 
 Training adds ``step`` and ``steps``: the record covers the ``steps`` steps up to ``step``.
-Counts of records add up, means are weighed with ``tokens``.
+To join records, add up their counts and weight their means with ``tokens``.
+
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.placement import Placement
 from moiie_megatron.layout.token_types import MODALITIES
+from moiie_megatron.routing_stats.load_stats import LayerSums
 
 VERSION: Final = 1
 _DIGITS = 9  # after the point; means are sums of fp32 numbers
 
 
-@dataclass(frozen=True)
-class LayerSums:
-    """Counts of one layer: lists by modality (M = ``MODALITIES``) and expert (E, logical ids).
-
-    Attributes:
-        tokens: M.
-        load: M x E, tokens that each expert got.
-        prob: M x E, summed routing probability.
-        rows: M + 1, rows exchanged between ranks; last of all tokens with padding.
-        remote: M + 1, those that went to another rank.
-    """
-
-    tokens: Sequence[int]
-    load: Sequence[Sequence[int]]
-    prob: Sequence[Sequence[float]]
-    rows: Sequence[int]
-    remote: Sequence[int]
-
-
 def routing_record(
     layers: Mapping[int, LayerSums], layout: ExpertLayout, placement: Placement, row_bytes: int
 ) -> dict[str, Any]:
-    """The record of a stretch of training, see the head of this file."""
+    """The record of some steps or samples, as the head of this file describes it.
+
+    Args:
+        layers: Sums over all ranks by layer number (from 0).
+        row_bytes: Bytes of one row between two ranks (``counters.row_bytes``).
+    """
     size = layout.num_experts // placement.ep_size
     starts = range(0, layout.num_experts, size)
-    ranks = [list(placement.order[start : start + size]) for start in starts]
+    ranks = [list(placement.physical_to_logical[start : start + size]) for start in starts]
     return {
         "version": VERSION,
         "experts": [layout.name(expert) for expert in range(layout.num_experts)],
@@ -85,13 +73,16 @@ def routing_record(
 
 
 def load_entropy(load: Sequence[float]) -> float | None:
-    """Entropy of how a load is spread, over its maximum ``log(len(load))``; None without load."""
+    """Entropy of a load over experts, divided by its maximum ``log(len(load))``.
+
+    None if the load is zero.
+    """
     total = sum(load)
     if not total:
         return None
-    shares = [part / total for part in load if part]
+    fractions = [part / total for part in load if part]
     # Minus zero would be written as such.
-    entropy = abs(sum(share * math.log(share) for share in shares))
+    entropy = abs(sum(fraction * math.log(fraction) for fraction in fractions))
     return entropy / math.log(len(load)) if len(load) > 1 else 1.0
 
 
@@ -103,25 +94,25 @@ def max_over_mean(loads: Sequence[float]) -> float | None:
 def dead_experts(sums: LayerSums, layout: ExpertLayout) -> list[int]:
     """Experts that no token chose although a modality that may use them had tokens."""
     reachable: set[int] = set()
-    for tokens, modality in zip(sums.tokens, MODALITIES, strict=True):
+    for tokens, modality in zip(sums.tokens_M, MODALITIES, strict=True):
         if tokens:
             reachable.update(layout.allowed(modality))
-    return sorted(expert for expert in reachable if not any(load[expert] for load in sums.load))
+    return sorted(expert for expert in reachable if not any(load[expert] for load in sums.load_ME))
 
 
 def _layer(sums: LayerSums, layout: ExpertLayout, ranks: Sequence[Sequence[int]]) -> dict[str, Any]:
-    rows, remote = _of(sums.rows), _of(sums.remote)
-    total = [sum(of_expert) for of_expert in zip(*sums.load, strict=True)]
+    rows, remote = _of(sums.rows_A), _of(sums.remote_A)
+    total = [sum(of_expert) for of_expert in zip(*sums.load_ME, strict=True)]
     rank_load = [sum(total[expert] for expert in rank) for rank in ranks]
     layer: dict[str, Any] = {}
     for number, modality in enumerate(MODALITIES):
-        tokens, load = sums.tokens[number], list(sums.load[number])
+        tokens, load = sums.tokens_M[number], list(sums.load_ME[number])
         count = max(tokens, 1)
         layer[modality] = {
             "tokens": tokens,
             "load": load,
-            "share": [round(part / count, _DIGITS) for part in load],
-            "prob": [round(part / count, _DIGITS) for part in sums.prob[number]],
+            "fraction": [round(part / count, _DIGITS) for part in load],
+            "prob": [round(part / count, _DIGITS) for part in sums.prob_ME[number]],
             "entropy": _rounded(load_entropy([load[e] for e in layout.allowed(modality)])),
             "rows": rows[modality],
             "remote_rows": remote[modality],
@@ -135,8 +126,8 @@ def _layer(sums: LayerSums, layout: ExpertLayout, ranks: Sequence[Sequence[int]]
 
 
 def _moved(layers: Sequence[LayerSums], kind: str, row_bytes: int) -> dict[str, int]:
-    rows = sum(_of(sums.rows)[kind] for sums in layers)
-    remote = sum(_of(sums.remote)[kind] for sums in layers)
+    rows = sum(_of(sums.rows_A)[kind] for sums in layers)
+    remote = sum(_of(sums.remote_A)[kind] for sums in layers)
     return {"rows": rows, "remote_rows": remote, "bytes": remote * row_bytes}
 
 

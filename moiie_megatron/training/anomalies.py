@@ -1,8 +1,8 @@
-"""Steps that went wrong: not finite ones, which changed nothing, and spikes of the loss.
+"""Anomalous steps: skipped ones, whose loss or gradient was not finite, and spikes of the loss.
 
-Both leave a line with everything that is needed to look at their samples:
-``OUTPUT/skipped_steps.jsonl`` and ``OUTPUT/loss_spikes.jsonl``.  The files only grow: a step that a
-resumed run makes again has a line of its own, because the first attempt is evidence too.
+Each leaves a line with what is needed to find its samples, in ``OUTPUT/skipped_steps.jsonl`` or
+``OUTPUT/loss_spikes.jsonl``.  Lines are never dropped: a step that a resumed run repeats adds
+another one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,20 +19,20 @@ import torch.distributed as dist
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.stream.batch import Batch
-from moiie_megatron.data.stream.loader import SampleOrder
+from moiie_megatron.data.stream.order import SampleOrder
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.step import StepResult
 
-BAD_STEPS_FILE = "skipped_steps.jsonl"
+SKIPPED_STEPS_FILE = "skipped_steps.jsonl"
 SPIKES_FILE = "loss_spikes.jsonl"
-WINDOW = 100  # steps whose losses are remembered
-MIN_STEPS = 20  # fewer say nothing about what is usual
+WINDOW = 100  # steps in the median
+MIN_STEPS = 20  # losses that a median needs
 
 
 class SpikeDetector:
-    """Compares a loss with the median of the last ``WINDOW`` finite ones.
+    """Compares a loss with the median of the last ``WINDOW`` finite losses.
 
-    The median is what a step usually costs; unlike a mean, spikes do not move it.
+    Spikes do not move a median as they would move a mean.
 
     Args:
         factor: A loss above this multiple of the median is a spike.
@@ -43,37 +43,41 @@ class SpikeDetector:
         self.losses: deque[float] = deque(maxlen=WINDOW)
 
     def add(self, loss: float) -> float | None:
-        """Remember a loss; its multiple of the median if that is a spike, else None."""
-        usual = median(self.losses) if len(self.losses) >= MIN_STEPS else math.inf
+        """Add a loss.
+
+        Returns:
+            The loss divided by the median before it, if it is a spike; else None.
+        """
+        middle = median(self.losses) if len(self.losses) >= MIN_STEPS else math.inf
         self.losses.append(loss)
-        return loss / usual if loss > self.factor * usual > 0 else None
+        return loss / middle if loss > self.factor * middle > 0 else None
 
 
 class AnomalyMonitor:
-    """Looks at every step of a run; every rank calls it alike and comes to the same results.
+    """Checks every step of a run; every rank makes the same calls and gets the same results.
 
     Args:
-        order: Gives the dataset index of every sample; None where nobody knows it.
+        order: The dataset index of every sample; None where it is unknown (energon).
 
     Attributes:
-        bad_in_a_row: Steps up to now whose loss or gradient was not finite.
-        spike: The last step's loss as a multiple of the usual one, if it was a spike.
+        skipped_in_a_row: Consecutive skipped steps up to the last one.
+        spike: The last step's loss as a multiple of the recent median, if it was a spike.
     """
 
     def __init__(
         self, config: RunConfig, context: ParallelContext, order: SampleOrder | None
     ) -> None:
-        self.bad_in_a_row = 0
+        self.skipped_in_a_row = 0
         self.spike: float | None = None
         self._config = config
-        self._world = context
+        self._context = context
         self._order = order
         self._detector = SpikeDetector(config.train.spike_factor)
 
-    def look(
+    def observe(
         self, step: int, first_sample: int, batches: list[Batch], result: StepResult
     ) -> str | None:
-        """Judge a step, and write down what its samples were if it went wrong.
+        """Check a step, and write down its samples if it is an anomaly.
 
         Args:
             step: Its number, from 1.
@@ -81,39 +85,43 @@ class AnomalyMonitor:
             batches: This rank's micro-batches.
 
         Returns:
-            Why the run must stop (alike on all ranks), or None.
+            Why the run must stop (equal on all ranks), or None.
         """
         self.spike = self._detector.add(result.lm_loss) if result.updated else None
-        self.bad_in_a_row = 0 if result.updated else self.bad_in_a_row + 1
+        self.skipped_in_a_row = 0 if result.updated else self.skipped_in_a_row + 1
         if result.updated and self.spike is None:
             return None
-        name = SPIKES_FILE if result.updated else BAD_STEPS_FILE
+        name = SPIKES_FILE if result.updated else SKIPPED_STEPS_FILE
         self._write(name, step, first_sample, batches, result)
-        if self.bad_in_a_row < self._config.train.max_skipped_steps:
+        if self.skipped_in_a_row < self._config.train.max_skipped_steps:
             return None
         return (
-            f"Stopping: {self.bad_in_a_row} steps in a row, the last is step {step}, had a loss "
-            f"({result.lm_loss}) or gradient norm ({result.grad_norm}) that is not finite, as "
-            f"many as train.max_skipped_steps allows: look at their samples in "
+            f"Stopping: {self.skipped_in_a_row} steps in a row, the last is step {step}, had a "
+            f"loss ({result.lm_loss}) or gradient norm ({result.grad_norm}) that is not finite, "
+            "as many as train.max_skipped_steps allows: look at their samples in "
             f"{Path(self._config.output) / name}, or lower the learning rate."
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint; alike on all ranks."""
-        return {"losses": list(self._detector.losses), "bad_in_a_row": self.bad_in_a_row}
+        """For the checkpoint; equal on all ranks."""
+        return {
+            "losses": list(self._detector.losses),
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
         self._detector.losses.clear()
         self._detector.losses.extend(state["losses"])
-        self.bad_in_a_row = state["bad_in_a_row"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
 
     def _write(
         self, name: str, step: int, first_sample: int, batches: list[Batch], result: StepResult
     ) -> None:
-        context = self._world
-        mine = None
-        if context.is_last_stage and context.groups.tp.rank() == 0:  # who knows the losses
-            mine = [
+        context = self._context
+        own = None
+        if context.is_last_stage and context.groups.tp.rank() == 0:  # one that has the losses
+            own = [
                 {
                     "data_parallel_rank": context.dp_rank,
                     "record_ids": list(batch.record_ids),
@@ -123,18 +131,18 @@ class AnomalyMonitor:
                 for batch, loss in zip(batches, result.losses_M.tolist(), strict=True)
             ]
         ranks: list[Any] = [None] * context.size
-        dist.all_gather_object(ranks, mine)
+        dist.all_gather_object(ranks, own)
         if context.rank != 0:
             return
         parts = sorted(filter(None, ranks), key=lambda part: part[0]["data_parallel_rank"])
         line = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": step,
             "consumed_samples": first_sample,
             "lm_loss": result.lm_loss,
             "grad_norm": result.grad_norm,
             **self._indices(first_sample),
-            # In turns of the ranks; packed rows hold the samples of a rank in another order.
+            # Round-robin over the ranks, as samples are dealt; packing reorders a rank's samples.
             "micro_batches": [batch for turn in zip(*parts, strict=True) for batch in turn],
         }
         with (Path(self._config.output) / name).open("a") as file:

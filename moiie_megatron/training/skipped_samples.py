@@ -1,6 +1,6 @@
-"""Samples that were left out, seen from the whole run: counted over all ranks, listed once.
+"""Skipped samples of the whole run: counted over all ranks, each listed once.
 
-``skipped_samples.jsonl`` in the run's output folder has one line per record that could not be used,
+``skipped_samples.jsonl`` in the output directory has one line per record that could not be used,
 with the step that met it first: ``{"step", "file", "index", "reason"}``.
 """
 
@@ -14,7 +14,7 @@ from typing import Final
 import torch
 import torch.distributed as dist
 
-from moiie_megatron.checkpoint.save_load import Progress
+from moiie_megatron.checkpoint.progress import Progress
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.example import SkippedSample
@@ -23,13 +23,13 @@ from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.logging.jsonl import StepLines, complete_lines
 
 LOGGER: Final = logging.getLogger(__name__)
-FAULTS_FILE: Final = "skipped_samples.jsonl"
+SKIPPED_SAMPLES_FILE: Final = "skipped_samples.jsonl"
 
 
 class SkippedSampleLog:
     """Counts on every rank, writes on rank 0.
 
-    A resumed run goes on counting from its checkpoint and drops what was written after it.
+    A resumed run goes on counting from its checkpoint and drops the lines of later steps.
 
     Args:
         progress: Where the run starts.
@@ -39,50 +39,48 @@ class SkippedSampleLog:
         self.context = context
         self.monitor = SkippedSampleMonitor(
             config.data.max_skipped_fraction,
-            good=progress.consumed_samples,
-            bad=progress.skipped_samples,
+            num_used=progress.consumed_samples,
+            num_skipped=progress.skipped_samples,
         )
         self.listed: set[tuple[str, int]] = set()
         if context.rank == 0:
-            path = Path(config.output) / FAULTS_FILE
+            path = Path(config.output) / SKIPPED_SAMPLES_FILE
             self.lines = StepLines(path, progress.step)
             self.listed = {(line["file"], line["index"]) for line in complete_lines(path)}
 
     @property
-    def bad(self) -> int:
-        """Samples left out so far on all data-parallel ranks, repeats included."""
-        return self.monitor.bad
+    def count(self) -> int:
+        """Samples skipped so far on all data-parallel ranks, repeats included."""
+        return self.monitor.num_skipped
 
     def add(self, batches: list[Batch], step: int) -> None:
-        """Take in this rank's micro-batches of a step; every rank calls this.
+        """Count this rank's micro-batches of a step; every rank calls this.
 
         Raises:
-            UserError: Too many samples are bad (``SkippedSampleMonitor``); alike on all ranks.
+            UserError: Too many samples were skipped (``SkippedSampleMonitor``); on all ranks.
         """
-        skipped_samples = [fault for batch in batches for fault in batch.skipped_samples]
+        skipped = [sample for batch in batches for sample in batch.skipped_samples]
         group = self.context.groups.dp
-        counts = torch.tensor(
-            [sum(len(batch.record_ids) for batch in batches), len(skipped_samples)]
-        )
+        counts = torch.tensor([sum(len(batch.record_ids) for batch in batches), len(skipped)])
         counts = counts.to(self.context.device.torch_device)
         dist.all_reduce(counts, group=group)
-        seen, bad = counts.tolist()
-        if bad:  # known to all: the faults themselves travel only in steps that have some
+        num_used, num_skipped = counts.tolist()
+        if num_skipped:  # equal on all ranks: the samples travel only in steps that have some
             parts: list[list[SkippedSample]] = [[] for _ in range(dist.get_world_size(group))]
-            dist.all_gather_object(parts, skipped_samples, group=group)
-            skipped_samples = [fault for part in parts for fault in part]
-            self._list(skipped_samples, step)
-        self.monitor.add(seen, skipped_samples)
+            dist.all_gather_object(parts, skipped, group=group)
+            skipped = [sample for part in parts for sample in part]
+            self._list(skipped, step)
+        self.monitor.add(num_used, skipped)
 
-    def _list(self, skipped_samples: list[SkippedSample], step: int) -> None:
+    def _list(self, skipped: list[SkippedSample], step: int) -> None:
         if self.context.rank != 0:
             return
-        for fault in skipped_samples:
-            if (fault.file, fault.index) in self.listed:
+        for sample in skipped:
+            if (sample.file, sample.index) in self.listed:
                 continue
-            self.listed.add((fault.file, fault.index))
-            self.lines.add({"step": step, **asdict(fault)})
-            LOGGER.warning("left out %s[%d]: %s", fault.file, fault.index, fault.reason)
+            self.listed.add((sample.file, sample.index))
+            self.lines.add({"step": step, **asdict(sample)})
+            LOGGER.warning("skipped %s[%d]: %s", sample.file, sample.index, sample.reason)
 
     def close(self) -> None:
         """Close the file."""

@@ -1,4 +1,4 @@
-"""Model, data parallelism, optimizer and schedule of a run, ready to train."""
+"""Model, data-parallel wrapper, optimizer and learning-rate schedule of a run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.config import (
     connect_schedules,
     ddp_config,
-    fuse_updates,
     lr_scheduler,
     optimizer_config,
     part_overrides,
 )
 from moiie_megatron.mcore.optimizer import SkipNonFiniteOptimizer
 from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.mcore.patches.adamw import use_fused_adamw
 from moiie_megatron.training.stages import PARTS, apply_stage, part_mark
 from moiie_megatron.vlm.model import MoIIEModel
 
@@ -34,17 +34,26 @@ class TrainState:
     scheduler: OptimizerParamScheduler
 
     def state_parts(self) -> dict[str, Any]:
-        """The stateful pieces by their name in a checkpoint."""
+        """The stateful objects by their name in a checkpoint."""
         return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+
+    def learning_rates(self, config: RunConfig) -> dict[str, float]:
+        """The learning rate of the next step by part; equal on all ranks."""
+        ratio = config.optimizer.min_lr_ratio
+        return {
+            part: self.scheduler.get_lr({"max_lr": lr, "min_lr": lr * ratio})
+            for part, lr in config.stage.learning_rates.items()
+        }
 
 
 def prepare_training(
     config: RunConfig, context: ParallelContext, model: MoIIEModel, steps: int
 ) -> TrainState:
-    """Wrap a model that holds its initial weights; the optimizer copies them in fp32.
+    """Wrap a model and build its optimizer, which takes an fp32 copy of the trained weights.
 
     Args:
-        steps: Optimizer steps of the whole run, which the schedule spans.
+        model: Must hold its initial weights.
+        steps: Optimizer steps of the whole run, the length of the schedule.
     """
     apply_stage(model, config.stage)
     ddp = DistributedDataParallel(
@@ -61,7 +70,7 @@ def prepare_training(
         use_gloo_process_groups=False,
         pg_collection=context.groups,
     )
-    fuse_updates(chained)
+    use_fused_adamw(chained)
     optimizer = SkipNonFiniteOptimizer(chained.chained_optimizers)
     connect_schedules(model, ddp, optimizer)
     return TrainState(model, ddp, optimizer, lr_scheduler(config, optimizer, steps))

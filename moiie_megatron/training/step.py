@@ -25,37 +25,39 @@ from moiie_megatron.vlm.model import MoIIEModel
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, equal on every rank.
+    """What a step did; equal on every rank but for ``losses_M``.
 
     Attributes:
         lm_loss: Cross-entropy averaged over the label tokens of the global batch.
+        learning_rates: What the step used, by part.
         grad_norm: Norm of the gradient before clipping.
         label_tokens: Tokens with a label in the global batch.
-        tokens: Tokens without padding.
+        tokens: Tokens of the global batch, without padding.
         image_tokens: How many of them are image tokens.
-        positions: Tokens with padding.
+        positions: Tokens of the global batch, with padding.
         updated: False if loss or gradient was not finite: the step has changed nothing.
-        stop_flags: The sums over all ranks of what they had to say (see ``train_step``).
-        losses_M: fp32, summed token losses of this rank's micro-batches, 0 before the last
-            stage; the only value that differs between ranks.
+        also_summed: The sums over all ranks of ``also_sum`` (see ``train_step``).
+        losses_M: fp32 ``(M,)``, the summed token losses of each of this rank's M micro-batches,
+            0 before the last stage.
     """
 
     lm_loss: float
+    learning_rates: dict[str, float]
     grad_norm: float
     label_tokens: int
     tokens: int
     image_tokens: int
     positions: int
     updated: bool
-    stop_flags: list[float]
+    also_summed: list[float]
     losses_M: Tensor
 
 
 def forward_inputs(config: RunConfig, batch: Batch, context: ParallelContext) -> dict[str, Any]:
-    """Move what this pipeline stage needs of a micro-batch to the device.
+    """The model's arguments for a micro-batch, on the device.
 
-    Every stage needs the token types and the segments of a packed row; images and labels go
-    where they are used.
+    Every pipeline stage gets the token types and the segments of a packed row; images only the
+    first one, labels only the last one.
     """
     device = context.device.torch_device
 
@@ -95,8 +97,8 @@ def run_schedule(
         loss_scale: Factor on the summed token losses of every micro-batch.
 
     Returns:
-        fp32 [M], the summed token losses of each of this rank's micro-batches (0 before the
-        last stage).
+        fp32 ``(M,)``, the summed token losses of each of this rank's M micro-batches (0 before
+        the last stage).
     """
 
     def loss_function(losses_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,8 +126,10 @@ def run_schedule(
 
 
 def count_tokens(batches: list[Batch], context: ParallelContext) -> tuple[int, int, int, int]:
-    """Label tokens, tokens, image tokens, and tokens with padding of the global batch (one small
-    reduction)."""
+    """Label tokens, tokens, image tokens, and tokens with padding of the global batch.
+
+    They are summed in one small reduction.
+    """
     counts = torch.zeros(4, dtype=torch.int64)
     for batch in batches:
         counts[0] += batch.num_label_tokens
@@ -143,20 +147,21 @@ def train_step(
     context: ParallelContext,
     train_state: TrainState,
     batches: list[Batch],
-    stop_flags: Callable[[], list[float]] = list,
+    also_sum: Callable[[], list[float]] = list,
 ) -> StepResult:
     """One optimizer step on this rank's micro-batches of the global batch.
 
     The loss is divided by the label tokens of the *global* batch, so that layout and
     accumulation do not change it.  Megatron divides by the number of micro-batches and averages
     over data parallelism; the factor below undoes both for the token losses and leaves the
-    balance losses as means over micro-batches, of which every rank has equally many and none is
-    without samples (packed rows: ``data/stream/packing.py``).
+    balance losses as means over micro-batches.  Every rank has the same number of micro-batches,
+    and none of them is empty (packed rows: ``data/stream/packing.py``).
 
     Args:
-        stop_flags: Called after the backward pass: numbers of this rank, equally many on all ranks,
-            that are summed over the ranks along with the loss.
+        also_sum: Called after the backward pass; its numbers, the same count on every rank, are
+            summed over all ranks in the reduction of the loss.
     """
+    learning_rates = train_state.learning_rates(config)
     labels, tokens, image_tokens, positions = count_tokens(batches, context)
     train_state.ddp.zero_grad_buffer()
     train_state.optimizer.zero_grad()
@@ -167,21 +172,22 @@ def train_step(
         batches,
         loss_scale=len(batches) * context.dp_size / max(labels, 1),
     )
-    # Started before the optimizer, read when it has waited for the gradient anyway.
-    sums = _over_all_ranks(losses_M, stop_flags(), context)
+    # Started before the optimizer step, read after it has synced for the gradient norm anyway.
+    sums = _sum_over_ranks(losses_M, also_sum(), context)
     updated, grad_norm = train_state.optimizer.step_if(lambda: bool(sums[0].isfinite()))
     if updated:
         train_state.scheduler.step(increment=1)
-    loss_sum, *voted = sums.tolist()
+    loss_sum, *also_summed = sums.tolist()
     return StepResult(
         lm_loss=loss_sum / max(labels, 1),
+        learning_rates=learning_rates,
         grad_norm=grad_norm,
         label_tokens=labels,
         tokens=tokens,
         image_tokens=image_tokens,
         positions=positions,
         updated=updated,
-        stop_flags=voted,
+        also_summed=also_summed,
         losses_M=losses_M,
     )
 
@@ -190,20 +196,20 @@ def train_step(
 def evaluate_loss(
     config: RunConfig, context: ParallelContext, model: MoIIEModel, batches: list[Batch]
 ) -> float:
-    """The mean loss per label token over every rank's batches, without training."""
+    """The mean loss per label token over all ranks' batches, without training."""
     labels, *_ = count_tokens(batches, context)
     was_training = model.training
     model.eval()
     losses_M = run_schedule(config, context, model, batches, loss_scale=1.0, forward_only=True)
     model.train(was_training)
-    return float(_over_all_ranks(losses_M, [], context)) / max(labels, 1)
+    return float(_sum_over_ranks(losses_M, [], context)) / max(labels, 1)
 
 
-def _over_all_ranks(losses_M: Tensor, stop_flags: list[float], context: ParallelContext) -> Tensor:
-    """fp64 [1 + flags]: the loss summed over the global batch, and the summed flags."""
+def _sum_over_ranks(losses_M: Tensor, others: list[float], context: ParallelContext) -> Tensor:
+    """fp64 ``(1 + len(others),)``: the loss summed over the global batch, then the others."""
     total = losses_M.double().sum()  # 0 before the last stage
-    if context.groups.tp.rank() != 0:  # its peers have the same losses
+    if context.groups.tp.rank() != 0:  # tensor-parallel ranks hold the same losses
         total = torch.zeros_like(total)
-    sums = torch.cat([total.reshape(1), total.new_tensor(stop_flags)])
+    sums = torch.cat([total.reshape(1), total.new_tensor(others)])
     dist.all_reduce(sums)
     return sums

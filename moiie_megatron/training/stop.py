@@ -1,7 +1,7 @@
-"""When a run ends before its last step: somebody asked for it, or its time is over.
+"""Stops a run before its last step, on a signal or after a time limit.
 
-Any rank may be asked; the ranks tell each other with the reduction of the loss that every step
-makes, so all of them end after the same step, with a checkpoint and exit code 0.
+A signal may reach any rank.  Every step sums the ranks' flags in the reduction of its loss, so
+all ranks stop after the same step, with a checkpoint and exit code 0.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Why the runs of this program shall end early, if they shall.
+    """Whether the runs of this program stop early, and why.
 
     Attributes:
-        reason: What all ranks have agreed on; None: go on.
+        reason: The reason to stop, once all ranks know of it; None: go on.
     """
 
     def __init__(self) -> None:
@@ -28,22 +28,26 @@ class StopRequest:
         self._seen: set[int] = set()
 
     def listen(self) -> None:
-        """Note signals from now on instead of dying of them."""
+        """From now on, note the signals instead of being ended by them."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 
-    def stop_flags(self, exit_after_minutes: float | None) -> list[float]:
-        """1 for each possible reason that this rank knows of, else 0."""
+    def flags(self, exit_after_minutes: float | None) -> list[float]:
+        """1 for each possible reason that holds on this rank, else 0.
+
+        Args:
+            exit_after_minutes: Time limit of the run (``train.exit_after_minutes``).
+        """
         minutes = (time.monotonic() - self._started) / 60
         over = exit_after_minutes is not None and minutes >= exit_after_minutes
         return [float(number in self._seen) for number in SIGNALS] + [float(over)]
 
-    def decide(self, stop_flags: Sequence[float], exit_after_minutes: float | None) -> None:
-        """Set ``reason`` from the summed flags of all ranks."""
+    def resolve(self, flag_sums: Sequence[float], exit_after_minutes: float | None) -> None:
+        """Set ``reason`` from the flags summed over all ranks; the first that holds wins."""
         reasons = [f"signal {number.name}" for number in SIGNALS]
         reasons.append(f"train.exit_after_minutes {exit_after_minutes}")
-        given = [reason for reason, count in zip(reasons, stop_flags, strict=True) if count > 0]
-        self.reason = given[0] if given else None
+        holding = (reason for reason, count in zip(reasons, flag_sums, strict=True) if count > 0)
+        self.reason = next(holding, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._seen.add(number)

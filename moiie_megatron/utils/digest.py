@@ -8,8 +8,9 @@ apart, it does not protect against somebody who makes two files alike on purpose
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 import xxhash
@@ -21,7 +22,10 @@ SHA256: Final = "sha256"
 XXH3_128: Final = "xxh3_128"
 
 
-ALGORITHMS: Final = {SHA256: hashlib.sha256, XXH3_128: xxhash.xxh3_128}
+ALGORITHMS: Final[dict[str, Callable[[], Any]]] = {
+    SHA256: hashlib.sha256,
+    XXH3_128: xxhash.xxh3_128,
+}
 
 
 def file_digest(file: Path, algorithm: str = SHA256) -> str:
@@ -42,7 +46,7 @@ def file_digest(file: Path, algorithm: str = SHA256) -> str:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The values of a CPU tensor in row-major order, without a copy where they lie so."""
-    return memoryview(_flat(tensor).view(torch.uint8).numpy())
+    return _flat(tensor).view(torch.uint8).numpy().data
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

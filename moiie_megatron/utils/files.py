@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+WRITING = ".writing"  # ends the names of files and directories that are not complete
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it gets its name when the block ends without an error.
+    """Write a file under another name, and rename it to ``path`` at the end of the block.
 
-    A file of that name is replaced; after an error nothing of the new one is left.
+    An existing file is replaced; after an error it is kept, and nothing of the new one is left.
 
     Yields:
         ``PATH.writing``, which does not exist yet.
     """
     path = Path(path)
-    beside = path.with_name(path.name + ".writing")
+    beside = path.with_name(path.name + WRITING)
     try:
         yield beside
     except BaseException:

@@ -12,9 +12,10 @@ import pytest
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.planning.parameters import count_parameters
-from tests.helpers.launch import ROOT, TRAIN, command, environment, python, run
+from tests.helpers.launch import ROOT, TRAIN, Finished, command, environment, python, run
 from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import read_metrics
+from tests.helpers.user_errors import assert_user_error
 
 EXAMPLES = ROOT / "examples"
 ABLATIONS = EXAMPLES / "ablations"
@@ -158,17 +159,16 @@ def test_one_command_trains_every_stage(name: str, before: list[str], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "parts"),
     [
-        (["phi4", "vanilla"], "The first argument is 'phi4': use llama3 or phi3.\n"),
-        (["phi3", "moie"], "The second argument is 'moie': use alpha-0.01, "),
-        ([], "The first argument is '': use llama3 or phi3.\n"),
+        (["phi4", "vanilla"], ("first argument", "'phi4'", "llama3 or phi3")),
+        (["phi3", "moie"], ("second argument", "'moie'", "alpha-0.01")),
+        ([], ("first argument", "''", "llama3 or phi3")),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments: list[str], message: str) -> None:
+def test_a_mistake_is_one_sentence(arguments: list[str], parts: tuple[str, ...]) -> None:
     result = _bash("train_ablation.sh", *arguments)
-    assert result.returncode == 1
-    assert result.stderr.startswith(f"error: {message}")
+    assert_user_error(Finished(result.returncode, result.stdout, result.stderr), *parts)
     assert result.stdout == ""
 
 

@@ -15,9 +15,9 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
 def test_imports(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they take from the package is there."""
+    """What they take from the package is there, or this raises; nothing more is tested."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    assert runpy.run_path(str(path))["__doc__"]
+    runpy.run_path(str(path))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 from tests.helpers.launch import command, run
 from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import tiny_values, write_config
+from tests.helpers.user_errors import assert_user_error
 
 TOOL = "tools/compare_runs.py"
 
@@ -51,9 +52,7 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
 
 def test_a_missing_run_is_one_sentence(tmp_path: Path) -> None:
     finished = run(command(TOOL, ["losses", tmp_path / "a", tmp_path / "b"]), timeout=60)
-    assert finished.code == 1
-    assert finished.stderr.splitlines()[-1].startswith("error: ")
-    assert "does not exist" in finished.stderr
+    assert_user_error(finished, tmp_path / "a", "does not exist")
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import torch
 from moiie_megatron.convert.dcp.writer import CheckpointWriter, Place
 from tests.helpers.launch import ROOT, TRAIN, Finished, command, run
 from tests.helpers.tiny_hf import write_language, write_vision
+from tests.helpers.user_errors import assert_user_error
 
 TOOL = "tools/convert.py"
 
@@ -76,18 +77,18 @@ def test_errors_are_one_sentence(sources: list[str], convert: _Convert, tmp_path
     (tmp_path / "full" / "file").touch()
     fine = ["upcycle", *sources, "--out", str(tmp_path / "out")]
     cases = [
-        ([*fine, "--experts", "1,2"], "--experts is '1,2'"),
-        ([*fine, "--layers", "even"], "--layers is 'even'"),
-        ([*fine, "--top-k", "9"], "moe.top_k is 9"),
-        (["upcycle", *sources, "--out", str(tmp_path / "full")], "exists"),
-        (["export", "--ckpt", str(tmp_path), "--out", str(tmp_path / "out")], "no checkpoint"),
-        (["inspect", str(tmp_path / "none")], "no checkpoint"),
+        ([*fine, "--experts", "1,2"], ("--experts", "'1,2'", "1,2,1")),
+        ([*fine, "--layers", "even"], ("--layers", "'even'", "interleaved")),
+        ([*fine, "--top-k", "9"], ("moe.top_k", "9")),
+        (["upcycle", *sources, "--out", str(tmp_path / "full")], (tmp_path / "full", "exists")),
+        (
+            ["export", "--ckpt", str(tmp_path), "--out", str(tmp_path / "out")],
+            (tmp_path, "no checkpoint"),
+        ),
+        (["inspect", str(tmp_path / "none")], (tmp_path / "none", "no checkpoint")),
     ]
-    for words, message in cases:
-        finished = convert(*words)
-        assert finished.code == 1, words
-        assert finished.stderr.startswith("error: ") and message in finished.stderr
-        assert len(finished.stderr.splitlines()) == 1, finished.stderr
+    for words, parts in cases:
+        assert_user_error(convert(*words), *parts)
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "file"]
 
 
@@ -166,8 +167,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished(
     assert process.exitcode == -signal.SIGKILL
     assert not out.exists() and not (beside / "metadata.json").exists()
     for left in (out, beside):
-        finished = convert("inspect", left)
-        assert finished.code == 1 and finished.stderr.startswith("error: ")
+        assert_user_error(convert("inspect", left), left)
     convert(*words).check()
     assert out.is_dir() and not beside.exists()
 

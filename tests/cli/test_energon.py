@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ import yaml
 
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.build import build_dataset, build_train_loader
 from moiie_megatron.data.stream.stream_state import StreamState
+from moiie_megatron.utils.errors import UserError
 from tests.helpers.damaged_data import DAMAGES, DamagedData, write_damaged
 from tests.helpers.launch import TRAIN, command, run
 from tests.helpers.tiny_run import read_metrics, tiny_values, write_config
+from tests.helpers.user_errors import assert_user_error, user_error
 
 pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
 pytestmark = [pytest.mark.slow]
@@ -80,7 +84,7 @@ def steps(
         consumed_samples=0,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        most=lambda number: number,
+        max_over_dp=lambda number: number,
         state=state,
     )
 
@@ -165,13 +169,13 @@ def test_broken_samples_are_named(
 ) -> None:
     values = values_of(shards, digits, tmp_path / "run", "broken", workers=1)
     batches = sum(take(steps(load(tmp_path, values), StreamState()), 40), [])
-    skipped_samples = {fault.index: fault for batch in batches for fault in batch.skipped_samples}
-    # Missing pictures and malformed records were left out when the shards were made.
+    skipped_samples = {one.index: one for batch in batches for one in batch.skipped_samples}
+    # Missing pictures and malformed records were skipped when the shards were made.
     kinds = {"truncated", "empty", "bomb"}
     assert set(skipped_samples) == {i for i, kind in damaged.damage.items() if kind in kinds}
-    for index, fault in skipped_samples.items():
-        assert DAMAGES[damaged.damage[index]] in fault.reason
-        assert fault.file.startswith(f"{shards['broken']}/shard_0")
+    for index, skipped in skipped_samples.items():
+        assert DAMAGES[damaged.damage[index]] in skipped.reason
+        assert skipped.file.startswith(f"{shards['broken']}/shard_0")
     names = {name for batch in batches for name in batch.record_ids}
     assert names <= damaged.good_ids and len(names) > 100
 
@@ -182,13 +186,35 @@ def test_nothing_usable_ends_in_a_sentence(
     values = values_of(shards, digits, tmp_path / "run", "broken", workers=1)
     values["data"]["sequence_length"] = 18  # the image fits, no answer does
     values["stage"]["template"] = "phi3"
-    with pytest.raises(
-        ValueError, match="Stopping: too many samples in a row .*last: (no answer|the last im)"
-    ):
+    with user_error("too many samples", "last: "):
         take(steps(load(tmp_path, values), StreamState()), 1)
     values["data"]["sources"] = [{"records": str(digits / "data")}]
-    with pytest.raises(ValueError, match="holds no shards with energon's index"):
+    with user_error(digits / "data", "energon prepare"):
         build_dataset(load(tmp_path, values))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [ValueError, NameError])
+def test_a_bug_is_no_bad_sample(
+    error: type[Exception],
+    workers: int,
+    shards: dict[str, Path],
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Energon would go on with the next sample, or end without a word of where it was."""
+
+    def encode(*_: Any) -> Any:
+        raise error("planted")
+
+    monkeypatch.setattr(Encoding, "encode", encode)
+    values = values_of(shards, digits, tmp_path / "run", "good", workers=workers)
+    with pytest.raises(Exception, match="planted") as caught:
+        take(steps(load(tmp_path, values), StreamState()), 1)
+    assert not isinstance(caught.value, UserError)
+    text = "".join(traceback.format_exception(caught.value))
+    assert f'{__file__}", line' in text and ", in encode_sample" in text
 
 
 @pytest.mark.distributed
@@ -210,8 +236,4 @@ def test_training_resumes_from_the_checkpoint(
     assert again[-1]["seconds"] != whole[-1]["seconds"]
     (output / "checkpoints" / "latest").write_text("step_0000003\n")
     refused = run(command(TRAIN, [*words, "data.num_workers=2"]), timeout=100)
-    assert refused.code == 1
-    assert (
-        "was 71 of 71, 150 of 150 by energon on 2 data-parallel ranks x 1 workers, now it is 71 of "
-        "71, 150 of 150 by energon on 1 data-parallel ranks x 2 workers: restore it"
-    ) in refused.stderr.replace("\n", " ")
+    assert_user_error(refused, output, "data-parallel ranks is 1", "with 2", "restore it")

@@ -203,6 +203,26 @@ def test_the_import_rule_itself(path: str, source: str, wrong: list[str]) -> Non
     assert _wrong_imports(Path(path), source) == wrong
 
 
+def test_tests_share_helpers_not_test_modules() -> None:
+    """What two test modules need lies beside them or in ``tests/helpers``, and fixtures in a
+    conftest, which pytest finds by itself."""
+    wrong = {
+        str(path): name
+        for path in _python_files("tests")
+        for name in _imports(path, (ROOT / path).read_text(encoding="utf-8"))
+        for part in name.split(".")[:-1]
+        if name.startswith("tests.") and (part.startswith("test_") or part == "conftest")
+    }
+    assert wrong == {}
+
+
+def test_unit_tests_mirror_the_package() -> None:
+    """``tests/unit/PATH/test_X.py`` is about ``moiie_megatron/PATH``."""
+    folders = {path.relative_to("tests/unit").parent for path in _python_files("tests/unit")}
+    assert len(folders) > 10
+    assert {str(f) for f in folders if not (ROOT / PACKAGE / f).is_dir()} <= {"helpers"}
+
+
 def test_megatron_has_what_is_imported() -> None:
     """Also inside functions: some are called only where there is a GPU."""
     missing = []

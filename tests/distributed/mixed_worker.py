@@ -21,7 +21,7 @@ from moiie_megatron.layout.token_types import IMAGE, PADDING
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.run import run_sequentially
-from moiie_megatron.training.logging.router_stats import RoutingCounters
+from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
 from moiie_megatron.vlm.build import build_model

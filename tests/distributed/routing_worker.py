@@ -69,7 +69,9 @@ class Count:
         self, module: ModalityRouter, hidden_Th: Tensor, types: list[int], map_TE: Tensor, sums: Any
     ) -> None:
         size = module.layout.num_experts // self.placement.ep_size
-        rank_of = {expert: place // size for place, expert in enumerate(self.placement.order)}
+        rank_of = {
+            expert: place // size for place, expert in enumerate(self.placement.physical_to_logical)
+        }
         for hidden_h, kind, row in zip(hidden_Th, types, map_TE.tolist(), strict=True):
             name = {IMAGE: "vision", PADDING: "padding"}.get(kind, "text")
             chosen = [expert for expert, is_chosen in enumerate(row) if is_chosen]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from moiie_megatron.data.stream.loader import SampleOrder
+from moiie_megatron.data.stream.order import SampleOrder
 from tests.distributed.hooks import POISONED_STEP
-from tests.distributed.test_resume import plain_tensors
+from tests.helpers.checkpoints import plain_tensors
 from tests.helpers.ranks import run_ranks, start_ranks
 from tests.helpers.tiny_run import read_metrics, tiny_values, write_config
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import random
+import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,13 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from moiie_megatron.data.stream.loader import SampleOrder
-from tests.distributed.conftest import go_back
-from tests.distributed.test_resume import plain_tensors
-from tests.helpers.launch import TRAIN, descendants, started, torchrun
+from moiie_megatron.data.stream.order import SampleOrder
+from tests.distributed.joint_runs import go_back
+from tests.helpers.checkpoints import plain_tensors
+from tests.helpers.launch import TRAIN, command, descendants, is_running, started, torchrun
+from tests.helpers.pause import Pause
 from tests.helpers.ranks import Job, in_writing, run_ranks, start_ranks, wait_until
 from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import read_metrics, read_routing, tiny_values, write_config
+from tests.helpers.user_errors import assert_one_error
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -66,15 +69,6 @@ def assert_same_end(output: Path, whole: Path) -> None:
     assert [name for name, value in a.items() if not torch.equal(value, b[name])] == []
 
 
-def _new_save(output: Path, known: set[Path]) -> bool:
-    """``known`` folders are an earlier, killed save's; one that is written anew is empty first."""
-    return bool(set(in_writing(output)) - known)
-
-
-def _has_done(job: Job, step: int) -> bool:
-    return f"step {step}/" in job.text()
-
-
 def _has_nothing_left(job: Job) -> bool:
     return not job.left_behind()
 
@@ -83,29 +77,29 @@ def steps_done(output: Path) -> int:
     return len(read_metrics(output))
 
 
-def test_five_kills(tmp_path: Path, whole: Path) -> None:
-    """SIGKILL at random moments and in the middle of saves, of both kinds; then to the end."""
+@pytest.mark.parametrize("in_background", [False, True], ids=["in_front", "in_background"])
+def test_kills_in_a_save_and_between_steps(
+    in_background: bool, tmp_path: Path, whole: Path
+) -> None:
+    """SIGKILL in the middle of the first save, then between two steps, then to the end."""
     output = tmp_path / "run"
-    chance = random.Random(1)
-    for in_save, background in ((0, 0), (1, 0), (0, 1), (1, 1), (0, 0)):
-        pointer = output / "checkpoints" / "latest"
-        begin = int(pointer.read_text()[5:]) if pointer.exists() else 0
-        swept = set(in_writing(output))
-        background_flag = f"checkpoint.asynchronous={'true' if background else 'false'}"
-        job = start_ranks(tmp_path, words(whole, output, OFTEN, background_flag), processes=2)
-        if in_save:
-            wait_until(partial(_new_save, output, swept), job.text)
-        else:
-            wait_until(partial(_has_done, job, begin + chance.randint(1, 2)), job.text)
-            time.sleep(chance.uniform(0, 0.1))
+    arguments = words(whole, output, OFTEN, f"checkpoint.asynchronous={in_background}".lower())
+    for number, step in enumerate((None, 6)):
+        pause = Pause(tmp_path / f"pause{number}")
+        hook = pause.in_save() if step is None else pause.before_step(step)
+        job = start_ranks(tmp_path, arguments, 2, hook, interpreter=sys.executable)
+        pause.wait(2, job.text)
+        assert step is not None or in_writing(output)
         job.kill()
         assert job.wait() == [-signal.SIGKILL] * 2, job.text()
-        assert in_writing(output) or not in_save
         wait_until(partial(_has_nothing_left, job), job.text, timeout=5)
 
     last = run_ranks(tmp_path, words(whole, output), processes=2)
 
-    assert "going on from" in last.text()
+    # In the background a save is complete when the next one begins, or earlier.
+    complete = (2, 4) if in_background else (4,)
+    found = [f"going on from {output}/checkpoints/step_{n:07d} " in last.text() for n in complete]
+    assert any(found)
     assert in_writing(output) == []
     assert_same_end(output, whole)
 
@@ -122,23 +116,31 @@ def test_any_rank_can_be_asked_to_stop(tmp_path: Path, whole: Path) -> None:
     assert f"Stopped after step 1 of {STEPS} because of train.exit_after_minutes" in job.text()
     assert not next_output.exists()
 
-    job = start_ranks(tmp_path, [*arguments, OFTEN], processes=2)
-    wait_until(lambda: "step 4/" in job.text(), job.text)
+    pause = Pause(tmp_path / "term")
+    hook = pause.before_step(4)  # the fifth of the run
+    job = start_ranks(tmp_path, [*arguments, OFTEN], 2, hook, interpreter=sys.executable)
+    pause.wait(2, job.text)
     os.killpg(job.pids[1], signal.SIGTERM)
+    pause.wait_for_signal(1, job.text)
     begin = time.monotonic()
+    pause.release()
     assert job.wait() == [0, 0], job.text()
     assert time.monotonic() - begin < 30
     assert "because of signal SIGTERM: the same command goes on from" in job.text()
-    stopped = steps_done(output)
-    assert 4 <= stopped < STEPS
-    assert (output / "checkpoints" / "latest").read_text() == f"step_{stopped:07d}\n"
+    assert steps_done(output) == 5
+    assert (output / "checkpoints" / "latest").read_text() == "step_0000005\n"
 
-    job = start_ranks(tmp_path, [*arguments, OFTEN, "checkpoint.asynchronous=true"], processes=2)
-    wait_until(lambda: bool(in_writing(output)), job.text)
+    pause = Pause(tmp_path / "usr1")
+    background = [*arguments, OFTEN, "checkpoint.asynchronous=true"]
+    job = start_ranks(tmp_path, background, 2, pause.in_save(), interpreter=sys.executable)
+    pause.wait(2, job.text)
+    assert in_writing(output)
     job.kill(signal.SIGUSR1, ranks=[0])
+    pause.release()
     assert job.wait() == [0, 0], job.text()
     assert "because of signal SIGUSR1" in job.text()
-    assert stopped < steps_done(output) < STEPS
+    # The save of step 6 was held up, and with it the one of step 8.
+    assert 6 <= steps_done(output) <= 9
     assert in_writing(output) == job.left_behind() == []
 
     run_ranks(tmp_path, arguments, processes=2)
@@ -197,8 +199,7 @@ def test_only_damaged_checkpoints(tmp_path: Path, whole: Path) -> None:
     job = start_ranks(tmp_path, words(whole, output), processes=2)
 
     assert job.wait() == [1, 1]
-    assert job.text().count("error: ") == 1
-    assert f"No checkpoint in {output}/checkpoints can be used" in job.text()
+    assert_one_error(job.text(), output / "checkpoints", "No checkpoint", "restore")
 
 
 @pytest.mark.parametrize(
@@ -253,30 +254,54 @@ def test_another_layout_goes_on(
 
 def test_torchrun_restarts_by_itself(tmp_path: Path, whole: Path) -> None:
     """One worker is killed: all are started again and go on.  Then torchrun is asked to stop."""
-    output, log = tmp_path / "run", tmp_path / "log"
-    start = [*torchrun(2, "--max-restarts=1"), TRAIN, *words(whole, output, OFTEN)]
+    output, log, pause = tmp_path / "run", tmp_path / "log", Pause(tmp_path / "pause")
+    start = torchrun(2, "--max-restarts=1", interpreter=sys.executable)
+    start += ["tests/helpers/hooked.py", pause.before_step(4), TRAIN, *words(whole, output, OFTEN)]
     with log.open("w") as file, started(start, stdout=file.fileno(), stderr=file.fileno()) as job:
-        wait_until(lambda: "step 3/" in log.read_text(), log.read_text, timeout=200)
-        os.kill(_worker(job.pid), signal.SIGKILL)
-        wait_until(
-            lambda: "step 5/" in log.read_text().partition("going on from")[2],
-            log.read_text,
-            timeout=200,
-        )
+        pause.wait(2, log.read_text)
+        os.kill(_workers(job.pid)[1], signal.SIGKILL)
+        pause.release(attempt=0)
+        pause.wait(2, log.read_text, attempt=1)
         job.terminate()
+        for rank in range(2):
+            pause.wait_for_signal(rank, log.read_text)
+        pause.release()
         job.wait(60)
 
-    assert "because of signal SIGTERM" in log.read_text()
+    assert "going on from" in log.read_text() and "because of signal SIGTERM" in log.read_text()
     done = read_metrics(output)
-    assert 5 <= len(done) < STEPS
+    assert len(done) == 6  # from step 2 on: three more, and the one that was held up
     assert (output / "checkpoints" / "latest").read_text() == f"step_{len(done):07d}\n"
     losses = [[line["lm_loss"] for line in run] for run in (done, read_metrics(whole))]
     assert losses[0] == losses[1][: len(done)]
 
 
-def _worker(launcher: int) -> int:
-    """The process of rank 1 below a launcher."""
-    for pid in descendants(launcher):
-        if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
-            return pid
-    raise AssertionError("There is no rank 1.")
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's death signal is Linux's")
+def test_nothing_outlives_a_killed_launcher(tmp_path: Path, whole: Path) -> None:
+    """SIGKILL for torchrun alone, which can tell nobody: ranks and data workers end, too."""
+    output, log, pause = tmp_path / "run", tmp_path / "log", Pause(tmp_path / "pause")
+    start = command(
+        TRAIN,
+        words(whole, output),
+        processes=2,
+        hook=pause.before_step(2),
+        interpreter=sys.executable,
+    )
+    with log.open("w") as file, started(start, stdout=file.fileno(), stderr=file.fileno()) as job:
+        pause.wait(2, log.read_text)
+        family = descendants(job.pid)
+        ranks = set(_workers(job.pid).values())
+        assert len(ranks) == 2 and len(family) >= 2 + 2 * DATA["num_workers"]
+        job.kill()
+        job.wait(10)
+        wait_until(lambda: not any(map(is_running, family)), log.read_text, timeout=10)
+
+
+def _workers(launcher: int) -> dict[int, int]:
+    """The processes below a launcher by rank."""
+    found: dict[int, int] = {}
+    for pid in descendants(launcher):  # older ones first, so not a rank's own children
+        match = re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes())
+        if match:
+            found.setdefault(int(match[1]), pid)
+    return found

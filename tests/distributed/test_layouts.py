@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moiie_megatron.layout.token_types import MODALITIES
-from tests.distributed.conftest import FAMILIES, STEPS
+from tests.distributed.joint_runs import FAMILIES, STEPS, TOLERANCE, assert_same_course
 from tests.helpers.tiny_run import read_metrics, read_routing
 
 # The time limit counts the runs, which the first test of a session waits for.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
-
-# Layouts add the same fp32 numbers in another order: each sum differs by some 1e-7 of its size,
-# and Adam divides small gradients by their own size, which makes such differences grow from step
-# to step.  Measured: below 1e-5 in six steps.  A wrong factor on any gradient is 1e-2 and more.
-TOLERANCE = 1e-4
-
-
-def assert_same_course(
-    steps: list[dict[str, Any]], reference: list[dict[str, Any]], tolerance: float = TOLERANCE
-) -> None:
-    """Two runs logged the same values at the same steps."""
-    assert [line["step"] for line in steps] == [line["step"] for line in reference]
-    for line, wanted in zip(steps, reference, strict=True):
-        for key in ("tokens", "label_tokens", "image_fraction"):
-            assert line[key] == wanted[key], (line["step"], key)
-        for key in ("lm_loss", "aux_vision", "aux_text", "grad_norm"):
-            near = pytest.approx(wanted[key], rel=tolerance, abs=tolerance)
-            assert line[key] == near, (line["step"], key)
 
 
 def assert_same_routing(output: Path, reference: Path) -> None:

@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.conftest import go_back, joint_values, train_in_turn
-from tests.distributed.test_layouts import TOLERANCE, assert_same_course
+from tests.distributed.joint_runs import (
+    TOLERANCE,
+    assert_same_course,
+    go_back,
+    joint_values,
+    train_in_turn,
+)
 from tests.helpers.launch import TRAIN, command, run
 from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import read_metrics, read_routing, tiny_values
@@ -109,8 +114,8 @@ def test_packing_changes_no_loss(alone: Path) -> None:
     plain_routing, packed_routing = (read_routing(alone / name) for name in ("plain", "packed"))
     for record, other in zip(packed_routing, plain_routing, strict=True):
         for modality in ("vision", "text"):
-            shares, wanted = (r["layers"]["1"][modality]["share"] for r in (record, other))
-            assert shares == pytest.approx(wanted, abs=1e-6)
+            fractions, wanted = (r["layers"]["1"][modality]["fraction"] for r in (record, other))
+            assert fractions == pytest.approx(wanted, abs=1e-6)
     assert all(line["padding_fraction"] == 0 for line in packed)
     # The comparison would hold for runs in which nothing happens.
     assert packed[0]["lm_loss"] - packed[-1]["lm_loss"] > 0.02

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import SAVE_EVERY, STEPS, joint_values
-from tests.helpers.launch import ROOT, TRAIN, environment, kill_group, python
+from tests.distributed.joint_runs import SAVE_EVERY, STEPS, joint_values
+from tests.helpers.launch import ROOT, TRAIN, environment, kill_group
+from tests.helpers.pause import Pause
 from tests.helpers.tiny_run import read_metrics, read_routing, write_config
 
 # The time limit counts the runs, which the first test of a session waits for.
@@ -22,18 +25,18 @@ TIMEOUT = 240
 class Node:
     """An agent with one worker, at a loopback address of its own; a thing to start and kill."""
 
-    def __init__(self, folder: Path, number: int, endpoint: str, config: Path) -> None:
+    def __init__(self, folder: Path, number: int, endpoint: str, words: Sequence[str]) -> None:
         self.log = folder / f"node{number}-{time.monotonic_ns()}.log"
         variables = {
             "NNODES": "2",
             "NPROC_PER_NODE": "1",
             "RDZV_ENDPOINT": endpoint,
             "LOCAL_ADDRESS": f"127.0.0.{number + 1}",
-            "PYTHON": python(),
+            "PYTHON": sys.executable,
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                ["bash", "examples/torchrun.sh", TRAIN, str(config)],
+                ["bash", "examples/torchrun.sh", *words],
                 cwd=ROOT,
                 env={**environment(), **variables},
                 stdin=subprocess.DEVNULL,
@@ -73,20 +76,20 @@ def test_killed_agent_is_taken_back(tmp_path: Path, digits: Path, single: Path, 
         checkpoint={"interval": SAVE_EVERY},
     )
     config = write_config(tmp_path / "run.yaml", values)
-    port = _free_port()
+    pause, port = Pause(tmp_path / "pause"), _free_port()
+    words = ["tests/helpers/hooked.py", pause.before_step(SAVE_EVERY + 2), TRAIN, str(config)]
     endpoint = f"127.0.0.1:{port}"
     deadline = time.monotonic() + TIMEOUT
-    nodes = [Node(tmp_path, 0, endpoint, config)]
+    nodes = [Node(tmp_path, 0, endpoint, words)]
     try:
         _wait_for_port(port, deadline)
-        nodes.append(Node(tmp_path, 1, endpoint, config))
-        while len(read_metrics(output)) <= SAVE_EVERY:
-            assert time.monotonic() < deadline, nodes[0].log.read_text()[-3000:]
-            time.sleep(0.01)
+        nodes.append(Node(tmp_path, 1, endpoint, words))
+        pause.wait(2, nodes[0].log.read_text)
         nodes[1].kill()
-        assert SAVE_EVERY < len(read_metrics(output)) < STEPS
+        assert len(read_metrics(output)) == SAVE_EVERY + 1
 
-        nodes.append(Node(tmp_path, 1, endpoint, config))
+        pause.release()
+        nodes.append(Node(tmp_path, 1, endpoint, words))
 
         codes = [node.process.wait(deadline - time.monotonic()) for node in (nodes[0], nodes[2])]
     finally:

@@ -12,8 +12,13 @@ from moiie_megatron.checkpoint.directory import latest_checkpoint
 from moiie_megatron.config.schema import ParallelConfig
 from moiie_megatron.convert.reshard import reshard_checkpoint
 from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
-from tests.distributed.conftest import SAVE_EVERY, STEPS, go_back, joint_values
-from tests.distributed.test_layouts import assert_same_course
+from tests.distributed.joint_runs import (
+    SAVE_EVERY,
+    STEPS,
+    assert_same_course,
+    go_back,
+    joint_values,
+)
 from tests.helpers.launch import TRAIN, command, run
 from tests.helpers.tiny_hf import write_language, write_vision
 from tests.helpers.tiny_run import read_metrics, write_config

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import shutil
-import time
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from tests.distributed.conftest import SAVE_EVERY, STEPS, joint_values
-from tests.distributed.test_layouts import assert_same_course
+from tests.distributed.joint_runs import SAVE_EVERY, STEPS, assert_same_course, joint_values
+from tests.helpers.checkpoints import plain_tensors
 from tests.helpers.launch import TRAIN, command, kill_group, run, started
+from tests.helpers.pause import Pause
 from tests.helpers.tiny_run import read_metrics, read_routing, write_config
+from tests.helpers.user_errors import assert_user_error
 
 # The time limit counts the runs, which the first test of a session waits for.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def plain_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint by name, whole, read by torch alone."""
-    state: dict[str, Any] = {}
-    _load_state_dict(
-        state,
-        storage_reader=FileSystemReader(checkpoint),
-        planner=_EmptyStateDictLoadPlanner(),
-        no_dist=True,
-    )
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def test_killed_run_goes_on_as_if_nothing_had_happened(
@@ -46,15 +32,14 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(
         parallel={"expert": 2},
         checkpoint={"interval": SAVE_EVERY},
     )
-    words = command(TRAIN, [write_config(tmp_path / "killed.yaml", values)], processes=2)
-    log = (tmp_path / "log").open("w")
-    with log, started(words, stdout=log.fileno(), stderr=log.fileno()) as process:
-        deadline = time.monotonic() + 120
-        while len(read_metrics(output)) <= SAVE_EVERY and process.poll() is None:
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(0.01)
-        kill_group(process)
-    assert SAVE_EVERY < len(read_metrics(output)) < STEPS, (tmp_path / "log").read_text()[-3000:]
+    arguments = [write_config(tmp_path / "killed.yaml", values)]
+    pause, log = Pause(tmp_path / "pause"), tmp_path / "log"
+    hook = pause.before_step(SAVE_EVERY + 2)
+    real = command(TRAIN, arguments, processes=2, hook=hook, interpreter=sys.executable)
+    with log.open("w") as file, started(real, stdout=file.fileno(), stderr=file.fileno()) as job:
+        pause.wait(2, log.read_text)
+        kill_group(job)
+    assert len(read_metrics(output)) == SAVE_EVERY + 1
     checkpoints = output / "checkpoints"
     assert (checkpoints / "latest").read_text().strip() == f"step_{SAVE_EVERY:07d}"
     # What a kill in the middle of a save leaves behind, whether this one did or not.
@@ -62,7 +47,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(
     torn.mkdir()
     (torn / "__0_0.distcp").write_bytes(b"half")
 
-    again = run(words, timeout=120).check()
+    again = run(command(TRAIN, arguments, processes=2), timeout=120).check()
 
     assert f"going on from {checkpoints / f'step_{SAVE_EVERY:07d}'}" in again.stdout
     assert sorted(path.name for path in checkpoints.iterdir()) == [
@@ -107,15 +92,15 @@ def test_finished_run_is_left_alone(tmp_path: Path, single: Path, digits: Path) 
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "parts"),
     [
-        ("train.steps=9", "the schedule was 6 steps (train.steps"),
-        ("stage.learning_rates.connector=1e-5", "connector 0.001, language"),
-        ("moe.variant=vanilla", "the model was moiie with 1 vision, 2 shared and 1 text experts"),
+        ("train.steps=9", ("train.steps", 9, 6)),
+        ("stage.learning_rates.connector=1e-5", ("stage.learning_rates.connector", "1e-05")),
+        ("moe.variant=vanilla", ("moe.variant", "vanilla", "moiie")),
     ],
 )
 def test_another_run_is_not_taken_for_this_one(
-    override: str, message: str, single: Path, tmp_path: Path
+    override: str, parts: tuple[object, ...], single: Path, tmp_path: Path
 ) -> None:
     """Whether it has come to its end or not."""
     output = shutil.copytree(single / "moiie", tmp_path / "moiie")
@@ -123,9 +108,7 @@ def test_another_run_is_not_taken_for_this_one(
     if "variant" in override:
         words += [f"moe.num_{group}_experts=null" for group in ("vision", "shared", "text")]
     refused = run(command(TRAIN, words), timeout=60)
-    assert refused.code == 1
-    (error,) = (line for line in refused.stderr.splitlines() if line.startswith("error: "))
-    assert message in error and "start a new run in another output folder" in error
+    assert_user_error(refused, *parts, "checkpoint.init_from")
 
 
 def test_connector_stage_whose_last_rank_has_nothing_to_train(single: Path, pair: Path) -> None:

@@ -84,7 +84,7 @@ def test_the_log_is_the_count(name: str, folder: Path) -> None:
                 assert tokens > 50 and part["tokens"] == tokens
                 load = total(counts, steps, number, kind, "load")
                 assert part["load"] == load
-                assert part["share"] == pytest.approx([x / tokens for x in load], abs=1e-6)
+                assert part["fraction"] == pytest.approx([x / tokens for x in load], abs=1e-6)
                 prob = total(counts, steps, number, kind, "prob")
                 assert part["prob"] == pytest.approx([x / tokens for x in prob], abs=1e-6)
 

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from moiie_megatron.config.load import load_config
-from moiie_megatron.config.schema import ParallelConfig
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.moe.layer import MoIIELayer
 from moiie_megatron.vlm.build import build_model
 from tests.helpers.tiny_run import tiny_values, write_config
-
-
-@pytest.fixture
-def context() -> Iterator[ParallelContext]:
-    torch.set_num_threads(1)
-    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    destroy_parallel()
 
 
 def test_missing_or_misshapen_token_types(tmp_path: Path, context: ParallelContext) -> None:
@@ -29,9 +20,9 @@ def test_missing_or_misshapen_token_types(tmp_path: Path, context: ParallelConte
     layers = [m for m in model.modules() if isinstance(m, MoIIELayer)]
     assert [layer.layer_number for layer in layers] == [2, 4]
     hidden = torch.zeros(6, 2, 64)
-    with pytest.raises(ValueError, match="layer 2 got none as token types .* 6 and batch 2"):
+    with pytest.raises(ValueError, match="layer 2 .*none.* 6 .* 2"):
         layers[0](hidden)
-    with pytest.raises(ValueError, match=r"got shape \(2, 5\) as token types"):
+    with pytest.raises(ValueError, match=r"\(2, 5\)"):
         layers[0](hidden, padding_mask=torch.zeros(2, 5, dtype=torch.int8))
     output, _ = layers[0](hidden, padding_mask=torch.zeros(2, 6, dtype=torch.int8))
     assert output.shape == hidden.shape

@@ -6,6 +6,9 @@ executable stands in for Python, and in a fork ``sys.executable`` names it too, 
 and the tools start their processes the same way.  Every script runs in a process of its own, as
 Python would run it; only the imports are shared.
 
+It is started by ``MOIIE_TEST_FORKS=1`` alone: forks hide what a start of Python shows (the order
+of imports, variables that are read while importing, the parent of a process).
+
 A fork leads a session of its own.  ``forks/``, beside the executable, holds a link for every
 fork from its process id to its client's (``launch.descendants`` reads that).
 """
@@ -13,6 +16,7 @@ fork from its process id to its client's (``launch.descendants`` reads that).
 from __future__ import annotations
 
 import atexit
+import fcntl
 import gc
 import importlib
 import json
@@ -27,8 +31,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -44,25 +47,50 @@ SHARED = (
 )
 
 
-@contextmanager
-def fork_server(folder: Path, environment: dict[str, str]) -> Iterator[Path]:
-    """A server for as long as the context lasts; yields the executable to use as Python."""
-    address, executable = folder / "python.socket", folder / "python"
-    text = CLIENT.read_text().replace("@PYTHON@", sys.executable)
-    # -IS: nothing but the standard library is looked for, which is most of a start's time.
-    executable.write_text(f"#!{sys.executable} -IS\n{text.replace('@SOCKET@', str(address))}")
-    executable.chmod(0o755)
-    (folder / "forks").mkdir()
-    with socket.socket(socket.AF_UNIX) as listener:
-        # Early clients wait here until the imports are done.
-        listener.bind(str(address))
-        listener.listen(100)
-        words = [sys.executable, __file__, str(listener.fileno()), str(executable)]
-        with subprocess.Popen(words, env=environment, pass_fds=[listener.fileno()]) as process:
-            try:
-                yield executable
-            finally:
-                process.terminate()
+class ForkServer:
+    """The server of a directory: any process of a test session may start it, one does.
+
+    Attributes:
+        executable: What to use as Python.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.executable = directory / "python"
+
+    def start(self, environment: dict[str, str]) -> None:
+        """Start the server, unless it runs already."""
+        with (self.directory / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (self.directory / "pid").exists():
+                (self.directory / "pid").write_text(str(self._start(environment)))
+
+    def _start(self, environment: dict[str, str]) -> int:
+        address = self.directory / "python.socket"
+        text = CLIENT.read_text().replace("@PYTHON@", sys.executable)
+        # -IS: nothing but the standard library is looked for, which is most of a start's time.
+        text = f"#!{sys.executable} -IS\n{text.replace('@SOCKET@', str(address))}"
+        self.executable.write_text(text)
+        self.executable.chmod(0o755)
+        (self.directory / "forks").mkdir()
+        with socket.socket(socket.AF_UNIX) as listener:
+            # Early clients wait here until the imports are done.
+            listener.bind(str(address))
+            listener.listen(100)
+            words = [sys.executable, __file__, str(listener.fileno()), str(self.executable)]
+            return subprocess.Popen(
+                words,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            ).pid
+
+    def stop(self) -> None:
+        """End the server and its forks."""
+        if (self.directory / "pid").exists():
+            with suppress(ProcessLookupError):
+                os.kill(int((self.directory / "pid").read_text()), signal.SIGTERM)
 
 
 class _Server:

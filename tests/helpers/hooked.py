@@ -1,4 +1,7 @@
-"""Call ``module:function`` with the rank, then run a script: ``hooked.py HOOK SCRIPT [words]``."""
+"""Call a function with the rank, then run a script: ``hooked.py HOOK SCRIPT [words]``.
+
+``HOOK`` is ``module:function`` or ``module:function,argument,...``, and the arguments are strings.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ import sys
 
 
 def main() -> None:
-    module, _, function = sys.argv[1].partition(":")
-    getattr(importlib.import_module(module), function)(int(os.environ["RANK"]))
+    target, *arguments = sys.argv[1].split(",")
+    module, _, function = target.partition(":")
+    rank = int(os.environ.get("RANK", "0"))
+    getattr(importlib.import_module(module), function)(rank, *arguments)
     sys.argv = sys.argv[2:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

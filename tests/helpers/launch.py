@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import psutil
 
+from tests.helpers.fork_server import ForkServer
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "tools/train.py"
-QUICK_PYTHON = "TEST_PYTHON"  # the variable that names the fork server's executable
+FORKS = "MOIIE_TEST_FORKS_DIRECTORY"  # the variable that names the fork server's directory
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,52 @@ class Finished:
 
 
 def python() -> str:
-    """What to start scripts with: Python, with the imports done where there is a fork server."""
-    return os.environ.get(QUICK_PYTHON, sys.executable)
+    """What to start scripts with: Python, or what asks the fork server (``MOIIE_TEST_FORKS=1``).
+
+    Tests that kill processes, send them signals or look at parents and children start
+    ``sys.executable`` instead.
+    """
+    if FORKS not in os.environ:
+        return sys.executable
+    return str(_started_server(Path(os.environ[FORKS])).executable)
 
 
-def torchrun(processes: int, *options: str) -> list[str]:
-    """The start of a command on one node; torchrun finds a free port itself, without a race."""
-    runner = [python(), "-m", "torch.distributed.run", "--standalone"]
+@functools.cache
+def _started_server(directory: Path) -> ForkServer:
+    server = ForkServer(directory)
+    server.start(environment())
+    return server
+
+
+def torchrun(processes: int, *options: str, interpreter: str | None = None) -> list[str]:
+    """The start of a command on one node; torchrun finds a free port itself, without a race.
+
+    Args:
+        interpreter: What runs torchrun and, through it, the ranks; None is ``python()``.
+    """
+    runner = [interpreter or python(), "-m", "torch.distributed.run", "--standalone"]
     return [*runner, "--local-addr=localhost", f"--nproc-per-node={processes}", *options]
 
 
-def command(script: str, arguments: Sequence[str | Path], processes: int = 1) -> list[str]:
-    """Start ``script`` (a path from the root) plainly, or with torchrun for several processes."""
-    start = [python()] if processes == 1 else torchrun(processes)
+def command(
+    script: str,
+    arguments: Sequence[str | Path],
+    processes: int = 1,
+    *,
+    hook: str | None = None,
+    interpreter: str | None = None,
+) -> list[str]:
+    """Start ``script`` (a path from the root) plainly, or with torchrun for several processes.
+
+    Args:
+        hook: Called in every process before the script starts (``hooked.py``).
+        interpreter: See ``torchrun``.
+    """
+    start = [interpreter or python()]
+    if processes > 1:
+        start = torchrun(processes, interpreter=interpreter)
+    if hook is not None:
+        start += ["tests/helpers/hooked.py", hook]
     return [*start, script, *map(str, arguments)]
 
 
@@ -118,10 +154,20 @@ def descendants(root: int) -> dict[int, int]:
     return found
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process is there and has not ended (a zombie has)."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def fork_of(process: subprocess.Popen[bytes], timeout: float = 60) -> int:
     """The process that runs what was started with ``python()``: itself, or its fork."""
+    if FORKS not in os.environ:
+        return process.pid
     deadline = time.monotonic() + timeout  # the server may still be importing
-    while QUICK_PYTHON in os.environ and process.poll() is None and time.monotonic() < deadline:
+    while process.poll() is None and time.monotonic() < deadline:
         for fork, client in _clients().items():
             if client == process.pid:
                 return fork
@@ -132,7 +178,7 @@ def fork_of(process: subprocess.Popen[bytes], timeout: float = 60) -> int:
 def _clients() -> dict[int, int]:
     """The clients of the fork server's forks, by process id."""
     found = {}
-    for link in Path(python()).parent.glob("forks/*"):
+    for link in Path(os.environ[FORKS]).glob("forks/*") if FORKS in os.environ else ():
         with suppress(FileNotFoundError):  # it has just ended
             found[int(link.name)] = int(link.readlink().name)
     return found

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from torch.distributed import TCPStore
 
-from tests.helpers.launch import ROOT, TRAIN, environment, fork_of, kill_group, python
+from tests.helpers.launch import ROOT, TRAIN, command, environment, fork_of, kill_group
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,22 @@ class Job:
 
 
 def start_ranks(
-    folder: Path, arguments: Sequence[str | Path], processes: int, hook: str | None = None
+    folder: Path,
+    arguments: Sequence[str | Path],
+    processes: int,
+    hook: str | None = None,
+    interpreter: str | None = None,
 ) -> Job:
     """Start ``tools/train.py`` on so many ranks; they print to a file in ``folder``.
 
     Args:
-        hook: ``module:function`` that every rank calls with its number before.
+        hook: Called in every rank before the script starts (``hooked.py``).
+        interpreter: What to start with; None is ``python()``.
     """
     # Without waiting for the others: this process is none of the ranks.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     output = folder / f"ranks-{time.monotonic_ns()}.log"
-    words = [python(), TRAIN, *map(str, arguments)]
-    if hook is not None:
-        words[1:1] = ["tests/helpers/hooked.py", hook]
+    words = command(TRAIN, arguments, hook=hook, interpreter=interpreter)
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
     meeting |= {"WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with output.open("ab") as log:
@@ -95,7 +98,8 @@ def start_ranks(
             )
             for rank in range(processes)
         ]
-    return Job(started, [fork_of(process) for process in started], output, store)
+    pids = [process.pid if interpreter else fork_of(process) for process in started]
+    return Job(started, pids, output, store)
 
 
 def run_ranks(
@@ -122,5 +126,5 @@ def wait_until(
 
 def in_writing(output: Path) -> list[Path]:
     """Checkpoints of a run that do not have their name yet and hold something."""
-    found = (output / "checkpoints").glob("*.writing")
+    found = (output / "checkpoints").glob("step_*.writing")
     return [folder for folder in found if any(folder.iterdir())]

@@ -30,14 +30,14 @@ def numbers(name: str) -> Any:
 
 def assert_close(got: Tensor, want: Tensor, what: str) -> None:
     torch.testing.assert_close(
-        got.detach(), want, rtol=RTOL, atol=ATOL, msg=lambda text: f"{what}: {text}"
+        got.detach().cpu(), want.cpu(), rtol=RTOL, atol=ATOL, msg=lambda text: f"{what}: {text}"
     )
 
 
 def assert_digest(got: Tensor, want: dict[str, Any], what: str) -> None:
     """Compare a gradient with its digest: shape, norm, extremum and four projections."""
     assert list(got.shape) == want["shape"], what
-    flat = got.detach().double().flatten()
+    flat = got.detach().cpu().double().flatten()
     allowed = RTOL * want["l2"] + 1e-9
     index = torch.arange(1, flat.numel() + 1, dtype=torch.float64)
     probes = [float((flat * torch.sin(0.37 * (k + 1) * index)).sum()) for k in range(4)]

@@ -36,6 +36,7 @@ from moiie_megatron.convert.load_pretrained import load_pretrained
 from moiie_megatron.families.registry import language_family
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.vlm.model import MoIIEModel
+from tests.helpers.user_errors import user_error
 from tests.parity import hf_models, tiny
 
 LLAMA3_ROPE = {
@@ -177,7 +178,7 @@ def test_mixtral_with_other_experts_than_the_run(context: ParallelContext, tmp_p
     hf_models.language_model("mixtral", num_local_experts=6).save_pretrained(tmp_path)
     model, config = _loaded(tmp_path, context)
     moe = config.moe.model_copy(update={"top_k": 1})
-    with pytest.raises(ValueError, match="moe.top_k is 1 where num_experts_per_tok is 2"):
+    with user_error("moe.top_k", "1", "num_experts_per_tok", "2"):
         load_pretrained(model, config.model_copy(update={"moe": moe}))
 
 

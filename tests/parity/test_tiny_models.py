@@ -104,7 +104,7 @@ def test_balance_losses_and_their_gradients(
     for index, layer in enumerate(MOE_LAYERS):
         stats = model.language_model.decoder.layers[layer].mlp.router.stats
         per_layer = torch.tensor([runs[f"aux_loss_{r}_per_layer"][index] for r in ("vis", "lan")])
-        golden.assert_close(stats.aux_R.float(), per_layer, f"balance losses of layer {layer}")
+        golden.assert_close(stats.aux_G.float(), per_layer, f"balance losses of layer {layer}")
 
     gradients = _gradients(model, config)
     start = f"{case}.grad_perlayer_sum_aux."
@@ -136,7 +136,7 @@ def test_pooled_balance_losses_and_every_gradient(
 
     logged = torch.zeros(2, dtype=torch.float64)
     for layer in MOE_LAYERS:
-        logged += model.language_model.decoder.layers[layer].mlp.router.stats.aux_R
+        logged += model.language_model.decoder.layers[layer].mlp.router.stats.aux_G
     golden.assert_close(
         logged.float() / len(MOE_LAYERS), want[f"{case}.losses"][1:3], "pooled losses"
     )

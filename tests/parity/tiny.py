@@ -103,7 +103,7 @@ def forward(
     """Logits, or the mean loss.  Text goes through the model's own embedding; image features and
     the zeros at padding come from the data."""
     tokens, types = inputs[f"{case}.input_ids"], token_types(inputs, case)
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     text = model.language_model.embedding(input_ids=tokens, position_ids=positions).transpose(0, 1)
     embeds = torch.where((types == TEXT).unsqueeze(-1), text, inputs[f"{case}.inputs_embeds"])
     targets = shifted(inputs[f"{case}.labels"])

@@ -49,7 +49,7 @@ def shard_plan(config: RunConfig, row: WeightMapping, shape: tuple[int, ...]) ->
             TensorShards(offsets, sizes, stage, ("all",) if rank is None else ("tensor", rank))
             for rank, offsets, sizes in _parts(row, shape, parallel.tensor)
         ]
-    order = config.placement.order
+    order = config.placement.physical_to_logical
     local = len(order) // parallel.expert
     return [
         TensorShards((expert, *offsets), (1, *sizes), stage, ("expert", slot // local, rank or 0))

@@ -58,7 +58,7 @@ def write_piece(
     stand_in = torch.empty(data.info.shape if shape is None else shape, dtype=data.info.dtype)
     recorder = _Recorder(stand_in)
     # torch.load does not look at the zip format's checksum, which costs more than writing.
-    with serialization.patch({"save.compute_crc32": False}):
+    with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
         torch.save(stand_in, cast(IO[bytes], recorder))
     for content in recorder.written:
         if content is None:
@@ -155,8 +155,11 @@ def _find(file: Path, offset: int, length: int) -> tuple[StoredPiece, mmap.mmap,
 def _parse(
     mapped: mmap.mmap,
 ) -> tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...], int, int]:
-    """dtype, first value, shape, stride; begin and size of the values in ``mapped``, at whose end
-    the archive is."""
+    """The tensor of the archive at the end of ``mapped``.
+
+    Returns:
+        dtype, first value, shape, stride; begin and size in bytes of the values in ``mapped``.
+    """
     # zipfile allows for bytes in front of an archive; its parameter is typed too narrowly.
     with zipfile.ZipFile(mapped) as archive:  # type: ignore[call-overload]
         parts = {info.filename.partition("/")[2]: info for info in archive.infolist()}

@@ -94,7 +94,7 @@ def write_files(checkpoint: Path, config: RunConfig, folder: Path, dtype: torch.
 
 
 def _check_same_ids(ours: Tokenizer, theirs: Any, checkpoint: Path) -> None:
-    """transformers rebuilds a SentencePiece model from its pieces, not always as it was."""
+    """Check the tokenizer: transformers rebuilds a SentencePiece model, not always as it was."""
     for text in _PROBES:
         ids = theirs.encode(text, add_special_tokens=False)
         if ids != ours.encode(text):

@@ -151,8 +151,10 @@ def vision_reader(vision: VisionConfig, directory: str | Path) -> HfReader:
 
 
 def connector_reader(path: str | Path) -> HfReader:
-    """The connector out of a safetensors file or a directory with one, under any prefix, its
-    layers called ``0`` and ``2`` as in LLaVA or ``linear_1`` and ``linear_2``.
+    """The connector in a safetensors file or a directory with one.
+
+    Its names may have any prefix; its layers are called ``0`` and ``2`` as in LLaVA, or
+    ``linear_1`` and ``linear_2``.
 
     Raises:
         UserError: It is unreadable or holds no such connector.

@@ -27,8 +27,9 @@ _DTYPES = {
 
 
 class SafetensorsSource:
-    """``model.safetensors``, or the files that ``model.safetensors.index.json`` lists; a single
-    safetensors file may be named itself.
+    """The tensors of a directory, or of a single safetensors file.
+
+    A directory has ``model.safetensors``, or the files that ``model.safetensors.index.json`` lists.
 
     Only the headers are read at first; ``get`` maps one tensor into memory.
 

@@ -1,12 +1,13 @@
-"""Conversations to text, in segments that say which text the model learns to write.
+"""Conversations to text, in segments that are trainable or context.
 
-A segment is tokenised by itself, so the border between what is read and what is learnt never
-falls inside a token.  Every assistant turn is learnt together with the token that ends it; the
-header before it is not.
+The tokens of a trainable segment are targets; those of a context segment are only read.  Every
+segment is tokenized by itself, so no token spans the border between the two.  An assistant turn is
+trainable together with the token that ends it; the header before it is context.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,11 +23,11 @@ from moiie_megatron.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of rendered text; ``<image>`` still stands for an image.
+    """A piece of rendered text, in which ``<image>`` still marks the images.
 
     Attributes:
-        text: To be tokenised by itself.
-        train: The tokens of this text are targets.
+        text: Tokenized by itself.
+        train: Whether the tokens of this text are targets.
     """
 
     text: str
@@ -41,10 +42,10 @@ class Template(Protocol):
 
         Args:
             turns: The conversation.
-            add_generation_prompt: End with the header of an assistant turn still to be written.
+            add_generation_prompt: End with the header of the next assistant turn.
 
         Raises:
-            UserError: The format cannot express this conversation.
+            UserError: The format cannot render this conversation.
         """
 
 
@@ -67,8 +68,8 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
 class PlainTemplate:
     """Image, caption, end of text: LLaVA's format for aligning the connector.
 
-    What the human asked is dropped; the caption is the last assistant turn (LLaVA,
-    ``preprocess_plain``).  Text before the caption would let the loss depend on the wording.
+    The caption is the last assistant turn; the human turns are dropped (LLaVA,
+    ``preprocess_plain``), so the loss does not depend on how they are worded.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -102,19 +103,19 @@ class MarkerTemplate:
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> list[Segment]:
         segments: list[Segment] = []
-        chat, read = self._chat, self._chat.begin
+        chat, context = self._chat, self._chat.begin
         for turn in turns:
-            read += self._header(turn.role)
+            context += self._header(turn.role)
             text = turn.text.strip() if chat.strips else turn.text
             if turn.role == "assistant":
-                segments.append(Segment(read, train=False))
+                segments.append(Segment(context, train=False))
                 segments.append(Segment(text + chat.end, train=True))
-                read = chat.gap
+                context = chat.gap
             else:
-                read += text + chat.end + chat.gap
+                context += text + chat.end + chat.gap
         if add_generation_prompt:
-            read += self._header("assistant")
-        return [*segments, Segment(read, train=False)] if read else segments
+            context += self._header("assistant")
+        return [*segments, Segment(context, train=False)] if context else segments
 
     def _header(self, role: str) -> str:
         return self._chat.header.replace("{role}", role)
@@ -123,17 +124,16 @@ class MarkerTemplate:
 class TokenizerTemplate:
     """The backbone's own Jinja chat template, rendered in transformers' sandbox.
 
-    An assistant turn is what the text grows by after the generation prompt.  Where an end-of-turn
-    token follows the turn, white space after that token belongs to the next header.
+    The trainable text of an assistant turn is what the rendered text gains after the generation
+    prompt.  If a token ends the turn, white space after that token belongs to the next header.
 
-    Templates of models that can reason are asked for answers without it (``enable_thinking``).
-    Some then write an empty block of reasoning in front of the last answer and of no other: the
-    conversation is rendered once, as a whole, and every answer is learnt as it stands there.
+    Templates of reasoning models are rendered without reasoning (``enable_thinking``).  Some then
+    write an empty block of reasoning before the last answer only, so the conversation is rendered
+    once as a whole, and every answer is trained as it is written there.
 
     Raises:
-        UserError: No chat template, or one in which the prompt of an answer is not the beginning
-            of the whole text (then no span can be found); checked at construction on a
-            conversation of two rounds.
+        UserError: No chat template, or one that rewrites earlier turns, so that no span can be
+            found; checked at construction with a conversation of two rounds.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -153,33 +153,35 @@ class TokenizerTemplate:
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            prompt = self._prompt(turns[:i], whole)
-            answered = self._text(turns[: i + 1], add_generation_prompt=False)
-            _check_growth(prompt, whole)
-            _check_growth(prompt, answered)
-            _check_growth(whole[:done], prompt)
-            learnt = _learnt(turn, answered[len(prompt) :])
-            if not whole.startswith(learnt, len(prompt)):
-                # From where the turn's own text begins, an earlier answer may be the same.
-                learnt = learnt[max(learnt.rfind(turn.text.strip()), 0) :]
-                _check_growth(prompt + learnt, whole)
-            segments.append(Segment(whole[done : len(prompt)], train=False))
-            segments.append(Segment(learnt, train=True))
-            done = len(prompt) + len(learnt)
+            start, trainable = self._answer(turns[: i + 1], whole)
+            if start < done:
+                raise _rewritten(whole[:done])
+            segments.append(Segment(whole[done:start], train=False))
+            segments.append(Segment(trainable, train=True))
+            done = start + len(trainable)
         rest = whole[done:]
         return [*segments, Segment(rest, train=False)] if rest else segments
 
-    def _prompt(self, turns: Sequence[Turn], whole: str) -> str:
-        """What stands in front of an answer in the whole text."""
-        prompt = self._text(turns, add_generation_prompt=True)
-        if whole.startswith(prompt):
-            return prompt
-        # An earlier answer, which has no empty block of reasoning in front.
-        return self._text(turns, add_generation_prompt=True, enable_thinking=True)
+    def _answer(self, turns: Sequence[Turn], whole: str) -> tuple[int, str]:
+        """Where the answer of the last turn starts in the whole text, and its trainable text."""
+        *earlier, turn = turns
+        prompt = self._text(earlier, add_generation_prompt=True)
+        answered = self._text(turns, add_generation_prompt=False)
+        if whole.startswith(prompt) and answered.startswith(prompt):
+            trainable = _trainable(turn, answered[len(prompt) :])
+            if whole.startswith(trainable, len(prompt)):
+                return len(prompt), trainable
+        # An earlier answer that is written differently from the last one: search it from the
+        # turn's own text on, after the prefix that the prompt and the whole text share.
+        before = self._text(earlier, add_generation_prompt=False)
+        common = os.path.commonprefix([prompt, whole])
+        trainable = _trainable(turn, answered[max(answered.rfind(turn.text.strip()), 0) :])
+        start = whole.rfind(trainable, len(before), len(common) + len(trainable))
+        if start < 0 or not whole.startswith(before):
+            raise _rewritten(prompt)
+        return start, trainable
 
-    def _text(
-        self, turns: Sequence[Turn], add_generation_prompt: bool, enable_thinking: bool = False
-    ) -> str:
+    def _text(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -188,7 +190,7 @@ class TokenizerTemplate:
             **self._special_tokens,
             "chat_template": self._template,
             "add_generation_prompt": add_generation_prompt,
-            "enable_thinking": enable_thinking,
+            "enable_thinking": False,
         }
         try:
             rendered: Any = render_jinja_template([messages], **arguments)
@@ -200,19 +202,20 @@ class TokenizerTemplate:
         return str(rendered[0][0])  # (texts, spans of {% generation %} blocks)
 
 
-def _learnt(turn: Turn, growth: str) -> str:
-    """What the model writes of the text that an answer adds: without the space behind the token
-    that ends the turn."""
-    core = growth.rstrip()
-    return growth if core.endswith(turn.text.rstrip()) else core
+def _trainable(turn: Turn, added: str) -> str:
+    """The trainable part of the text that an answer adds to the conversation.
+
+    White space after the token that ends the turn is not part of it.
+    """
+    core = added.rstrip()
+    return added if core.endswith(turn.text.rstrip()) else core
 
 
-def _check_growth(before: str, after: str) -> None:
-    if not after.startswith(before):
-        raise UserError(
-            "stage.template is tokenizer but its chat template changes earlier text when a turn "
-            f"is added ({before[-40:]!r} is not kept): use {_built_in()}."
-        )
+def _rewritten(text: str) -> UserError:
+    return UserError(
+        "stage.template is tokenizer but its chat template changes earlier text when a turn is "
+        f"added ({text[-40:]!r} is not kept): use {_built_in()}."
+    )
 
 
 def _built_in() -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from moiie_megatron.config.schema import LanguageConfig
-from moiie_megatron.families.family import LanguageFamily, Unsupported, Weight, qkv
+from moiie_megatron.families.family import LanguageFamily, UnsupportedError, Weight, qkv
 from moiie_megatron.families.language import llama
 
 ATTENTION: Final = (
@@ -29,8 +29,10 @@ ATTENTION: Final = (
 
 
 def read_window(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """``sliding_window``, which counts where ``use_sliding_window`` is set: in the layers that
-    ``layer_types`` names, or from layer ``max_window_layers`` on."""
+    """``sliding_window``, if ``use_sliding_window`` is set.
+
+    It applies to the layers that ``layer_types`` names, or to those from ``max_window_layers`` on.
+    """
     kinds, first = theirs["layer_types"], theirs["max_window_layers"]
     if kinds is None:
         kinds = ["full" if i < first else "sliding" for i in range(theirs["num_hidden_layers"])]
@@ -39,7 +41,9 @@ def read_window(theirs: Mapping[str, Any]) -> dict[str, Any]:
         return {"sliding_window": None}
     if not all(has_window):
         count = f"a window in {sum(has_window)} of {len(kinds)} layers"
-        raise Unsupported("max_window_layers", first, f"one in all layers or in none, not {count}")
+        raise UnsupportedError(
+            "max_window_layers", first, f"one in all layers or in none, not {count}"
+        )
     return {"sliding_window": theirs["sliding_window"]}
 
 

@@ -1,39 +1,77 @@
-"""What is said about a run: lines of standard output, the same as JSONL, and TensorBoard."""
+"""The log of a run: lines for the operator, JSONL files, and TensorBoard."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.routing_stats.counters import RouterLosses
+from moiie_megatron.routing_stats.scalars import routing_scalars
 from moiie_megatron.training.logging.jsonl import StepLines
-from moiie_megatron.training.logging.router_stats import RouterLosses
-from moiie_megatron.training.logging.scalars import Scalars, routing_scalars
+from moiie_megatron.training.logging.scalars import Scalars
 from moiie_megatron.training.step import StepResult
+
+LOGGER: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step.
+
+    Attributes:
+        step: Its number, from 1.
+        result: What it did.
+        router_losses: Means since the last line; None where no line is due.
+        skipped_samples: Samples skipped so far, on all ranks.
+        skipped_steps: Steps so far that changed nothing.
+        spike: The loss as a multiple of the recent median, if it is a spike.
+    """
+
+    step: int
+    result: StepResult
+    router_losses: RouterLosses | None
+    skipped_samples: int = 0
+    skipped_steps: int = 0
+    spike: float | None = None
 
 
 class RunLog:
-    """Writes on rank 0: standard output, ``metrics.jsonl``, ``routing.jsonl``, ``tensorboard/``.
+    """Writes on rank 0: the operator's lines, ``metrics.jsonl``, ``routing.jsonl``, TensorBoard.
 
-    A line of ``metrics.jsonl`` holds the values of its own step, but for the means and rates
-    that its keys say: balance and z-losses (``aux_ROUTER``, ``z_ROUTER``), ``seconds`` and
-    ``tokens_per_second`` cover all steps since the line before.  ``routing.jsonl`` is described
-    in ``routing_stats/record.py``.  A resumed run drops what was logged after its checkpoint,
-    so that the files read as if the run had never stopped.
+    A line of ``metrics.jsonl`` holds the values of its own step, with these exceptions, which
+    cover all steps since the line before: the mean balance and z-losses (``aux_ROUTER``,
+    ``z_ROUTER``), ``seconds`` and ``tokens_per_second``.  ``routing_stats/record.py`` describes
+    ``routing.jsonl``.  A resumed run drops what was logged after its checkpoint, so that the
+    files read as if the run had never stopped.
+
+    Args:
+        start_step: Steps done before.
+        total_steps: Steps of the whole run.
+        clock: Seconds, from any origin.
     """
 
     def __init__(
-        self, config: RunConfig, context: ParallelContext, *, start_step: int, total_steps: int
-    ):
+        self,
+        config: RunConfig,
+        context: ParallelContext,
+        *,
+        start_step: int,
+        total_steps: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.interval = config.log.interval
         self.total_steps = total_steps
         self.start_step = start_step
         self.active = context.rank == 0
-        self.start_time = self.last_time = time.monotonic()
+        self.clock = clock
+        self.start_time = self.last_time = clock()
         self.tokens = 0
         if not self.active:
             return
@@ -43,70 +81,49 @@ class RunLog:
         self.scalars = Scalars(config, start_step)
 
     def is_due(self, step: int) -> bool:
-        """Whether a step (counted from 1) gets a line; alike on all ranks."""
+        """Whether a step (counted from 1) gets a line; equal on all ranks."""
         return step % self.interval == 0 or step in (1, self.total_steps)
 
-    def step(
-        self,
-        step: int,
-        result: StepResult,
-        learning_rates: dict[str, float],
-        losses: RouterLosses | None,
-        skipped_samples: int,
-        skipped: int,
-        spike: float | None,
-    ) -> None:
-        """Report one optimizer step.
-
-        Args:
-            losses: Of the routers; None where no line is due.
-            skipped: Steps up to now whose loss or gradient was not finite.
-            spike: The loss as a multiple of what is usual, if it is a spike.
-        """
+    def step(self, report: StepReport) -> None:
+        """Log one optimizer step."""
+        result, losses = report.result, report.router_losses
         self.tokens += result.tokens
         if losses is None:
             return
-        now = time.monotonic()
+        now = self.clock()
         seconds, self.last_time = now - self.last_time, now
         tokens, self.tokens = self.tokens, 0
         if not self.active:
             return
         values = {
-            "step": step,
+            "step": report.step,
             "lm_loss": result.lm_loss,
             **{f"aux_{name}": value for name, value in losses.aux.items()},
             **{f"z_{name}": value for name, value in losses.z.items()},
-            **{f"lr_{part}": lr for part, lr in learning_rates.items()},
+            **{f"lr_{part}": lr for part, lr in result.learning_rates.items()},
             "grad_norm": result.grad_norm,
             "tokens": result.tokens,
             "label_tokens": result.label_tokens,
             "image_fraction": result.image_tokens / max(result.tokens, 1),
             "padding_fraction": 1 - result.tokens / result.positions,
-            # Padding does not count.
-            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "tokens_per_second": tokens / max(seconds, 1e-9),  # without padding
             "seconds": seconds,
-            "skipped_samples": skipped_samples,
-            "skipped_steps": skipped,
-            **({} if spike is None else {"spike": spike}),
+            "skipped_samples": report.skipped_samples,
+            "skipped_steps": report.skipped_steps,
+            **({} if report.spike is None else {"spike": report.spike}),
         }
         self.metrics.add(values)
-        self.scalars.add({name: v for name, v in values.items() if name != "step"}, step)
-        print(self._line(step, result, values, learning_rates, now), flush=True)
+        self.scalars.add({name: v for name, v in values.items() if name != "step"}, report.step)
+        LOGGER.info("%s", self._line(report, values, now))
 
     def routing(self, step: int, record: Mapping[str, Any] | None) -> None:
-        """Report the routing of the steps up to this one; a dense model has none."""
+        """Log the routing since the last record; None for a dense model."""
         if self.active and record is not None:
             self.routes.add({"step": step, **record})
             self.scalars.add(routing_scalars(record), step)
 
-    def _line(
-        self,
-        step: int,
-        result: StepResult,
-        values: dict[str, Any],
-        learning_rates: dict[str, float],
-        now: float,
-    ) -> str:
+    def _line(self, report: StepReport, values: dict[str, Any], now: float) -> str:
+        step, result = report.step, report.result
         per_step = (now - self.start_time) / (step - self.start_step)
         minutes, seconds = divmod(round(per_step * (self.total_steps - step)), 60)
         left = f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
@@ -114,24 +131,23 @@ class RunLog:
         return (
             f"step {step}/{self.total_steps} | loss {result.lm_loss:.4f} | "
             + (f"aux {aux} | " if aux else "")
-            + f"lr {max(learning_rates.values()):.2e} | grad {result.grad_norm:.3f} | "
+            + f"lr {max(result.learning_rates.values()):.2e} | grad {result.grad_norm:.3f} | "
             f"{values['tokens_per_second']:.0f} tok/s | image {values['image_fraction']:.0%} | "
             f"left {left}"
             + ("" if result.updated else " | SKIPPED: loss or gradient is not finite")
-            + (f" | SPIKE: {values['spike']:.1f} x the usual loss" if "spike" in values else "")
+            + (f" | SPIKE: {report.spike:.1f} x the usual loss" if report.spike is not None else "")
         )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside does not count as the next step's time."""
-        begin = time.monotonic()
+        """Leave the time of the block out of ``seconds`` and ``tokens_per_second``."""
+        begin = self.clock()
         yield
-        self.last_time += time.monotonic() - begin
+        self.last_time += self.clock() - begin
 
     def saved(self, checkpoint: Path, seconds: float) -> None:
-        """Report a checkpoint that is complete; the time it took since its save began."""
-        if self.active:
-            print(f"saved {checkpoint} in {seconds:.1f} s", flush=True)
+        """Report a complete checkpoint, and the seconds since its save began."""
+        LOGGER.info("saved %s in %.1f s", checkpoint, seconds)
 
     def close(self) -> None:
         """Flush and close the files."""

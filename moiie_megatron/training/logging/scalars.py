@@ -1,33 +1,34 @@
-"""Numbers by name and step for TensorBoard and, where a project is named, Weights & Biases."""
+"""Named numbers by step, for TensorBoard and optionally Weights & Biases."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.layout.token_types import MODALITIES
 
 
 class Scalars:
-    """Writes ``tensorboard/`` in the output folder; rank 0 alone makes one.
+    """Writes ``tensorboard/`` in the output directory, and reports to ``log.wandb_project``.
+
+    Only rank 0 makes one.
 
     Args:
-        start_step: What an earlier process logged after this step is void.
+        start_step: Values of later steps, from before the run was interrupted, are purged.
     """
 
     def __init__(self, config: RunConfig, start_step: int) -> None:
-        folder = str(Path(config.output) / "tensorboard")
-        self.board = SummaryWriter(folder, purge_step=start_step + 1)
+        directory = str(Path(config.output) / "tensorboard")
+        self.board = SummaryWriter(directory, purge_step=start_step + 1)
         self.wandb_run: Any = None
         if config.log.wandb_project is not None:
             import wandb
 
-            # One run per output folder, also when it goes on from a checkpoint.
+            # One run per output directory, also when it resumes from a checkpoint.
             output = Path(config.output).absolute()
             self.wandb_run = wandb.init(
                 project=config.log.wandb_project,
@@ -39,7 +40,7 @@ class Scalars:
             )
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """Report values of one step."""
+        """Log the values of one step."""
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         if self.wandb_run is not None:
@@ -50,27 +51,3 @@ class Scalars:
         self.board.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()
-
-
-def routing_scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a routing record that are worth a curve, by name."""
-    return dict(_routing_scalars(record))
-
-
-def _routing_scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    experts = record["experts"]
-    for number, layer in record["layers"].items():
-        place = f"layer_{int(number):02d}"
-        for modality in MODALITIES:
-            part = layer[modality]
-            if not part["tokens"]:
-                continue
-            yield f"load_entropy_{modality}/{place}", part["entropy"]
-            for name, share in zip(experts, part["share"], strict=True):
-                if name.split(".")[0] in (modality, "shared"):
-                    yield f"expert_fraction_{modality}/{place}/{name}", share
-        if layer["max_over_mean"] is not None:
-            yield f"rank_load_max_over_mean/{place}", layer["max_over_mean"]
-        yield f"dead_experts/{place}", len(layer["dead"])
-    for kind, moved in record["moved"].items():
-        yield f"dispatched_bytes/{kind}", moved["bytes"]

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from moiie_megatron.analysis.curves import curves_figure, plot_curves
+from tests.helpers.user_errors import user_error
 
 
 def dense(step: int) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def test_png(tmp_path: Path) -> None:
 
 
 def test_nothing_to_plot(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no steps to plot in the stages \\['a'\\]"):
+    with user_error("stages", ["a"]):
         plot_curves({"a": []}, tmp_path / "losses.png")
-    with pytest.raises(ValueError, match="no steps to plot"):
+    with user_error("stages", []):
         plot_curves({}, tmp_path / "losses.png")

@@ -7,12 +7,12 @@ import json
 import re
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 from moiie_megatron.analysis.report import write_report
-from tests.unit.analysis.routing_records import RECORDS
+from tests.helpers.user_errors import user_error
 from tests.unit.config.minimal import MINIMAL
+from tests.unit.routing_stats.routing_records import RECORDS
 
 
 def make_run(folder: Path, *, routed: bool = True) -> Path:
@@ -40,7 +40,7 @@ def make_run(folder: Path, *, routed: bool = True) -> Path:
 
 
 def make_scores(folder: Path) -> Path:
-    """Two questions, one with a picture that is there."""
+    """Two questions, one with an image that exists."""
     Image.new("RGB", (40, 20), "red").save(folder / "red.png")
     outcomes = [
         {"id": "1", "kind": "colour", "expected": "Red", "answer": "red", "blanked_answer": "blue"}
@@ -55,8 +55,8 @@ def make_scores(folder: Path) -> Path:
     return file
 
 
-def pictures(page: str) -> list[tuple[str, bytes]]:
-    """Kind and bytes of every picture in the page."""
+def images(page: str) -> list[tuple[str, bytes]]:
+    """Kind and bytes of every image in the page."""
     found = re.findall(r'<img [^>]*src="data:image/([a-z+]+);base64,([^"]+)"', page)
     assert len(found) == page.count("<img ")
     return [(kind, base64.b64decode(data)) for kind, data in found]
@@ -72,25 +72,22 @@ def test_everything_is_there(tmp_path: Path) -> None:
     page = write_report([run], run / "report.html", scores=make_scores(tmp_path)).read_text()
     for heading in ("overview", "loss", "speed", "routing", "answers", "problems", "checkpoints"):
         assert f'<h2 id="{heading}">' in page and f'href="#{heading}"' in page
-    drawn = pictures(page)
-    # Two of the steps, three of the routing, one of a question.
+    drawn = images(page)
+    # Two figures of the steps, three of the routing, one image of a question.
     assert [kind for kind, _ in drawn] == ["svg+xml"] * 5 + ["png"]
     assert all(data.count(b"<path") > 10 for kind, data in drawn if kind == "svg+xml")
-    # Configuration, first loss, median of the last ones, time, experts, problems, checkpoint.
-    assert (
-        "language: {preset: tiny-llama}" in page
-        and "<b>1.333</b>" in page
-        or "<b>2.000</b>" in page
-    )
+    # Configuration, first loss, median of the last losses, experts, problems, checkpoint.
+    assert "language: {preset: tiny-llama}" in page
+    assert "<b>4.000</b>" in page and "<b>2.000</b>" in page
     assert "moiie: 1 vision, 2 shared, 1 text, top-2, 2 layers" in page
     assert "image &lt;x&gt; is gone" in page and "9.8765" in page
-    assert "Spikes of the loss" in page and "8.7654" in page
+    assert "Loss spikes" in page and "8.7654" in page
     assert "step_0000003" in page and "latest" in page
     # 15 rows in each of 2 layers over 5 steps; 7 of them to another rank, 100 bytes each.
     assert ">6<" in page and ">3<" in page
     # Question, answer, truth; text is text, whatever it holds.
     assert "Which colour is &lt;b&gt;this&lt;/b&gt;?" in page and "&lt;image&gt;" not in page
-    assert page.count('class="answer right"') == 1 and "(nothing)" in page
+    assert page.count('class="answer correct"') == 1 and "(nothing)" in page
     assert "image gone.png does not exist" in page
 
 
@@ -111,7 +108,7 @@ def test_a_dense_run_and_a_run_with_experts_on_one_page(tmp_path: Path) -> None:
     alone = write_report(runs[:1], tmp_path / "alone.html").read_text()
     assert 'id="routing"' not in alone and 'id="answers"' not in alone
     # No routing, no problems.
-    assert len(pictures(alone)) == 2 and "Steps with problems" not in alone
+    assert len(images(alone)) == 2 and "Steps with problems" not in alone
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -125,19 +122,19 @@ def test_many_problems_are_counted(tmp_path: Path) -> None:
     line = '{"file": "a", "index": 1, "reason": "r"}\n'
     (run / "skipped_samples.jsonl").write_text(line * 130)
     page = write_report([run], tmp_path / "report.html").read_text()
-    assert "Samples left out: 130" in page and "30 more in the file" in page
+    assert "Skipped samples: 130" in page and "30 more in the file" in page
     assert page.count("<td>r</td>") == 100
 
 
 def test_refusals(tmp_path: Path) -> None:
     run, out = make_run(tmp_path / "run"), tmp_path / "report.html"
-    with pytest.raises(ValueError, match="is not the output folder of a run"):
+    with user_error(tmp_path, "config.yaml"):
         write_report([tmp_path], out)
-    with pytest.raises(ValueError, match="no run to report on"):
+    with user_error("run"):
         write_report([], out)
-    with pytest.raises(ValueError, match="scores .* cannot be read"):
+    with user_error(tmp_path / "none.json"):
         write_report([run], out, scores=tmp_path / "none.json")
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="does not hold scores"):
+    with user_error(tmp_path / "other.json", "tools/evaluate.py"):
         write_report([run], out, scores=tmp_path / "other.json")
     assert not out.exists()

@@ -18,6 +18,7 @@ from moiie_megatron.analysis.variants import (
     variants_figure,
 )
 from moiie_megatron.config.load import dump_config
+from tests.helpers.user_errors import user_error
 from tests.unit.config.minimal import load_minimal
 
 
@@ -79,16 +80,12 @@ def test_table_of_several_seeds() -> None:
     ],
 )
 def test_only_equal_budgets_are_compared(other: VariantRun, what: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with user_error("Vanilla MoE", "Dense", what):
         by_variant([_run("dense"), other])
-    assert str(caught.value) == (
-        f"Vanilla MoE and Dense differ in their {what}: compare runs with the same budget, seeds "
-        "and data."
-    )
 
 
 def test_nothing_to_compare() -> None:
-    with pytest.raises(ValueError, match="There are no runs to compare: train first"):
+    with user_error("runs"):
         by_variant([])
 
 
@@ -129,7 +126,7 @@ def test_read_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(config))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in _records([2.0])))
 
-    with pytest.raises(ValueError, match=r"scores.json cannot be read .*: evaluate the run first"):
+    with user_error(tmp_path / "scores.json"):
         read_run(tmp_path)
 
     scores = {"questions": 4, "accuracy": 0.5, "blanked_accuracy": 0.0}

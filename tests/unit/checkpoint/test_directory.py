@@ -1,85 +1,27 @@
-"""Folders that appear complete or not at all."""
+"""Where checkpoints lie."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
-import pytest
-
-from moiie_megatron.checkpoint.directory import find_checkpoint, new_directory
+from moiie_megatron.checkpoint.directory import find_checkpoint, step_directory, step_number
+from tests.helpers.user_errors import user_error
 
 
-def _write(final: Path, content: str, force: bool = False) -> None:
-    with new_directory(final, num_bytes=1, force=force, ours="mark") as folder:
-        (folder / "mark").write_text(content)
-        assert not (final / "mark").exists() or (final / "mark").read_text() != content
-
-
-def test_the_name_comes_last(tmp_path: Path) -> None:
-    _write(tmp_path / "below" / "out", "one")
-    assert [p.name for p in (tmp_path / "below").iterdir()] == ["out"]
-    assert (tmp_path / "below" / "out" / "mark").read_text() == "one"
-
-
-def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
-    _write(tmp_path / "out", "one")
-    with pytest.raises(ValueError, match=f"{tmp_path / 'out'} exists.*--force"):
-        _write(tmp_path / "out", "two")
-    assert (tmp_path / "out" / "mark").read_text() == "one"
-    _write(tmp_path / "out", "two", force=True)
-    assert (tmp_path / "out" / "mark").read_text() == "two"
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_force_does_not_replace_what_is_not_ours(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    _write(tmp_path / "out", "an empty folder is no loss")
-    (tmp_path / "out" / "mark").rename(tmp_path / "out" / "thesis.tex")
-    with pytest.raises(ValueError, match="holds no mark, so --force does not replace it"):
-        _write(tmp_path / "out", "two", force=True)
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="holds no mark"):
-        _write(tmp_path / "file", "two", force=True)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
-    _write(tmp_path / "out", "one")
-    with (
-        pytest.raises(error),
-        new_directory(tmp_path / "out", num_bytes=1, force=True, ours="mark") as folder,
-    ):
-        (folder / "half").touch()
-        raise error
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "mark"]
-
-
-def test_what_a_kill_left_is_swept_up(tmp_path: Path) -> None:
-    left = tmp_path / "out.writing"
-    left.mkdir()
-    (left / "half").touch()
-    _write(tmp_path / "out", "one")
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["mark", "out"]
-
-
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000_000))
-    _write(tmp_path / "out", "fits")
-    with (
-        pytest.raises(ValueError, match=r"other needs 2.07 GB but its disk has 2.00 GB free"),
-        new_directory(tmp_path / "other", num_bytes=2_000_000_000, force=False, ours="mark"),
-    ):
-        raise AssertionError("it must not come to this")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+def test_names() -> None:
+    path = step_directory("runs/a", 30)
+    assert path == Path("runs/a/checkpoints/step_0000030") and step_number(path) == 30
+    assert step_number(path.with_name("step_0000030.writing")) is None
 
 
 def test_find_checkpoint_in_runs_and_by_itself(tmp_path: Path) -> None:
     step = tmp_path / "checkpoints" / "step_0000003"
     step.mkdir(parents=True)
     (step / "run.yaml").touch()
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    with user_error(tmp_path, "is no checkpoint"):
         find_checkpoint(tmp_path)
     (tmp_path / "checkpoints" / "latest").write_text("step_0000003\n")
     assert find_checkpoint(tmp_path) == find_checkpoint(step) == step
+    (tmp_path / "checkpoints" / "latest").write_text("step_0000009\n")
+    with user_error("latest", "step_0000009"):
+        find_checkpoint(tmp_path)

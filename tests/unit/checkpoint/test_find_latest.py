@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moiie_megatron.checkpoint.finalize import publish, writing_folder
+from moiie_megatron.checkpoint.finalize import finalize, unfinished_directory
 from moiie_megatron.checkpoint.find_latest import newest_whole
 from moiie_megatron.checkpoint.manifest import MANIFEST_FILE, damage, write_manifest
 
@@ -15,11 +15,11 @@ from moiie_megatron.checkpoint.manifest import MANIFEST_FILE, damage, write_mani
 def _save(run: Path, step: int, keep: int = 3) -> Path:
     """A checkpoint of a few bytes, saved as a run does."""
     final = run / "checkpoints" / f"step_{step:07d}"
-    beside = writing_folder(final)
+    beside = unfinished_directory(final)
     beside.mkdir(parents=True)
     for name in (".metadata", "metadata.json", "common.pt", "__0_0.distcp", "run.yaml"):
         (beside / name).write_text(f"{name} of {step}")
-    publish(final, keep=keep)
+    finalize(final, keep=keep)
     return final
 
 

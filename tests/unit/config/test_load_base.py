@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moiie_megatron.config.load import load_config
+from tests.helpers.user_errors import user_error
 from tests.unit.config.minimal import MINIMAL
 
 
@@ -71,29 +72,17 @@ def test_bases_follow_each_other_and_name_variables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "parts"),
     [
-        ("base: 3\n", "base is 3 in {folder}/run.yaml: name a YAML file."),
-        ("base:\n", "base is None in {folder}/run.yaml: name a YAML file."),
-        (
-            "base: other.yaml\n",
-            "The configuration {folder}/other.yaml does not exist: name a YAML file.",
-        ),
-        (
-            "base: ${NAME}.yaml\n",
-            "base is '${{NAME}}.yaml', but the environment variable NAME is not set: set it, or "
-            "write $${{NAME}} for the text itself.",
-        ),
-        (
-            "base: back.yaml\n",
-            "base is 'run.yaml' in {folder}/back.yaml, which leads back to a file above it.",
-        ),
+        ("base: 3\n", ("base", "3", "{folder}/run.yaml", "YAML file")),
+        ("base:\n", ("base", "None", "{folder}/run.yaml", "YAML file")),
+        ("base: other.yaml\n", ("{folder}/other.yaml", "does not exist")),
+        ("base: ${NAME}.yaml\n", ("base", "'${{NAME}}.yaml'", "variable NAME")),
+        ("base: back.yaml\n", ("base", "run.yaml", "{folder}/back.yaml", "back to a file")),
     ],
 )
-def test_mistakes(tmp_path: Path, text: str, message: str) -> None:
+def test_mistakes(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
     _write(tmp_path, run=text, back="base: run.yaml\n")
 
-    with pytest.raises(ValueError) as caught:
+    with user_error(*(part.format(folder=tmp_path) for part in parts)):
         load_config(tmp_path / "run.yaml", environ={})
-
-    assert str(caught.value) == message.format(folder=tmp_path)

@@ -13,6 +13,7 @@ from moiie_megatron.config.load import dump_config, load_config
 from moiie_megatron.config.validate import check_paths
 from moiie_megatron.data.stream.build import build_sources
 from moiie_megatron.data.stream.order import Blend
+from tests.helpers.user_errors import user_error
 from tests.unit.config.minimal import load_minimal
 
 CONFIGS = Path(__file__).resolve().parents[3] / "examples" / "configs"
@@ -70,18 +71,18 @@ def test_the_publisher_s_shares() -> None:
 def test_what_is_no_list_of_sources(tmp_path: Path) -> None:
     file = tmp_path / "mixture.yaml"
     override = [f"data.sources={file}"]
-    with pytest.raises(ValueError, match="data.sources .*mixture.yaml does not exist: name a"):
+    with user_error("data.sources", file, "does not exist"):
         load_minimal(tmp_path, override)
     file.write_text("sources: []")
-    with pytest.raises(ValueError, match=r"mixture.yaml', which holds .*that holds a list with"):
+    with user_error("data.sources", file, "list"):
         load_minimal(tmp_path, override)
     file.write_text("- {records: '${HERE}/a.json', images: b, weights: 2}")
-    with pytest.raises(ValueError, match=r"data.sources.0.records is .*variable HERE is not set"):
+    with user_error("data.sources.0.records", "variable HERE"):
         load_minimal(tmp_path, override)
-    with pytest.raises(ValueError, match="data.sources.0.weights is not a known key: did you mean"):
+    with user_error("data.sources.0.weights", "did you mean weight"):
         load_minimal(tmp_path, override, environ={"HERE": "/data"})
     file.write_text("- {records: a.json, images: b, weight: 0}")
-    with pytest.raises(ValueError, match="data.sources.0.weight is 0: use a number above 0"):
+    with user_error("data.sources.0.weight", "0", "above 0"):
         load_minimal(tmp_path, override)
     file.write_text("- {records: a.json, images: b, weight: 2.5, name: mine}")
     source = load_minimal(tmp_path, override).data.sources[0]

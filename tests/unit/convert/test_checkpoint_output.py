@@ -17,6 +17,7 @@ from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
 from moiie_megatron.convert.upcycle import upcycle_checkpoint
 from moiie_megatron.utils.errors import UserError
 from tests.helpers.tiny_hf import write_language, write_vision
+from tests.helpers.user_errors import user_error
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_an_error_in_the_middle_leaves_nothing(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(CheckpointWriter, "write_expert", full)
-    with pytest.raises(ValueError, match="No space left"):
+    with user_error("No space left"):
         upcycle_checkpoint(llm, vision, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

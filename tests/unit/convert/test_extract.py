@@ -14,6 +14,7 @@ from moiie_megatron.convert.extract import extract_expert
 from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 from moiie_megatron.hf.modeling_moiie import MoiieForConditionalGeneration
 from tests.helpers.tiny_hf import write_language, write_vision
+from tests.helpers.user_errors import user_error
 
 NAMES = ["vision.0", "shared.0", "shared.1", "text.0"]
 
@@ -89,17 +90,17 @@ def test_vanilla_experts_are_all_shared(tmp_path: Path) -> None:
 
 MODEL = "model.safetensors"
 PROBLEMS = [
-    (["vision.1"], "vision.1 is not in .*: use vision.0, shared.0, shared.1 or text.0"),
-    (["3"], "The expert 3 is not in"),
-    (["text.0"] * 3, "3 experts are named but .* has 2 MoE layers"),
+    (["vision.1"], ("vision.1", "vision.0, shared.0, shared.1 or text.0")),
+    (["3"], ("3", "vision.0, shared.0")),
+    (["text.0"] * 3, ("3 experts", "2 MoE layers")),
 ]
 
 
-@pytest.mark.parametrize(("experts", "message"), PROBLEMS)
+@pytest.mark.parametrize(("experts", "parts"), PROBLEMS)
 def test_experts_that_are_not_there(
-    experts: list[str], message: str, checkpoint: Path, tmp_path: Path
+    experts: list[str], parts: tuple[str, ...], checkpoint: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with user_error(checkpoint, *parts):
         extract_expert(checkpoint, experts, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -107,10 +108,10 @@ def test_experts_that_are_not_there(
 def test_nothing_to_extract_or_no_place_for_it(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "diary.txt").write_text("mine")
-    with pytest.raises(ValueError, match="exists: name another folder"):
+    with user_error(tmp_path / "out", "exists", "another directory"):
         extract_expert(checkpoint, ["text.0"], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"holds no config.json, so --force does not replace it"):
+    with user_error(tmp_path / "out", "config.json", "--force"):
         extract_expert(checkpoint, ["text.0"], tmp_path / "out", force=True)
     dense = _made(tmp_path / "made", "llama", variant="dense")
-    with pytest.raises(ValueError, match="is dense, it has no experts"):
+    with user_error(dense, "dense", "no experts"):
         extract_expert(dense, ["text.0"], tmp_path / "dense")

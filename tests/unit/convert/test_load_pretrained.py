@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moiie_megatron.config.schema import MoEConfig, ParallelConfig, RunConfig, VisionConfig
+from moiie_megatron.config.schema import MoEConfig, RunConfig, VisionConfig
 from moiie_megatron.convert.fill_model import fill_model
 from moiie_megatron.convert.load_pretrained import load_pretrained
 from moiie_megatron.families.weight_map import CONNECTOR, connector_rows, vision_rows
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.parallel import ParallelContext
+from tests.helpers.user_errors import user_error
 from tests.parity import golden, tiny
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ParallelContext]:
-    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    destroy_parallel()
 
 
 @pytest.fixture
@@ -43,10 +37,10 @@ def _config(
     return tiny.run_config(tiny.language("llama", pretrained=str(directory)), moe, vision)
 
 
-def _refused(config: RunConfig, context: ParallelContext, message: str) -> None:
+def _refused(config: RunConfig, context: ParallelContext, *parts: object) -> None:
     model = tiny.build(config, context)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=message):
+    with user_error(*parts):
         load_pretrained(model, config)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -54,15 +48,13 @@ def _refused(config: RunConfig, context: ParallelContext, message: str) -> None:
 def test_a_missing_tensor(dense: Path, context: ParallelContext) -> None:
     name = "model.layers.2.self_attn.k_proj.weight"
     _edit(dense, lambda weights: weights.pop(name))
-    _refused(_config(dense), context, f"{name} is missing in {re.escape(str(dense))}")
+    _refused(_config(dense), context, name, "missing", dense)
 
 
 def test_tensors_without_a_place(dense: Path, context: ParallelContext) -> None:
     extra = {f"model.layers.{i}.self_attn.q_proj.bias": torch.zeros(64) for i in range(4)}
     _edit(dense, lambda weights: weights.update(extra))
-    _refused(
-        _config(dense), context, r"no place for \(.*layers.0.self_attn.q_proj.bias.* and 1 more"
-    )
+    _refused(_config(dense), context, dense, "layers.0.self_attn.q_proj.bias", "1 more")
 
 
 def test_a_tensor_of_another_shape(dense: Path, context: ParallelContext) -> None:
@@ -70,16 +62,14 @@ def test_a_tensor_of_another_shape(dense: Path, context: ParallelContext) -> Non
     weights["lm_head.weight"] = torch.zeros(260, 64)
     save_file(weights, dense / "model.safetensors")
     config = _config(dense)
-    with pytest.raises(ValueError, match=r"output_layer.weight has shape \(260, 64\).*\(256, 64\)"):
+    with user_error("output_layer.weight", "(260, 64)", "(256, 64)"):
         load_pretrained(tiny.build(config, context), config)
 
 
 def test_another_architecture(dense: Path, context: ParallelContext) -> None:
     values = json.loads((dense / "config.json").read_text()) | {"rope_theta": 1e4}
     (dense / "config.json").write_text(json.dumps(values))
-    _refused(
-        _config(dense), context, "language.rotary_base is 500000.0 where rope_theta is 10000.0"
-    )
+    _refused(_config(dense), context, "language.rotary_base", "500000.0", "rope_theta", "10000.0")
 
 
 def test_experts_cannot_become_dense(context: ParallelContext) -> None:
@@ -89,7 +79,7 @@ def test_experts_cannot_become_dense(context: ParallelContext) -> None:
 
 def test_experts_of_another_number(context: ParallelContext) -> None:
     moe = MoEConfig(num_vision_experts=2, num_shared_experts=4, num_text_experts=2)
-    _refused(_config(golden.ROOT / "tiny_llama_moiie", moe), context, r"mlp.experts.4.* is missing")
+    _refused(_config(golden.ROOT / "tiny_llama_moiie", moe), context, "mlp.experts.4", "missing")
 
 
 def test_rotary_buffers_and_a_vision_tower_are_ignored(
@@ -155,12 +145,12 @@ def test_vision_tensors_without_a_place_and_missing_ones(
     parameters = dict(tiny.build(config, context).named_parameters())
     weights = {r.hf[0]: parameters[r.megatron].detach().clone() for r in vision_rows(vision)}
     _write_vision(tmp_path, vision, weights | {"vision_model.extra.weight": torch.ones(1)})
-    _refused(config, context, r"no place for \(extra.weight\)")
+    _refused(config, context, "extra.weight")
     weights.pop("vision_model.post_layernorm.bias")
     _write_vision(tmp_path, vision, weights)
-    _refused(config, context, "vision_model.post_layernorm.bias is missing")
+    _refused(config, context, "vision_model.post_layernorm.bias", "missing")
     _write_vision(tmp_path, vision, {"text_model.x": torch.ones(1)})
-    _refused(config, context, "holds 0 vision towers")
+    _refused(config, context, tmp_path, "0 vision towers")
 
 
 def _write_vision(folder: Path, vision: VisionConfig, weights: dict[str, Tensor]) -> None:

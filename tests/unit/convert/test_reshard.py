@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,10 +24,11 @@ from moiie_megatron.convert.reshard import reshard_checkpoint
 from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 from moiie_megatron.convert.verify import compare_tensors
 from moiie_megatron.families.weight_map import model_rows
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.utils.digest import same_bytes
 from moiie_megatron.vlm.build import build_model
 from tests.helpers.tiny_hf import write_language, write_vision
+from tests.helpers.user_errors import user_error
 
 LAYOUTS = {
     "1": ParallelConfig(),
@@ -48,12 +48,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def checkpoint(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "checkpoint"
     return upcycle_checkpoint(*sources, out, UpcycleOptions(perturb=0.1))
-
-
-@pytest.fixture
-def context() -> Iterator[ParallelContext]:
-    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    destroy_parallel()
 
 
 def _metadata(folder: Path) -> Metadata:
@@ -167,36 +161,35 @@ def test_layouts_that_cannot_be(
 ) -> None:
     dense = upcycle_checkpoint(*sources, tmp_path / "dense", UpcycleOptions(variant="dense"))
     before = sorted(tmp_path.rglob("*"))
-    for source, layout, message in [
-        (checkpoint, {"tensor": 3}, "parallel.tensor is 3 but language.num_attention_heads is 4"),
-        (checkpoint, {"pipeline": 3}, "parallel.pipeline is 3 but language.num_layers is 4"),
-        (checkpoint, {"expert": 8}, "parallel.expert is 8 but the moe section has 4 experts"),
-        (checkpoint, {"expert_tensor": 5}, "parallel.expert_tensor is 5"),
-        (dense, {"expert": 2}, "parallel.expert is 2 .* has no experts: leave both at 1"),
+    for source, layout, parts in [
+        (checkpoint, {"tensor": 3}, ("parallel.tensor", "3", "language.num_attention_heads")),
+        (checkpoint, {"pipeline": 3}, ("parallel.pipeline", "3", "language.num_layers")),
+        (checkpoint, {"expert": 8}, ("parallel.expert", "8", "4 experts")),
+        (checkpoint, {"expert_tensor": 5}, ("parallel.expert_tensor", "5")),
+        (dense, {"expert": 2}, ("parallel.expert", "2", "no experts", "at 1")),
     ]:
-        with pytest.raises(ValueError, match=message) as caught:
+        with user_error(*parts):
             reshard_checkpoint(source, tmp_path / "out", ParallelConfig(**layout))
-        assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     layout, out = ParallelConfig(tensor=2), tmp_path / "out"
 
-    def refused(source: Path, message: str) -> None:
+    def refused(source: Path, *parts: object) -> None:
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(ValueError, match=message):
+        with user_error(*parts):
             reshard_checkpoint(source, out, layout)
         assert sorted(tmp_path.rglob("*")) == before
 
-    refused(tmp_path / "none", "is no checkpoint")
+    refused(tmp_path / "none", tmp_path / "none", "no checkpoint")
     _with_optimizer(checkpoint, tmp_path / "in")
     torch.save({"format_version": FORMAT_VERSION + 1}, tmp_path / "in" / "common.pt")
-    refused(tmp_path / "in", f"format version {FORMAT_VERSION + 1}")
+    refused(tmp_path / "in", tmp_path / "in", "version", FORMAT_VERSION + 1, "update")
     (tmp_path / "in" / "metadata.json").unlink()
-    refused(tmp_path / "in", "is not a complete Megatron checkpoint")
+    refused(tmp_path / "in", tmp_path / "in", "not a complete")
     reshard_checkpoint(checkpoint, out, layout)
-    refused(checkpoint, f"{out} exists: name another folder, or replace it with --force")
+    refused(checkpoint, out, "exists", "--force")
     reshard_checkpoint(checkpoint, out, ParallelConfig(expert=2), force=True)
     assert load_config(out / "run.yaml").parallel == ParallelConfig(expert=2)
 
@@ -207,7 +200,7 @@ def test_a_file_that_is_cut_off(checkpoint: Path, tmp_path: Path) -> None:
     whole = file.read_bytes()
     for length, name in ((len(whole) - 5, "is cut off"), (len(whole) // 2, "cannot be read")):
         file.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=f"{file} {name}"):
+        with user_error(file, name):
             reshard_checkpoint(tmp_path / "in", tmp_path / "out", ParallelConfig(tensor=2))
         assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -225,5 +218,5 @@ def test_owners_follow_the_placement(checkpoint: Path) -> None:
         for cut in shard_plan(changed, row, (4, 32, 48)):
             assert cut.stage == 1 and cut.shape == (1, 32, 48) and cut.owner[0] == "expert"
             ranks.setdefault(int(cut.owner[1]), []).append(cut.offsets[0])
-        places = changed.placement.order
+        places = changed.placement.physical_to_logical
         assert ranks == {0: list(places[:2]), 1: list(places[2:])}

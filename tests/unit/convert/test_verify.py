@@ -21,6 +21,7 @@ from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 from moiie_megatron.convert.verify import TensorReport, compare_tensors
 from tests.helpers.reference import write_reference
 from tests.helpers.tiny_hf import write_language, write_tokenizer, write_vision
+from tests.helpers.user_errors import user_error
 from tests.parity import hf_models
 
 
@@ -225,21 +226,20 @@ def test_one_pair_in_memory(llama: Path) -> None:
 
 
 def test_what_cannot_be_opened(llama: Path, tmp_path: Path) -> None:
-    def refused(path: Path, message: str) -> None:
-        with pytest.raises(ValueError, match=message) as caught:
+    def refused(path: Path, *parts: object) -> None:
+        with user_error(*parts):
             open_weights(path)
-        assert "\n" not in str(caught.value)
 
-    refused(tmp_path / "none", f"no folder {tmp_path / 'none'}")
-    refused(tmp_path, "neither config.json .* nor run.yaml")
-    refused(llama / "vision", "model_type is 'siglip_vision_model'")
+    refused(tmp_path / "none", tmp_path / "none", "no folder")
+    refused(tmp_path, tmp_path, "config.json", "run.yaml")
+    refused(llama / "vision", "model_type", "'siglip_vision_model'")
     spoilt = Path(shutil.copytree(llama / "checkpoint", tmp_path / "spoilt"))
     torch.save({"format_version": FORMAT_VERSION + 1}, spoilt / "common.pt")
-    refused(spoilt, f"format version {FORMAT_VERSION + 1}")
+    refused(spoilt, spoilt, "version", FORMAT_VERSION + 1, "update")
     (spoilt / "metadata.json").unlink()
-    refused(spoilt, "is not a complete Megatron checkpoint")
+    refused(spoilt, spoilt, "not a complete")
     name = "model.language_model.layers.3.mlp.experts.2.up_proj.weight"
-    refused(_changed(llama / "export", tmp_path / "less", name, None), f"{name} is missing")
+    refused(_changed(llama / "export", tmp_path / "less", name, None), name, "missing")
     file = Path(shutil.copytree(llama / "llm", tmp_path / "cut")) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    refused(tmp_path / "cut", f"{file} cannot be read")
+    refused(tmp_path / "cut", file, "cannot be read")

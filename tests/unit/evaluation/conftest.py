@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from moiie_megatron.checkpoint.directory import find_checkpoint
 from moiie_megatron.config.load import load_config
-from moiie_megatron.config.schema import ParallelConfig
 from moiie_megatron.data.digits.dataset import write_digits
 from moiie_megatron.evaluation.generate import Generator, checkpoint_config
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.loop import train
 
 CONFIG = Path(__file__).resolve().parents[3] / "examples" / "configs" / "digits-stage2.yaml"
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ParallelContext]:
-    torch.set_num_threads(1)
-    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    destroy_parallel()
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from moiie_megatron.evaluation.generate import (
 )
 from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.mcore.parallel import ParallelContext
+from tests.helpers.user_errors import user_error
 
 
 @pytest.fixture
@@ -112,12 +113,12 @@ def test_no_prompts_no_answers(generator: Generator) -> None:
 
 
 def test_too_long(generator: Generator, prompts: list[Prompt]) -> None:
-    with pytest.raises(ValueError, match="max_position_embeddings 512: shorten"):
+    with user_error("language.max_position_embeddings", 512):
         generator.generate(prompts, 500)
 
 
 def test_placeholders_and_images_must_match(generator: Generator) -> None:
-    with pytest.raises(ValueError, match="1 <image> placeholders but 0 images"):
+    with user_error("1 <image>", "0 images"):
         generator.prompt([Turn("user", "<image>\nWhat?")], [])
 
 
@@ -129,7 +130,7 @@ def test_a_checkpoint_is_enough(run: Path, digits: Path, tmp_path: Path) -> None
     assert config.data.tokenizer == str(moved) and config.parallel.expert == 2
     theirs, ours = load_tokenizer(digits / "tokenizer.model"), load_tokenizer(moved)
     assert ours.encode("Is there a six?") == theirs.encode("Is there a six?")
-    with pytest.raises(ValueError, match="is no checkpoint: name a step_"):
+    with user_error(tmp_path, "step_"):
         find_checkpoint(tmp_path)
 
 
@@ -137,7 +138,7 @@ def test_pipeline_parallelism_is_refused(
     run: Path, context: ParallelContext, generator: Generator
 ) -> None:
     config = checkpoint_config(find_checkpoint(run), ["parallel.pipeline=2"])
-    with pytest.raises(ValueError, match="parallel.pipeline is 2: generation needs 1"):
+    with user_error("parallel.pipeline", 2):
         Generator(config, context, generator.model)
 
 

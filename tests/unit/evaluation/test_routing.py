@@ -18,6 +18,7 @@ from moiie_megatron.evaluation.routing import _batch, measure_routing
 from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.moe.router import ModalityRouter
+from tests.helpers.user_errors import user_error
 
 SAMPLES = 5
 
@@ -90,7 +91,7 @@ def test_unreadable_samples_are_left_out(
     record = measure(generator, Damaged({1, 2}), context, config, batch=1)
     assert (record["samples"], record["skipped_samples"]) == (3, 2)
     assert record["layers"]["1"]["text"]["tokens"] == (types == TEXT).sum()
-    with pytest.raises(ValueError, match="None of the first 5 samples can be read"):
+    with user_error("first 5 samples"):
         measure(generator, Damaged(set(range(SAMPLES))), context, config)
 
 
@@ -110,5 +111,5 @@ def test_a_dense_model_routes_nothing(
     generator: Generator, dataset: LlavaDataset, context: ParallelContext, config: RunConfig
 ) -> None:
     dense = config.model_copy(update={"stage": config.stage.model_copy(update={"moe": False})})
-    with pytest.raises(ValueError, match="is dense"):
+    with user_error("stage", "dense"):
         measure(generator, dataset, context, dense)

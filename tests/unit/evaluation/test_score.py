@@ -1,4 +1,4 @@
-"""Scores count exact matches, by kind, and tell what needs the picture."""
+"""Scores count exact matches, by kind, and show what needs the image."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from pathlib import Path
 import pytest
 
 from moiie_megatron.evaluation.generate import Generator, Prompt
-from moiie_megatron.evaluation.score import (
-    Outcome,
-    Score,
-    read_questions,
-    same_answer,
-    score,
-)
+from moiie_megatron.evaluation.score import Outcome, Score, read_questions, score
+from moiie_megatron.utils.text import same_answer
+from tests.helpers.user_errors import user_error
 
 
 @pytest.mark.parametrize(
@@ -58,7 +54,7 @@ def test_score_asks_the_model(generator: Generator, digits: Path) -> None:
     assert result.outcomes[5].expected == record.turns[-1].text
 
 
-def test_a_model_that_reads_the_picture(
+def test_a_model_that_reads_the_image(
     generator: Generator, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two accuracies differ exactly where answers depend on pixels."""
@@ -75,25 +71,25 @@ def test_a_model_that_reads_the_picture(
 
 def test_missing_image_names_the_question(generator: Generator, digits: Path) -> None:
     questions = read_questions(digits / "test.jsonl")[:1]
-    with pytest.raises(ValueError, match="Question test-0-0: image test/00000.png does not exist"):
+    with user_error("test-0-0", "test/00000.png"):
         score(generator, questions, digits / "images" / "train")
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "part"),
     [
-        ("", "holds no records"),
-        ("{", r"\[0\]: not valid JSON"),
-        (json.dumps({"conversations": [{"from": "human", "value": "a"}]}), "the expected answer"),
-        (json.dumps({"conversations": []}), r"\[0\]: conversations must be"),
+        ("", "no records"),
+        ("{", "[0]"),
+        (json.dumps({"conversations": [{"from": "human", "value": "a"}]}), "[0]"),
+        (json.dumps({"conversations": []}), "conversations"),
     ],
 )
-def test_bad_question_files(tmp_path: Path, text: str, message: str) -> None:
+def test_bad_question_files(tmp_path: Path, text: str, part: str) -> None:
     file = tmp_path / "test.jsonl"
     file.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with user_error(file, part):
         read_questions(file)
-    with pytest.raises(ValueError, match="Cannot read"):
+    with user_error(tmp_path / "none.jsonl"):
         read_questions(tmp_path / "none.jsonl")
 
 
@@ -108,5 +104,5 @@ def test_line_separators_inside_a_question(tmp_path: Path) -> None:
 
 
 def test_no_questions(generator: Generator, digits: Path) -> None:
-    with pytest.raises(ValueError, match="no questions to score"):
+    with user_error("questions"):
         score(generator, [], digits / "images")

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.launch import ROOT, environment, fork_of, python, run
+from tests.helpers.fork_server import ForkServer
+from tests.helpers.launch import FORKS, ROOT, environment, fork_of, is_running, python, run
 
 PROGRAM = """
 import os, sys, time
@@ -26,6 +28,19 @@ if what == "error":
 if what == "wait":
     time.sleep(60)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One of these tests' own, where the session has none."""
+    if FORKS in os.environ:
+        yield
+        return
+    directory = tmp_path_factory.mktemp("forks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FORKS, str(directory))
+        yield
+    ForkServer(directory).stop()
 
 
 @pytest.fixture
@@ -65,7 +80,7 @@ def test_signals(program: Path, number: int) -> None:
         process.send_signal(number)
         assert process.wait(10) == -number
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{fork}").exists():
+    while is_running(fork):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -76,3 +91,23 @@ def test_a_killed_fork(program: Path) -> None:
         assert process.stdout is not None and process.stdout.readline()
         os.kill(fork_of(process), signal.SIGKILL)
         assert process.wait(10) == -signal.SIGKILL
+
+
+def test_a_second_start_changes_nothing() -> None:
+    server = ForkServer(Path(os.environ[FORKS]))
+    python()
+    pid = (server.directory / "pid").read_text()
+    server.start(environment())
+    assert (server.directory / "pid").read_text() == pid and is_running(int(pid))
+
+
+def test_it_ends_with_the_session(tmp_path: Path) -> None:
+    server = ForkServer(tmp_path)
+    server.start(environment())
+    pid = int((tmp_path / "pid").read_text())
+    assert is_running(pid)
+    server.stop()
+    deadline = time.monotonic() + 20
+    while is_running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from moiie_megatron.layout.experts import ExpertLayout
-from moiie_megatron.layout.placement import balanced, contiguous, expected_loads
+from moiie_megatron.layout.placement import balanced, contiguous, expected_loads, place_experts
+from tests.helpers.user_errors import user_error
 
 FOUR, EIGHT = ExpertLayout(1, 2, 1), ExpertLayout(2, 4, 2)
 
@@ -33,17 +34,17 @@ def test_known_imbalance(
     assert contiguous(layout, ep_size, image_fraction).imbalance == pytest.approx(plain)
     found = balanced(layout, ep_size, image_fraction=image_fraction)
     assert found.imbalance == pytest.approx(best)
-    assert sorted(found.order) == list(range(layout.num_experts))
+    assert sorted(found.physical_to_logical) == list(range(layout.num_experts))
 
 
-def test_every_rank_gets_an_equal_share_where_the_numbers_allow() -> None:
+def test_groups_are_spread_evenly_where_the_numbers_allow() -> None:
     found = balanced(EIGHT, 2)
-    assert found.order == (0, 2, 3, 6, 1, 4, 5, 7)
+    assert found.physical_to_logical == (0, 2, 3, 6, 1, 4, 5, 7)
     assert found.balanced_for_any_fraction
-    assert found.describe(EIGHT) == "V S S T | V S S T (balanced for any share of image tokens)"
+    assert found.describe(EIGHT) == "V S S T | V S S T (balanced for any fraction of image tokens)"
 
 
-def test_the_logical_order_stays_where_nothing_is_better() -> None:
+def test_the_identity_is_kept_where_nothing_is_better() -> None:
     assert balanced(FOUR, 4, image_fraction=0.8).is_identity
     assert balanced(FOUR, 2, image_fraction=0.8).is_identity
     assert "1.20 of the mean" in balanced(FOUR, 2, image_fraction=0.8).describe(FOUR)
@@ -65,7 +66,15 @@ def test_loads_add_up_to_top_k() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="parallel.expert is 3 but there are 4 experts"):
+    with user_error("parallel.expert", 3, "4 experts"):
         balanced(FOUR, 3)
-    with pytest.raises(ValueError, match="There are 2 loads for 4 experts"):
+    with pytest.raises(ValueError, match="2 loads for 4 experts"):
         balanced(FOUR, 2, loads=[1.0, 2.0])
+
+
+def test_a_placement_is_computed_once() -> None:
+    layout = ExpertLayout(2, 4, 2)
+    found = place_experts("balanced", layout, 2, 0.7, None)
+    assert found == balanced(layout, 2, image_fraction=0.7)
+    assert place_experts("balanced", layout, 2, 0.7, None) is found
+    assert place_experts("contiguous", layout, 2, 0.7, None) == contiguous(layout, 2, 0.7)

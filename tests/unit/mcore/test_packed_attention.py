@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import accumulate
 
 import pytest
@@ -12,21 +11,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from moiie_megatron.config.schema import ParallelConfig
 from moiie_megatron.mcore.attention import SDPACoreAttention
 from moiie_megatron.mcore.packed_sequences import Segments, segments_of
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.rope import ScaledRotaryEmbedding
 
 LENGTHS = (5, 1, 9, 2)
 HEADS, SIZE = 4, 8
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ParallelContext]:
-    torch.set_num_threads(1)
-    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    destroy_parallel()
 
 
 def segments(context: ParallelContext, lengths: tuple[int, ...] = LENGTHS) -> Segments:

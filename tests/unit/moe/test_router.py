@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moiie_megatron.config.schema import ParallelConfig
 from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.token_types import IMAGE, PADDING, TEXT
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
-from moiie_megatron.moe.router import ModalityRouter, RouterSettings
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.moe.router import ModalityRouter, RouterSettings, recording
 
 HIDDEN, TOKENS = 32, 50
 LAYOUT = ExpertLayout.from_variant("moiie")
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ParallelContext]:
-    torch.set_num_threads(1)
-    yield init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    destroy_parallel()
 
 
 def router(
@@ -45,7 +35,16 @@ def router(
     )
     coeffs = {"vision": alpha, "text": alpha}
     settings = RouterSettings(LAYOUT, coeffs, init_std=0.5, z_loss_coeff=z_loss)
-    return ModalityRouter(config, context.groups, settings)
+    return ModalityRouter(config, context.groups, settings, device=torch.device("cpu"))
+
+
+def small_router(context: ParallelContext, layout: ExpertLayout = LAYOUT) -> ModalityRouter:
+    """Hidden size 3, for examples by hand."""
+    config = TransformerConfig(
+        num_layers=1, hidden_size=3, num_attention_heads=1, moe_router_dtype="fp32"
+    )
+    settings = RouterSettings(layout, dict.fromkeys(layout.routers, 0.0), init_std=0.5)
+    return ModalityRouter(config, context.groups, settings, device=torch.device("cpu"))
 
 
 def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -77,6 +76,63 @@ def test_top_two_of_the_own_router_renormalised(context: ParallelContext) -> Non
         assert torch.equal(chosen[token], wanted > 0)
 
 
+def test_three_tokens_by_hand(context: ParallelContext) -> None:
+    """The example in the head of ``moe/router.py``.
+
+    Hidden states are unit vectors, so that the score of a token is one column of its gate:
+
+                   a image  b text  c padding               a     b     c
+        vision  V     1        9       9        text  S     9     0     3
+                S     0        9       9              S     9     1     0
+                S     2        9       9              T     9    0.5    3
+
+    A 9 would be chosen if a token were scored by the other gate.
+    """
+    module = small_router(context).eval()
+    types = torch.tensor([[IMAGE], [TEXT], [PADDING]], dtype=torch.int8)
+    with torch.no_grad():
+        module.gates["vision"].copy_(torch.tensor([[1.0, 9, 9], [0, 9, 9], [2, 9, 9]]))
+        module.gates["text"].copy_(torch.tensor([[9.0, 0, 3], [9, 1, 0], [9, 0.5, 3]]))
+        hidden = torch.eye(3).unsqueeze(1)
+        scores = module.scores(hidden.squeeze(1), types.flatten())
+        probs, chosen = module(hidden, types)
+    no = float("-inf")
+    assert scores.tolist() == [[1, 0, 2, no], [no, 0, 1, 0.5], [no, 3, 0, 3]]
+    assert chosen.int().tolist() == [[1, 0, 1, 0], [0, 0, 1, 1], [0, 1, 0, 1]]
+    by_hand = [[0.2689, 0, 0.7311, 0], [0, 0, 0.6225, 0.3775], [0, 0.5, 0, 0.5]]
+    assert torch.allclose(probs, torch.tensor(by_hand), atol=1e-4)
+
+
+def test_one_joint_gate_scores_every_token(context: ParallelContext) -> None:
+    """Vanilla MoE: the type of a token does not matter."""
+    module = small_router(context, ExpertLayout.from_variant("vanilla")).eval()
+    hidden = torch.eye(3).unsqueeze(1)
+    image = module(hidden, torch.full((3, 1), IMAGE, dtype=torch.int8))
+    text = module(hidden, torch.full((3, 1), TEXT, dtype=torch.int8))
+    assert torch.equal(image[0], text[0]) and torch.equal(image[1], text[1])
+    wanted = torch.softmax(module.gates["joint"].t(), dim=-1).topk(2)
+    assert torch.allclose(image[0].topk(2).values, wanted.values / wanted.values.sum(1, True))
+
+
+def test_recording_counts_in_evaluation_mode_within_the_block(context: ParallelContext) -> None:
+    module = router(context).eval()
+    hidden, types = tokens()
+    module(hidden, types)
+    assert not module.stats.tokens_M.any()
+    with recording(module):
+        assert module.is_counting
+        module(hidden, types)
+    counted = [int((types == IMAGE).sum()), int((types == TEXT).sum())]
+    assert module.stats.tokens_M.tolist() == counted and not module.is_counting
+
+
+def test_recording_ends_with_an_exception(context: ParallelContext) -> None:
+    module = router(context).eval()
+    with pytest.raises(KeyError), recording(module):
+        raise KeyError
+    assert not module.records_in_eval
+
+
 def test_z_loss_and_its_gradient(context: ParallelContext) -> None:
     """Mean squared log-sum-exp by router over real tokens; nothing else attached."""
     module = router(context, z_loss=0.3)
@@ -95,7 +151,7 @@ def test_z_loss_and_its_gradient(context: ParallelContext) -> None:
     wanted = torch.autograd.grad(expected, list(module.gates.values()))
     for got, want in zip(found, wanted, strict=True):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-6) and want.abs().max() > 1e-3
-    assert torch.allclose(module.stats.z_R.float(), torch.stack(logged).detach(), rtol=1e-5)
+    assert torch.allclose(module.stats.z_G.float(), torch.stack(logged).detach(), rtol=1e-5)
 
 
 def test_padding_and_replay_are_not_counted(context: ParallelContext) -> None:
@@ -118,7 +174,7 @@ def test_a_modality_without_tokens_costs_nothing(context: ParallelContext) -> No
     probs, _ = module(hidden, types)
     vision, text = torch.autograd.grad(probs.sum() * 0.0, list(module.gates.values()))
     assert not vision.any() and text.any()
-    assert module.stats.aux_R[0] == 0.0 and module.stats.aux_R[1] > 1.9
+    assert module.stats.aux_G[0] == 0.0 and module.stats.aux_G[1] > 1.9
 
 
 @pytest.mark.parametrize("router_dtype", ["fp32", None])

@@ -9,8 +9,8 @@ import pytest
 
 from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.placement import Placement
+from moiie_megatron.routing_stats.load_stats import LayerSums
 from moiie_megatron.routing_stats.record import (
-    LayerSums,
     dead_experts,
     load_entropy,
     max_over_mean,
@@ -21,11 +21,11 @@ LAYOUT = ExpertLayout(1, 2, 1)  # V0 S0 S1 T0
 # The first rank holds V0 and T0.
 PLACEMENT = Placement((0, 3, 1, 2), 2, 1.0, True)
 SUMS = LayerSums(
-    tokens=[8, 4],
-    load=[[8, 6, 2, 0], [0, 4, 0, 4]],
-    prob=[[4.0, 3.0, 1.0, 0.0], [0.0, 1.0, 0.5, 2.5]],
-    rows=[12, 8, 23],
-    remote=[6, 3, 10],
+    tokens_M=[8, 4],
+    load_ME=[[8, 6, 2, 0], [0, 4, 0, 4]],
+    prob_ME=[[4.0, 3.0, 1.0, 0.0], [0.0, 1.0, 0.5, 2.5]],
+    rows_A=[12, 8, 23],
+    remote_A=[6, 3, 10],
 )
 NOTHING = LayerSums([0, 0], [[0] * 4] * 2, [[0.0] * 4] * 2, [0, 0, 0], [0, 0, 0])
 
@@ -37,9 +37,9 @@ def test_a_record_by_hand() -> None:
     assert record["ranks"] == [[0, 3], [1, 2]]
     layer = record["layers"]["1"]
     assert layer["vision"]["tokens"] == 8 and layer["vision"]["load"] == [8, 6, 2, 0]
-    assert layer["vision"]["share"] == [1.0, 0.75, 0.25, 0.0]
+    assert layer["vision"]["fraction"] == [1.0, 0.75, 0.25, 0.0]
     assert layer["vision"]["prob"] == [0.5, 0.375, 0.125, 0.0]
-    assert layer["text"]["share"] == [0.0, 1.0, 0.0, 1.0]
+    assert layer["text"]["fraction"] == [0.0, 1.0, 0.0, 1.0]
     # Of the three experts that text may use, two get half of the load each.
     assert layer["text"]["entropy"] == pytest.approx(math.log(2) / math.log(3), abs=1e-9)
     # V0 8 + T0 4 against S0 10 + S1 2.
@@ -57,7 +57,7 @@ def test_a_record_by_hand() -> None:
 
 def test_a_layer_without_tokens_has_no_means() -> None:
     layer = routing_record({3: NOTHING}, LAYOUT, PLACEMENT, 1)["layers"]["3"]
-    assert layer["vision"]["share"] == [0.0] * 4 and layer["vision"]["entropy"] is None
+    assert layer["vision"]["fraction"] == [0.0] * 4 and layer["vision"]["entropy"] is None
     assert layer["max_over_mean"] is None and layer["dead"] == []
 
 

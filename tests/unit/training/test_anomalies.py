@@ -19,7 +19,7 @@ def test_a_spike_is_told_by_the_median() -> None:
         assert detector.add(2.0) is None
     assert detector.add(6.0) is None  # not above
     assert detector.add(6.5) == 3.25
-    # Spikes do not move what is usual.
+    # Spikes do not move the median.
     assert detector.add(8.0) == 4.0
 
 

@@ -22,36 +22,36 @@ def _handlers() -> Iterator[None]:
 
 def test_nobody_asks() -> None:
     stop = StopRequest()
-    assert stop.stop_flags(None) == stop.stop_flags(60.0) == [0.0, 0.0, 0.0]
-    stop.decide([0.0, 0.0, 0.0], None)
+    assert stop.flags(None) == stop.flags(60.0) == [0.0, 0.0, 0.0]
+    stop.resolve([0.0, 0.0, 0.0], None)
     assert stop.reason is None
 
 
 @pytest.mark.parametrize(
-    ("number", "stop_flags"), [(signal.SIGTERM, [1.0, 0.0, 0.0]), (signal.SIGUSR1, [0.0, 1.0, 0.0])]
+    ("number", "flags"), [(signal.SIGTERM, [1.0, 0.0, 0.0]), (signal.SIGUSR1, [0.0, 1.0, 0.0])]
 )
-def test_a_signal(number: signal.Signals, stop_flags: list[float]) -> None:
+def test_a_signal(number: signal.Signals, flags: list[float]) -> None:
     stop = StopRequest()
     stop.listen()
     for _ in range(2):  # launchers send it again
         os.kill(os.getpid(), number)
-    assert stop.stop_flags(None) == stop_flags
-    assert stop.reason is None  # until all have voted
-    stop.decide(stop_flags, None)
+    assert stop.flags(None) == flags
+    assert stop.reason is None  # until all ranks know
+    stop.resolve(flags, None)
     assert stop.reason == f"signal {number.name}"
 
 
 def test_another_rank_was_asked() -> None:
     stop = StopRequest()
-    stop.decide([0.0, 2.0, 0.0], None)
+    stop.resolve([0.0, 2.0, 0.0], None)
     assert stop.reason == "signal SIGUSR1"
 
 
 def test_time_is_over() -> None:
     stop = StopRequest()
-    stop_flags = stop.stop_flags(1e-9)
-    assert stop_flags == [0.0, 0.0, 1.0]
-    stop.decide(stop_flags, 1e-9)
+    flags = stop.flags(1e-9)
+    assert flags == [0.0, 0.0, 1.0]
+    stop.resolve(flags, 1e-9)
     assert stop.reason == "train.exit_after_minutes 1e-09"
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moiie_megatron.config.schema import MoEConfig, ParallelConfig
+from moiie_megatron.config.schema import MoEConfig
 from moiie_megatron.data.encode.encoder import IGNORE
 from moiie_megatron.layout.token_types import TEXT
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.vlm.model import MoIIEModel
 from tests.parity.tiny import build, language, run_config
 
@@ -20,11 +18,8 @@ MOE = MoEConfig(num_vision_experts=1, num_shared_experts=2, num_text_experts=1)
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[MoIIEModel]:
-    torch.set_num_threads(1)
-    context: ParallelContext = init_parallel(ParallelConfig(), DistEnv(), device="cpu", seed=1)
-    yield build(run_config(language("llama"), MOE), context)
-    destroy_parallel()
+def model(context: ParallelContext) -> MoIIEModel:
+    return build(run_config(language("llama"), MOE), context)
 
 
 def inputs() -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
+from tests.helpers.user_errors import user_error
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}
 
@@ -44,23 +45,23 @@ def test_parts_of_a_tensor_in_its_place(write, tmp_path: Path) -> None:
     assert torch.equal(source.get("row"), TENSORS["a"][1])
     assert torch.equal(source.get("corner"), TENSORS["a"][0, 1:3])
     assert torch.equal(source.get("renamed"), TENSORS["b"])
-    with pytest.raises(ValueError, match="tensor a is missing"):
+    with user_error("tensor a", "missing"):
         source.get("a")
 
 
 def test_a_missing_tensor_is_named_with_its_directory(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"tensor c is missing in {tmp_path}"):
+    with user_error("tensor c", "missing", tmp_path):
         SafetensorsSource(_single(tmp_path)).get("c")
 
 
 def test_a_missing_directory(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"no directory {tmp_path / 'nowhere'}"):
+    with user_error(tmp_path / "nowhere"):
         SafetensorsSource(tmp_path / "nowhere")
 
 
 def test_a_directory_without_safetensors(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match=f"{tmp_path} holds neither model.safetensors"):
+    with user_error(tmp_path, "model.safetensors"):
         SafetensorsSource(tmp_path)
 
 
@@ -68,18 +69,18 @@ def test_a_directory_without_safetensors(tmp_path: Path) -> None:
 def test_a_truncated_file(kept: int, tmp_path: Path) -> None:
     file = _single(tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=f"{file} cannot be read"):
+    with user_error(file, "cannot be read"):
         SafetensorsSource(tmp_path)
 
 
 def test_a_missing_shard(tmp_path: Path) -> None:
     (_sharded(tmp_path) / "model-b.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"index.json lists model-b.safetensors, which is missing"):
+    with user_error("index.json", "model-b.safetensors", "missing"):
         SafetensorsSource(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_a_broken_index(text: str, tmp_path: Path) -> None:
     (_sharded(tmp_path) / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match="index.json cannot be read"):
+    with user_error("index.json", "cannot be read"):
         SafetensorsSource(tmp_path)

@@ -119,10 +119,14 @@ MISTRAL = (
 )
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+QWEN3_ALWAYS = QWEN3.replace("enable_thinking is defined and enable_thinking is false", "true")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3-always", "mistral"])
 def test_templates_of_families_without_an_own_one(family: str, llama3: Tokenizer) -> None:
     """As their tokenizers write conversations: both answers learnt, and the token behind each."""
-    text = {"qwen2": QWEN2, "qwen3": QWEN3, "mistral": MISTRAL}[family]
+    texts = {"qwen2": QWEN2, "qwen3": QWEN3, "qwen3-always": QWEN3_ALWAYS, "mistral": MISTRAL}
+    text = texts[family]
     template = load_template("tokenizer", with_template(llama3, text))
     head, answer, rest = "<|im_start|>{}\n", "<|im_start|>assistant\n", [Segment("\n", False)]
     first = head.format("user") + "<image>\nhi <|im_end|>\n" + answer
@@ -130,7 +134,7 @@ def test_templates_of_families_without_an_own_one(family: str, llama3: Tokenizer
     answers = ["yes<|im_end|>", " so<|im_end|>"]
     if family == "qwen2":
         first = head.format("system") + "Help.<|im_end|>\n" + first
-    elif family == "qwen3":
+    elif family.startswith("qwen3"):
         second += THINK
     else:
         first, second, rest = "<|begin_of_text|>[INST] <image>\nhi [/INST]", "[INST] why[/INST]", []

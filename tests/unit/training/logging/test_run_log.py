@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,36 +11,52 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moiie_megatron.training.logging.router_stats import RouterLosses
-from moiie_megatron.training.logging.run_log import RunLog
-from moiie_megatron.training.logging.scalars import routing_scalars
+from moiie_megatron.routing_stats.counters import RouterLosses
+from moiie_megatron.routing_stats.scalars import routing_scalars
+from moiie_megatron.training.logging.run_log import RunLog, StepReport
 from moiie_megatron.training.step import StepResult
-from tests.unit.analysis.routing_records import record
 from tests.unit.config.minimal import load_minimal
+from tests.unit.routing_stats.routing_records import record
 
 RESULT = StepResult(
-    2.5,
-    1.0,
+    lm_loss=2.5,
+    learning_rates={"moe": 1e-3},
+    grad_norm=1.0,
     label_tokens=10,
     tokens=100,
     image_tokens=40,
     positions=125,
     updated=True,
-    stop_flags=[],
+    also_summed=[],
     losses_M=torch.zeros(1),
 )
 LOSSES = RouterLosses({"vision": 2.25, "text": 2.0})
 ROUTES = {k: v for k, v in record(0, [10, 10, 0, 0], [0, 5, 5, 10]).items() if k != "step"}
 
 
-def open_log(folder: Path, start: int = 0, rank: int = 0) -> RunLog:
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def open_log(folder: Path, start: int = 0, rank: int = 0, clock: Clock | None = None) -> RunLog:
     overrides = [f"output={folder / 'run'}", "log.interval=2"]
-    config = load_minimal(folder, overrides)
-    return RunLog(config, SimpleNamespace(rank=rank), start_step=start, total_steps=5)
+    return RunLog(
+        load_minimal(folder, overrides),
+        SimpleNamespace(rank=rank),
+        start_step=start,
+        total_steps=5,
+        clock=clock or Clock(),
+    )
 
 
 def report(log: RunLog, step: int) -> None:
-    log.step(step, RESULT, {"moe": 1e-3}, LOSSES if log.is_due(step) else None, 0, 0, None)
+    log.step(StepReport(step, RESULT, LOSSES if log.is_due(step) else None))
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -49,9 +64,10 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def test_lines_at_the_interval_and_at_both_ends(tmp_path: Path) -> None:
-    log = open_log(tmp_path)
+    clock = Clock()
+    log = open_log(tmp_path, clock=clock)
     for step in range(1, 6):
-        time.sleep(0.01)
+        clock.now += 0.25
         report(log, step)
     log.close()
     metrics = lines(tmp_path, "metrics.jsonl")
@@ -60,9 +76,9 @@ def test_lines_at_the_interval_and_at_both_ends(tmp_path: Path) -> None:
     assert metrics[2]["tokens"] == 100 and metrics[2]["image_fraction"] == 0.4
     assert metrics[2]["padding_fraction"] == pytest.approx(0.2)
     # Two steps lie between this line and the one before, with 200 tokens.
-    assert metrics[2]["seconds"] >= 0.02
-    assert metrics[2]["tokens_per_second"] * metrics[2]["seconds"] == pytest.approx(200)
-    assert "expert_share" not in metrics[2]
+    assert metrics[2]["seconds"] == pytest.approx(0.5)
+    assert metrics[2]["tokens_per_second"] == pytest.approx(400)
+    assert metrics[2]["lr_moe"] == 1e-3 and "spike" not in metrics[2]
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
@@ -117,14 +133,32 @@ def test_routing_reaches_tensorboard(tmp_path: Path) -> None:
 
 def test_a_pause_is_no_time_of_a_step(tmp_path: Path) -> None:
     """Neither the pause counts nor do the steps before it get lost."""
-    log = open_log(tmp_path)
+    clock = Clock()
+    log = open_log(tmp_path, clock=clock)
     report(log, 2)
     report(log, 3)
-    time.sleep(0.2)
+    clock.now += 0.25
     with log.paused():
-        time.sleep(1.0)
+        clock.now += 10
     report(log, 4)
     log.close()
     line = lines(tmp_path, "metrics.jsonl")[-1]
-    assert line["step"] == 4 and 0.2 <= line["seconds"] < 1.0
-    assert line["tokens_per_second"] == pytest.approx(200 / line["seconds"])
+    assert line["step"] == 4 and line["seconds"] == pytest.approx(0.25)
+    assert line["tokens_per_second"] == pytest.approx(800)
+
+
+def test_what_the_operator_reads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    log = open_log(tmp_path, clock=clock)
+    with caplog.at_level("INFO", logger="moiie_megatron"):
+        clock.now += 1
+        log.step(StepReport(1, RESULT, LOSSES, skipped_samples=3, skipped_steps=1, spike=4.0))
+        log.saved(Path("runs/step_0000001"), 0.25)
+    log.close()
+    assert caplog.messages == [
+        "step 1/5 | loss 2.5000 | aux vision 2.250 text 2.000 | lr 1.00e-03 | grad 1.000 | "
+        "100 tok/s | image 40% | left 00:00:04 | SPIKE: 4.0 x the usual loss",
+        "saved runs/step_0000001 in 0.2 s",
+    ]
+    (line,) = lines(tmp_path, "metrics.jsonl")
+    assert (line["skipped_samples"], line["skipped_steps"], line["spike"]) == (3, 1, 4.0)

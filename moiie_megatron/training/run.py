@@ -1,0 +1,249 @@
+"""The objects of a run, and what one step does with them."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import torch.distributed as dist
+
+from moiie_megatron.checkpoint.find_latest import agree_on_newest
+from moiie_megatron.checkpoint.load_weights import load_weights
+from moiie_megatron.checkpoint.save_load import load_checkpoint
+from moiie_megatron.checkpoint.saver import CheckpointSaver
+from moiie_megatron.config.load import dump_config
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.convert.load_pretrained import load_pretrained
+from moiie_megatron.data.stream.batch import Batch
+from moiie_megatron.data.stream.build import build_train_loader
+from moiie_megatron.data.stream.order import SampleOrder
+from moiie_megatron.data.stream.stream_state import StreamState
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.routing_stats.counters import RoutingCounters
+from moiie_megatron.training.anomalies import AnomalyMonitor
+from moiie_megatron.training.logging.run_log import RunLog, StepReport
+from moiie_megatron.training.profiling import StepProfiler
+from moiie_megatron.training.resume import RunStart
+from moiie_megatron.training.skipped_samples import SkippedSampleLog
+from moiie_megatron.training.state import TrainState, prepare_training
+from moiie_megatron.training.step import StepResult, train_step
+from moiie_megatron.training.stop import StopRequest
+from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.files import atomic_write
+from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.model import MoIIEModel
+
+LOGGER: Final = logging.getLogger(__name__)
+
+
+class Run:
+    """A run that is set up to train; every rank calls every method.
+
+    Args:
+        start: Where it starts; not finished.
+        stop: Checked after every step.
+
+    Attributes:
+        progress: How far it is.
+
+    Raises:
+        UserError: The output directory cannot be written, or weights or the checkpoint do not
+            fit the configuration.
+    """
+
+    def __init__(
+        self, config: RunConfig, context: ParallelContext, start: RunStart, stop: StopRequest
+    ) -> None:
+        self.config = config
+        self.context = context
+        self.progress = start.progress
+        self._total_steps = start.total_steps
+        self._stop = stop
+        _check_output(config, context)
+        self._train_state = _build_train_state(config, context, start)
+        is_energon = config.data.loader == "energon"  # has an order and a state of its own
+        order = None if is_energon else SampleOrder(start.dataset.blend, config.train.seed)
+        self._anomalies = AnomalyMonitor(config, context, order)
+        stream = StreamState()
+        parts = self._train_state.state_parts() | {"counters": {"anomalies": self._anomalies}}
+        if is_energon:
+            parts["stream"] = stream
+        if start.checkpoint is not None:
+            load_checkpoint(start.checkpoint, context, parts)
+        self._announce(start)
+        self._loader = build_train_loader(
+            config,
+            start.dataset,
+            consumed_samples=self.progress.consumed_samples,
+            dp_rank=context.dp_rank,
+            dp_size=context.dp_size,
+            max_over_dp=context.max_over_dp,
+            pin_memory=context.device.is_cuda,
+            state=stream,
+        )
+        self._log = RunLog(
+            config, context, start_step=self.progress.step, total_steps=start.total_steps
+        )
+        self._skipped_samples = SkippedSampleLog(config, context, self.progress)
+        self._saver = CheckpointSaver(config, context, parts, self._log.saved, start.checkpoint)
+        self._profiler = StepProfiler(config, context)
+        self._counters = RoutingCounters(config, context, self._train_state.model)
+        self._train_state.ddp.train()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are done, or all ranks have agreed to stop early."""
+        return self.progress.step >= self._total_steps or self._stop.reason is not None
+
+    def next_batches(self) -> list[Batch]:
+        """This rank's micro-batches of the next step.
+
+        Raises:
+            UserError: Too many samples were skipped.
+        """
+        batches = next(self._loader)
+        self._skipped_samples.add(batches, self.progress.step + 1)
+        return batches
+
+    def step(self, batches: list[Batch]) -> StepResult:
+        """One optimizer step."""
+        exit_after = self.config.train.exit_after_minutes
+        self._profiler.before(self.progress.step + 1)
+        result = train_step(
+            self.config,
+            self.context,
+            self._train_state,
+            batches,
+            also_sum=partial(self._stop.flags, exit_after),
+        )
+        self._stop.resolve(result.also_summed, exit_after)
+        return result
+
+    def report(self, batches: list[Batch], result: StepResult) -> None:
+        """Count and log a step.
+
+        Raises:
+            UserError: Too many steps in a row were skipped, or a checkpoint written in the
+                background has failed.
+        """
+        before = self.progress
+        problem = self._anomalies.observe(before.step + 1, before.consumed_samples, batches, result)
+        self.progress = replace(
+            before,
+            step=before.step + 1,
+            consumed_samples=before.consumed_samples + self.config.train.global_batch_size,
+            skipped_samples=self._skipped_samples.count,
+            skipped_steps=before.skipped_steps + (not result.updated),
+        )
+        self._profiler.after(self.progress.step, last=self.is_over)
+        self._counters.count_step(len(batches) * self.context.dp_size)
+        is_due = self._log.is_due(self.progress.step)
+        self._log.step(
+            StepReport(
+                step=self.progress.step,
+                result=result,
+                router_losses=self._counters.losses() if is_due else None,
+                skipped_samples=self.progress.skipped_samples,
+                skipped_steps=self.progress.skipped_steps,
+                spike=self._anomalies.spike,
+            )
+        )
+        with self._log.paused():
+            self._saver.poll()
+        if problem is not None:
+            self._saver.drain()
+            raise UserError(problem)
+
+    def save_if_due(self) -> None:
+        """Save every ``checkpoint.interval`` steps and at the end, and log the routing.
+
+        Raises:
+            UserError: A checkpoint could not be written.
+        """
+        step = self.progress.step
+        is_due = step % self.config.checkpoint.interval == 0 or self.is_over
+        # Also before a checkpoint, which holds no counters: a run that resumes loses none.
+        if is_due or step % self.config.log.routing_interval == 0:
+            self._log.routing(step, self._counters.record())
+        if is_due:
+            with self._log.paused():
+                self._saver.save(self.progress)
+
+    def finish(self) -> Path:
+        """Wait for the last save and close the logs.
+
+        Returns:
+            The last checkpoint.
+
+        Raises:
+            UserError: It could not be written.
+        """
+        self._saver.drain()
+        self._skipped_samples.close()
+        self._log.close()
+        assert self._saver.newest is not None
+        if self._stop.reason is not None:
+            LOGGER.info(
+                "Stopped after step %d of %d because of %s: the same command goes on from %s.",
+                self.progress.step,
+                self._total_steps,
+                self._stop.reason,
+                self._saver.newest,
+            )
+        return self._saver.newest
+
+    def _announce(self, start: RunStart) -> None:
+        """Leave the resolved configuration in the output directory and say what will happen."""
+        config, context = self.config, self.context
+        if context.rank == 0:
+            with atomic_write(Path(config.output) / "config.yaml") as file:
+                file.write_text(dump_config(config))
+        LOGGER.info(
+            "Stage %s: %s at step %d of %d; trains %s; %d process(es) on %s.",
+            config.stage.name,
+            f"going on from {start.checkpoint}" if start.checkpoint else "starting",
+            self.progress.step,
+            start.total_steps,
+            ", ".join(config.stage.learning_rates),
+            context.size,
+            context.device.type,
+        )
+        LOGGER.info("%s", start.dataset.describe_epoch())
+        dist.barrier()
+
+
+def _build_train_state(config: RunConfig, context: ParallelContext, start: RunStart) -> TrainState:
+    """Model and optimizer; with the initial weights at a run's first start."""
+    model = build_model(config, context)
+    if start.checkpoint is None:
+        _load_initial_weights(config, context, model)
+    return prepare_training(config, context, model, start.total_steps)
+
+
+def _load_initial_weights(config: RunConfig, context: ParallelContext, model: MoIIEModel) -> None:
+    """Weights from an earlier stage's checkpoint, or else from pretrained directories."""
+    if config.checkpoint.init_from is not None:
+        directory = Path(config.checkpoint.init_from)
+        # A run's output directory stands for its newest checkpoint.
+        source = agree_on_newest(directory, context) or directory
+        load_weights(source, context, model, new_connector=config.checkpoint.new_connector)
+        return
+    load_pretrained(model, config)
+
+
+def _check_output(config: RunConfig, context: ParallelContext) -> None:
+    """Refuse an output directory that cannot be written, before the model is built."""
+    if context.rank == 0:
+        try:
+            Path(config.output).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=config.output):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"output is {config.output}, which cannot be written ({error}): name another "
+                "directory, or change its permissions."
+            ) from error

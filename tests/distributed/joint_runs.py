@@ -1,0 +1,105 @@
+"""Runs with experts that start from one dense checkpoint: what their fixtures and tests share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moiie_megatron.config.load import load_saved_config
+from moiie_megatron.convert.upcycle import upcycle_checkpoint
+from tests.helpers.launch import TRAIN, command, run
+from tests.helpers.tiny_hf import write_language, write_vision
+from tests.helpers.tiny_run import tiny_values, write_config
+
+STEPS = 6
+SAVE_EVERY = 2
+
+# A sequence with an image has more than 32 tokens, half of one has not.  Attention is sharp and
+# the frequencies far apart, so that the tiny model feels the difference.
+LONGROPE = {
+    "short_factor": [1.0] * 8,
+    "long_factor": [0.02] * 8,
+    "factor": 1e9,
+    "original_max_position_embeddings": 32,
+}
+
+# Of four layers in two pipeline stages, the second stage's have no experts.
+ONE_LAYER = {"layers": [1]}
+
+
+def joint_values(digits: Path, output: Path, seed: Path, **sections: Mapping[str, Any]) -> Any:
+    """A MoE run that starts from the dense checkpoint; ``sections`` are laid over its own."""
+    values = tiny_values(digits, output)
+    values["train"]["steps"] = STEPS
+    values["checkpoint"]["init_from"] = str(seed)
+    for section, changes in sections.items():
+        values[section] = {**values.get(section, {}), **changes}
+    return values
+
+
+# Families whose attention has what others lack, and how their tiny models show it.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"head_dim": 16, "sliding_window": 20},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+}
+
+
+def make_family(folder: Path, family: str) -> None:
+    """An upcycled checkpoint of a family's tiny model, as ``folder/FAMILY-checkpoint``."""
+    values = {"vocab_size": 512, "max_position_embeddings": 512, **FAMILIES[family]}
+    llm = folder / f"{family}-llm"
+    write_language(llm, family, torch.float32, random_vectors=True, **values)
+    vision = write_vision(folder / f"{family}-vision", dtype=torch.float32)
+    upcycle_checkpoint(llm, vision, folder / f"{family}-checkpoint")
+
+
+def family_values(digits: Path, output: Path, checkpoint: Path, **sections: Any) -> Any:
+    """Five steps from a family's checkpoint."""
+    config = load_saved_config(checkpoint / "run.yaml")
+    values = joint_values(digits, output, checkpoint, train={"steps": 5}, **sections)
+    return values | {
+        "language": config.language.model_dump(),
+        "vision": config.vision.model_dump(),
+    }
+
+
+def train_in_turn(folder: Path, runs: Mapping[str, Any], processes: int, timeout: float) -> None:
+    """One launch of ``tools/train.py`` for all runs; each gets ``folder/NAME``."""
+    files = [write_config(folder / f"{name}.yaml", values) for name, values in runs.items()]
+    run(command(TRAIN, files, processes), timeout).check()
+
+
+def go_back(output: Path, copy: Path, step: int) -> Path:
+    """A copy of a finished run, as it was after its checkpoint of ``step``."""
+    shutil.copytree(output, copy)
+    checkpoints = copy / "checkpoints"
+    (checkpoints / "latest").write_text(f"step_{step:07d}\n")
+    for folder in checkpoints.glob("step_*"):
+        if folder.name > f"step_{step:07d}":
+            shutil.rmtree(folder)
+    return copy
+
+
+# Layouts add the same fp32 numbers in another order: each sum differs by some 1e-7 of its size,
+# and Adam divides small gradients by their own size, which makes such differences grow from step
+# to step.  Measured: below 1e-5 in six steps.  A wrong factor on any gradient is 1e-2 and more.
+TOLERANCE = 1e-4
+
+
+def assert_same_course(
+    steps: list[dict[str, Any]], reference: list[dict[str, Any]], tolerance: float = TOLERANCE
+) -> None:
+    """Two runs logged the same values at the same steps."""
+    assert [line["step"] for line in steps] == [line["step"] for line in reference]
+    for line, wanted in zip(steps, reference, strict=True):
+        for key in ("tokens", "label_tokens", "image_fraction"):
+            assert line[key] == wanted[key], (line["step"], key)
+        for key in ("lm_loss", "aux_vision", "aux_text", "grad_norm"):
+            near = pytest.approx(wanted[key], rel=tolerance, abs=tolerance)
+            assert line[key] == near, (line["step"], key)
