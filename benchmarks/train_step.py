@@ -145,7 +145,7 @@ def ours(config: RunConfig, context: ParallelContext, samples: list[Example]) ->
     def step() -> None:
         if config.data.packing:
             rows = pack(samples, shape)
-            batches = split_rows_to_count(rows, context.most(len(rows)), shape)
+            batches = split_rows_to_count(rows, context.max_over_dp(len(rows)), shape)
         else:
             batches = padded(samples, image_tokens)
         train_step(config, context, train_state, batches)

@@ -242,7 +242,7 @@ def take_step(
         consumed_samples=0,
         dp_rank=context.dp_rank,
         dp_size=context.dp_size,
-        most=context.most,
+        max_over_dp=context.max_over_dp,
     )
     if reference is None:
         return record_step(config, context, next(loader), None)

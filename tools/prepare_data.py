@@ -1,11 +1,11 @@
-"""Look at data before training, and bring it into other forms.
+"""Check a data set before training, or convert it.
 
 ``prepare_data.py validate CONFIG`` reads every record and image of a run's sources as training
-would, counts, measures and names what is broken.  ``prepare_data.py lengths CONFIG`` keeps the
-lengths of all samples beside the records and says what packing would gain.  ``prepare_data.py
-jsonl FILE.json`` turns a JSON array into JSON lines.  ``prepare_data.py webdataset --records FILE
---images DIR --out DIR`` writes tar shards.  The first two also take ``--records`` and
-``--images`` instead of a run's configuration.
+would: it counts and measures the samples, names those that training would skip, and says what
+packing would gain (``--skip-images``: without opening image files).  ``--records`` and ``--images``
+take the place of a run's configuration.  ``prepare_data.py jsonl FILE.json`` converts a JSON array
+to JSON lines.  ``prepare_data.py webdataset --records FILE --images DIR --out DIR`` writes tar
+shards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,29 +25,30 @@ from moiie_megatron.config.families import template_names
 from moiie_megatron.config.messages import listed
 from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.files import atomic_write
 
 if TYPE_CHECKING:
-    from moiie_megatron.data.audit.audit import Encoding
+    from moiie_megatron.data.encode.encoding import Encoding
     from moiie_megatron.data.stream.dataset import Source
     from moiie_megatron.data.stream.example import SkippedSample
 
-SHOWN_FAULTS = 20
+SHOWN_SKIPPED = 20
 
 
 def add_validate(commands: Any) -> None:
-    parser = commands.add_parser("validate", help="count, measure, find what is broken")
+    parser = commands.add_parser("validate", help="count, measure, find unusable records")
     _add_source_options(parser)
     parser.add_argument("--skip-images", action="store_true", help="do not open image files")
-    parser.add_argument("--json", metavar="FILE", help="everything, each broken record included")
+    parser.add_argument("--json", metavar="FILE", help="all numbers and every skipped record")
     _add_limit(parser)
     parser.set_defaults(task=validate)
 
 
 def validate(arguments: argparse.Namespace) -> None:
     from moiie_megatron.data.audit.audit import audit
-    from moiie_megatron.data.audit.report import summarize
+    from moiie_megatron.data.audit.report import packing_lines, summarize
 
-    sources, encoding, max_skipped_fraction = _sources(arguments, needs_encoding=False)
+    sources, encoding, max_skipped_fraction = _sources(arguments)
     summaries: list[dict[str, Any]] = []
     skipped_samples: list[SkippedSample] = []
     for source in sources:
@@ -64,66 +64,16 @@ def validate(arguments: argparse.Namespace) -> None:
         skipped_samples += found.skipped_samples
     samples = sum(len(source.records) for source in sources)
     _print_table(summaries)
+    for line in packing_lines(summaries):
+        print(line)
     if arguments.json:
-        report = {"samples": samples, "bad": len(skipped_samples), "sources": summaries}
+        report = {"samples": samples, "skipped": len(skipped_samples), "sources": summaries}
         _write_json(Path(arguments.json), report)
-    _judge(skipped_samples, samples, max_skipped_fraction)
-
-
-def add_lengths(commands: Any) -> None:
-    parser = commands.add_parser("lengths", help="keep the lengths of all samples")
-    _add_source_options(parser)
-    parser.add_argument("--out", metavar="DIR", help="default: beside the records")
-    parser.set_defaults(task=lengths)
-
-
-def lengths(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.data.audit.audit import audit
-    from moiie_megatron.data.audit.lengths import LengthKey, length_files, write_lengths
-    from moiie_megatron.data.audit.report import summarize
-
-    sources, encoding, _ = _sources(arguments, needs_encoding=True)
-    assert encoding is not None
-    folder = Path(arguments.out) if arguments.out else None
-    records = {source.records.path.absolute() for source in sources}
-    files = Counter(length_files(path, folder)[0] for path in records)
-    if twice := [str(file) for file, number in files.items() if number > 1]:
-        raise UserError(
-            f"Several sources would write {', '.join(twice)}: leave out --out, so that every index "
-            "lies beside its records."
-        )
-    summaries = []
-    for source in sources:
-        key = LengthKey.of(
-            source.records.path,
-            tokenizer=Path(arguments.tokenizer),
-            image_token=arguments.image_token,
-            template=arguments.template,
-            num_image_tokens=encoding.num_image_tokens,
-        )
-        with progress_bar(f"measuring {source.label}", unit="records") as progress:
-            found = audit(
-                source,
-                encoding,
-                decode_images=False,
-                workers=arguments.workers,
-                progress=progress,
-            )
-        print(write_lengths(source.records.path, key, found.lengths, folder))
-        summaries.append(summarize(found, encoding))
-    _print_table(summaries)
-    for values in summaries:
-        rows = values["rows"]
-        if rows:
-            print(
-                f"{values['name']}: {rows['one_sample_each']:,} samples fill {rows['packed']:,} "
-                f"rows of {encoding.sequence_length:,} tokens, "
-                f"{rows['one_sample_each'] / rows['packed']:.1f} in a row"
-            )
+    _report_skipped(skipped_samples, samples, max_skipped_fraction)
 
 
 def add_jsonl(commands: Any) -> None:
-    parser = commands.add_parser("jsonl", help="JSON array -> JSON lines")
+    parser = commands.add_parser("jsonl", help="convert a JSON array to JSON lines")
     parser.add_argument("records", metavar="FILE.json")
     parser.add_argument("--out", metavar="FILE.jsonl", help="default: beside it")
     parser.set_defaults(task=jsonl)
@@ -140,7 +90,7 @@ def jsonl(arguments: argparse.Namespace) -> None:
 
 
 def add_webdataset(commands: Any) -> None:
-    parser = commands.add_parser("webdataset", help="records and images -> tar shards")
+    parser = commands.add_parser("webdataset", help="write records and images as tar shards")
     parser.add_argument("--records", required=True, metavar="FILE")
     parser.add_argument("--images", required=True, metavar="DIR")
     parser.add_argument("--out", required=True, metavar="DIR")
@@ -159,16 +109,18 @@ def webdataset(arguments: argparse.Namespace) -> None:
     final = Path(arguments.out)
     limit = 0.01 if arguments.max_skipped_fraction is None else arguments.max_skipped_fraction
     size = source.records.path.stat().st_size
-    with new_directory(final, num_bytes=size, force=arguments.force, marker=DATASET_FILE) as folder:
+    with new_directory(
+        final, num_bytes=size, force=arguments.force, marker=DATASET_FILE
+    ) as directory:
         with progress_bar(f"writing {final.name}", unit="records") as progress:
             names, skipped_samples = write_shards(
                 source,
-                folder,
+                directory,
                 samples_per_shard=arguments.samples_per_shard,
                 progress=progress,
             )
-        _judge(skipped_samples, len(source.records), limit)
-        indexed = index_shards(folder, names)
+        _report_skipped(skipped_samples, len(source.records), limit)
+        indexed = index_shards(directory, names)
     samples = len(source.records) - len(skipped_samples)
     print(f"{final}: {samples:,} samples in {len(names)} shard(s)")
     if not indexed:
@@ -185,10 +137,12 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     direct = parser.add_argument_group("instead of a run")
     direct.add_argument("--records", metavar="FILE", help=".json or .jsonl of LLaVA records")
     direct.add_argument("--images", metavar="DIR")
-    direct.add_argument("--tokenizer", metavar="PATH", help="needed for lengths")
+    direct.add_argument("--tokenizer", metavar="PATH", help="without it, no lengths")
     direct.add_argument("--template", default="plain", help=listed(template_names()))
     direct.add_argument("--image-token", default="<image>")
-    direct.add_argument("--image-tokens", type=_positive, default=729, metavar="N", help="each")
+    direct.add_argument(
+        "--image-tokens", type=_positive, default=729, metavar="N", help="positions per image"
+    )
     direct.add_argument("--image-mode", choices=("square", "pad"), default="square")
     direct.add_argument("--sequence-length", type=_positive, default=4096, metavar="N")
     parser.add_argument(
@@ -199,23 +153,21 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
 def _add_limit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-skipped-fraction",
-        type=_share,
+        type=_fraction,
         metavar="X",
-        help="fail above this share of broken records; default: the run's, else 0.01",
+        help="fail above this fraction of skipped records; default: the run's, else 0.01",
     )
 
 
-def _sources(
-    arguments: argparse.Namespace, *, needs_encoding: bool
-) -> tuple[list[Source], Encoding | None, float]:
-    """Sources, how they become tokens, and the largest share of bad ones.
-
-    Fills in the arguments of the tokenizer from a run's configuration.
-    """
-    limit = getattr(arguments, "max_skipped_fraction", None)
+def _sources(arguments: argparse.Namespace) -> tuple[list[Source], Encoding | None, float]:
+    """The sources, their encoding if there is a tokenizer, and the allowed skipped fraction."""
+    limit = arguments.max_skipped_fraction
     if arguments.config is not None:
         if arguments.records or arguments.images or arguments.tokenizer:
-            raise UserError("Give the configuration of a run, or --records and --images.")
+            raise UserError(
+                f"{arguments.config} and --records, --images or --tokenizer are given: give either "
+                "the configuration of a run or these options."
+            )
         from moiie_megatron.config.load import load_config
         from moiie_megatron.data.stream.build import build_encoding, build_sources
 
@@ -224,12 +176,9 @@ def _sources(
             raise UserError(f"data.sources is empty in {arguments.config}: nothing to read.")
         if config.data.loader != "plain":
             raise UserError(
-                f"data.loader is {config.data.loader} in {arguments.config}: look at the records "
+                f"data.loader is {config.data.loader} in {arguments.config}: validate the records "
                 "that the shards were made from, with --records and --images."
             )
-        arguments.tokenizer = config.data.tokenizer
-        arguments.image_token = config.data.image_token
-        arguments.template = config.stage.template
         limit = config.data.max_skipped_fraction if limit is None else limit
         return build_sources(config), build_encoding(config), limit
     if not arguments.records or not arguments.images:
@@ -237,10 +186,8 @@ def _sources(
     source = _plain_source(arguments.records, arguments.images, arguments.image_mode)
     limit = 0.01 if limit is None else limit
     if arguments.tokenizer is None:
-        if needs_encoding:
-            raise UserError("Lengths depend on the tokenizer: give it with --tokenizer.")
         return [source], None, limit
-    from moiie_megatron.data.audit.audit import Encoding
+    from moiie_megatron.data.encode.encoding import Encoding
     from moiie_megatron.data.encode.templates import load_template
     from moiie_megatron.data.encode.tokenizers import load_tokenizer
 
@@ -255,7 +202,7 @@ def _plain_source(records: str, images: str, mode: Any) -> Source:
     from moiie_megatron.data.records.llava import RecordFile
     from moiie_megatron.data.stream.dataset import Source
 
-    # Images are decoded to see whether they can be: the size of the result does not matter.
+    # Images are decoded only to find unusable ones: the size of the result does not matter.
     grey = (0.5, 0.5, 0.5)
     loader = ImageLoader(images, 32, mode, mean=grey, std=grey)
     return Source(RecordFile(records), loader)
@@ -266,59 +213,60 @@ def _print_table(summaries: Sequence[dict[str, Any]]) -> None:
 
     from moiie_megatron.data.audit.report import table
 
-    # A file or a pipe gets the whole table, a terminal what fits.
+    # A file or a pipe gets the full width, a terminal what fits.
     Console(width=None if sys.stdout.isatty() else 160).print(table(summaries))
 
 
-def _judge(
+def _report_skipped(
     skipped_samples: Sequence[SkippedSample], samples: int, max_skipped_fraction: float
 ) -> None:
-    """Print what is broken.
+    """Print the skipped samples.
 
     Raises:
-        UserError: It is too much.
+        UserError: There are too many.
     """
-    for fault in skipped_samples[:SHOWN_FAULTS]:
-        print(f"{fault.file}[{fault.index}]: {fault.reason}")
-    if len(skipped_samples) > SHOWN_FAULTS:
-        print(f"... and {len(skipped_samples) - SHOWN_FAULTS:,} more")
+    for sample in skipped_samples[:SHOWN_SKIPPED]:
+        print(f"{sample.file}[{sample.index}]: {sample.reason}")
+    if len(skipped_samples) > SHOWN_SKIPPED:
+        print(f"... and {len(skipped_samples) - SHOWN_SKIPPED:,} more")
     if len(skipped_samples) > max_skipped_fraction * samples:
         raise UserError(
             f"{len(skipped_samples):,} of {samples:,} records "
-            f"({len(skipped_samples) / samples:.2%}) cannot be used, more than "
+            f"({len(skipped_samples) / samples:.2%}) are skipped, more than "
             f"{max_skipped_fraction:.2%}: repair them or raise --max-skipped-fraction."
         )
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    beside = path.with_name(path.name + ".writing")
     try:
-        beside.write_text(json.dumps(values, indent=1) + "\n")
-        os.replace(beside, path)
+        with atomic_write(path) as beside:
+            beside.write_text(json.dumps(values, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"Cannot write --json {path}: {error.strerror or error}.") from error
+        raise UserError(
+            f"Cannot write --json {path} ({error.strerror or error}): name another file."
+        ) from error
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
     return int(text)
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
-    for add in (add_validate, add_lengths, add_jsonl, add_webdataset):
+    for add in (add_validate, add_jsonl, add_webdataset):
         add(commands)
     arguments = parse_with_overrides(parser)
     return exit_code(lambda: arguments.task(arguments), DistEnv())

@@ -41,8 +41,8 @@ class ParallelContext:
     def is_last_stage(self) -> bool:
         return self.groups.pp.rank() == self.groups.pp.size() - 1
 
-    def most(self, number: int) -> int:
-        """The largest such number of the data-parallel ranks; all of them call this."""
+    def max_over_dp(self, number: int) -> int:
+        """The maximum of ``number`` over the data-parallel ranks; a collective."""
         largest = torch.tensor(number, device=self.device.torch_device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.dp)
         return int(largest)

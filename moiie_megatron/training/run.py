@@ -81,7 +81,7 @@ class Run:
             consumed_samples=self.progress.consumed_samples,
             dp_rank=context.dp_rank,
             dp_size=context.dp_size,
-            most=context.most,
+            max_over_dp=context.max_over_dp,
             pin_memory=context.device.is_cuda,
             state=stream,
         )

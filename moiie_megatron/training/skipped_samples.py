@@ -39,8 +39,8 @@ class SkippedSampleLog:
         self.context = context
         self.monitor = SkippedSampleMonitor(
             config.data.max_skipped_fraction,
-            good=progress.consumed_samples,
-            bad=progress.skipped_samples,
+            num_used=progress.consumed_samples,
+            num_skipped=progress.skipped_samples,
         )
         self.listed: set[tuple[str, int]] = set()
         if context.rank == 0:
@@ -51,7 +51,7 @@ class SkippedSampleLog:
     @property
     def count(self) -> int:
         """Samples skipped so far on all data-parallel ranks, repeats included."""
-        return self.monitor.bad
+        return self.monitor.num_skipped
 
     def add(self, batches: list[Batch], step: int) -> None:
         """Count this rank's micro-batches of a step; every rank calls this.

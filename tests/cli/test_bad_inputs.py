@@ -146,7 +146,7 @@ def test_bad_data_on_one_rank_alone(digits: Path, tmp_path: Path) -> None:
     values = tiny_values(digits, tmp_path / "run")
     values["train"] |= {"global_batch_size": 16, "micro_batch_size": 8, "steps": 50}
     lines = (digits / "data" / "train.jsonl").read_text().splitlines()[:16]
-    from moiie_megatron.data.stream.loader import SampleOrder
+    from moiie_megatron.data.stream.order import SampleOrder
 
     order = SampleOrder(len(lines), seed=1234)
     records = [json.loads(line) for line in lines]

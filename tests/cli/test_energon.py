@@ -16,6 +16,7 @@ import yaml
 
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.build import build_dataset, build_train_loader
 from moiie_megatron.data.stream.stream_state import StreamState
@@ -83,7 +84,7 @@ def steps(
         consumed_samples=0,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        most=lambda number: number,
+        max_over_dp=lambda number: number,
         state=state,
     )
 
@@ -168,13 +169,13 @@ def test_broken_samples_are_named(
 ) -> None:
     values = values_of(shards, digits, tmp_path / "run", "broken", workers=1)
     batches = sum(take(steps(load(tmp_path, values), StreamState()), 40), [])
-    skipped_samples = {fault.index: fault for batch in batches for fault in batch.skipped_samples}
-    # Missing pictures and malformed records were left out when the shards were made.
+    skipped_samples = {one.index: one for batch in batches for one in batch.skipped_samples}
+    # Missing pictures and malformed records were skipped when the shards were made.
     kinds = {"truncated", "empty", "bomb"}
     assert set(skipped_samples) == {i for i, kind in damaged.damage.items() if kind in kinds}
-    for index, fault in skipped_samples.items():
-        assert DAMAGES[damaged.damage[index]] in fault.reason
-        assert fault.file.startswith(f"{shards['broken']}/shard_0")
+    for index, skipped in skipped_samples.items():
+        assert DAMAGES[damaged.damage[index]] in skipped.reason
+        assert skipped.file.startswith(f"{shards['broken']}/shard_0")
     names = {name for batch in batches for name in batch.record_ids}
     assert names <= damaged.good_ids and len(names) > 100
 
@@ -203,12 +204,11 @@ def test_a_bug_is_no_bad_sample(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Energon would go on with the next sample, or end without a word of where it was."""
-    from moiie_megatron.data.stream import energon
 
     def encode(*_: Any) -> Any:
         raise error("planted")
 
-    monkeypatch.setattr(energon, "encode", encode)
+    monkeypatch.setattr(Encoding, "encode", encode)
     values = values_of(shards, digits, tmp_path / "run", "good", workers=workers)
     with pytest.raises(Exception, match="planted") as caught:
         take(steps(load(tmp_path, values), StreamState()), 1)

@@ -11,7 +11,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.helpers.damaged_data import DAMAGES, DamagedData, write_damaged
@@ -49,19 +48,21 @@ def test_validate_a_run(digits: Path, damaged: DamagedData, tmp_path: Path) -> N
     ]
     config = write_config(tmp_path / "run.yaml", values)
     finished = prepare("validate", config, "--workers", "2", "--json", tmp_path / "report.json")
-    assert_user_error(finished, "8 of 135", "5.93%", "1.00%")
+    assert_user_error(finished, "8 of 135 records (5.93%)", "1.00%", "--max-skipped-fraction")
+    assert len(finished.stderr.splitlines()) == 1
     report = json.loads((tmp_path / "report.json").read_text())
-    good, bad = report["sources"]
-    assert (report["samples"], report["bad"]) == (135, 8)
-    assert (good["samples"], good["bad"], good["name"]) == (71, 0, "train.jsonl")
-    assert (bad["samples"], bad["bad"], bad["name"]) == (64, 8, "broken")
-    assert [fault["index"] for fault in bad["faults"]] == sorted(damaged.damage)
-    for fault in bad["faults"]:
-        assert DAMAGES[damaged.damage[fault["index"]]] in fault["reason"]
-        assert f"{damaged.records}[{fault['index']}]: " in finished.stdout
+    good, broken = report["sources"]
+    assert (report["samples"], report["skipped"]) == (135, 8)
+    assert (good["samples"], good["skipped"], good["name"]) == (71, 0, "train.jsonl")
+    assert (broken["samples"], broken["skipped"], broken["name"]) == (64, 8, "broken")
+    assert [sample["index"] for sample in broken["skipped_samples"]] == sorted(damaged.damage)
+    for sample in broken["skipped_samples"]:
+        assert DAMAGES[damaged.damage[sample["index"]]] in sample["reason"]
+        assert f"{damaged.records}[{sample['index']}]: " in finished.stdout
     assert good["lengths"]["max"] <= 160 and good["lengths"]["beyond_sequence_length"] == 0
     assert good["rows"]["packed"] < good["rows"]["one_sample_each"] == 71
     assert "broken" in finished.stdout and "train.jsonl" in finished.stdout
+    assert f"71 samples into {good['rows']['packed']} rows of 160 tokens" in finished.stdout
     # Overrides may stand anywhere.
     allowed = prepare("validate", config, "--workers", "1", "data.max_skipped_fraction=0.1")
     assert allowed.code == 0 and allowed.stderr == ""
@@ -73,41 +74,29 @@ def test_validate_records_alone(damaged: DamagedData, tmp_path: Path) -> None:
     finished = prepare("validate", *words, "--max-skipped-fraction", "0.5", "--skip-images")
     assert finished.code == 0 and "records.jsonl" in finished.stdout
     both = prepare("validate", "run.yaml", *words)
-    assert_user_error(both, "--records", "configuration")
-    for share in ("nan", "5", "-1", "x"):
-        refused = prepare("validate", *words, "--max-skipped-fraction", share)
-        assert refused.code == 2 and repr(share) in refused.stderr and "0 to 1" in refused.stderr
-    none = prepare("validate", "--records", damaged.records)
-    assert_user_error(none, "--records", "--images")
+    assert_user_error(both, "run.yaml", "--records", "--images")
+    for fraction in ("nan", "5", "-1", "x"):
+        refused = prepare("validate", *words, "--max-skipped-fraction", fraction)
+        assert refused.code == 2 and "--max-skipped-fraction" in refused.stderr
+        assert repr(fraction) in refused.stderr
+    assert_user_error(prepare("validate", "--records", damaged.records), "--records", "--images")
 
 
-def test_lengths(digits: Path, tmp_path: Path) -> None:
+def test_lengths_of_records_alone(digits: Path, tmp_path: Path) -> None:
     data = digits / "data"
-    words = ("--records", data / "train.jsonl", "--images", data / "images")
+    words = ("--records", data / "train.jsonl", "--images", data / "images", "--skip-images")
     text = ("--tokenizer", data / "tokenizer.model", "--template", "phi3")
     sizes = ("--image-tokens", "16", "--sequence-length", "160")
-    finished = prepare(
-        "lengths", *words, *text, *sizes, "--out", tmp_path, "--workers", "2"
-    ).check()
-    lengths = np.load(tmp_path / "train.jsonl.lengths.npy")
-    assert lengths.dtype == np.int32 and len(lengths) == 71 and lengths.min() > 0
-    described = json.loads((tmp_path / "train.jsonl.lengths.json").read_text())
-    assert (described["template"], described["num_image_tokens"]) == ("phi3", 16)
-    assert described["tokens"] == lengths.sum()
-    assert "71 samples fill " in finished.stdout and "rows of 160 tokens" in finished.stdout
-    other_folder = tmp_path / "other"
-    other_folder.mkdir()
-    values = tiny_values(digits, tmp_path / "run")
-    other = {
-        "records": str(shutil.copy(data / "train.jsonl", other_folder)),
-        "images": str(data / "images"),
-    }
-    values["data"]["sources"].append(other)
-    config = write_config(tmp_path / "run.yaml", values)
-    refused = prepare("lengths", config, "--out", tmp_path)
-    assert_user_error(refused, tmp_path)
-    refused = prepare("lengths", *words, "--out", tmp_path)
-    assert_user_error(refused, "--tokenizer")
+    before = sorted(data.iterdir())
+    report = tmp_path / "report.json"
+    finished = prepare("validate", *words, *text, *sizes, "--json", report).check()
+    (source,) = json.loads(report.read_text())["sources"]
+    assert 0 < source["lengths"]["min"] < source["lengths"]["max"] <= 160
+    packed = source["rows"]["packed"]
+    assert f"71 samples into {packed} rows of 160 tokens" in finished.stdout
+    assert sorted(data.iterdir()) == before  # nothing is written beside the records
+    unwritable = tmp_path / "none" / "report.json"
+    assert_user_error(prepare("validate", *words, "--json", unwritable), "--json", unwritable)
 
 
 def test_jsonl(digits: Path, tmp_path: Path) -> None:
@@ -123,7 +112,7 @@ def test_jsonl(digits: Path, tmp_path: Path) -> None:
 def test_webdataset(damaged: DamagedData, digits: Path, tmp_path: Path) -> None:
     words = ("--records", damaged.records, "--images", damaged.images)
     refused = prepare("webdataset", *words, "--out", tmp_path / "wds")
-    assert_user_error(refused, "cannot be used", "1.00%")
+    assert_user_error(refused, "5 of 64 records", "1.00%")
     assert list(tmp_path.iterdir()) == []
     data = digits / "data"
     words = ("--records", data / "train.jsonl", "--images", data / "images")

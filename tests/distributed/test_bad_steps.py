@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from moiie_megatron.data.stream.loader import SampleOrder
+from moiie_megatron.data.stream.order import SampleOrder
 from tests.distributed.hooks import POISONED_STEP
 from tests.helpers.checkpoints import plain_tensors
 from tests.helpers.ranks import run_ranks, start_ranks

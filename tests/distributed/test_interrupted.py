@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moiie_megatron.data.stream.loader import SampleOrder
+from moiie_megatron.data.stream.order import SampleOrder
 from tests.distributed.joint_runs import go_back
 from tests.helpers.checkpoints import plain_tensors
 from tests.helpers.launch import TRAIN, command, descendants, is_running, started, torchrun

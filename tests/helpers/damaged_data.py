@@ -21,7 +21,7 @@ DAMAGES = {
     "placeholders": "2 <image> placeholders but 1 images",
     "empty": "empty.jpg cannot be read",
     "text": "a red cat on a mat does not exist",
-    "outside": "'../secret.png' is not a plain path below",
+    "outside": "'../secret.png' is not a relative path below",
     "bomb": "bomb.png cannot be read",
 }
 

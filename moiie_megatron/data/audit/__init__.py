@@ -1,1 +1,1 @@
-"""What is in a data set before a run."""
+"""Counts, lengths and unusable records of a data set, before a run."""

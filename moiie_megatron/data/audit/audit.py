@@ -1,68 +1,38 @@
-"""What is in a source: every record read, measured and, if wanted, its images decoded.
+"""Reads every record of a source, measures it and, if asked, decodes its images.
 
-Samples are measured by the code that training uses: what passes here is used there.
+Samples are encoded and decoded by the code that training uses, so the audit skips what training
+would skip.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
-from moiie_megatron.data.encode.encoder import Encoded, encode
-from moiie_megatron.data.encode.templates import Template
-from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import BadRecord, Record
+from moiie_megatron.data.encode.encoding import Encoding
+from moiie_megatron.data.records.llava import BadRecord
 from moiie_megatron.data.stream.dataset import Source
 from moiie_megatron.data.stream.example import SkippedSample
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.progress import ProgressFn
 
-_PORTION: Final = 256  # records that a process takes at a time
-_UNLIMITED: Final = 2**40
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What the length of a sample depends on, and the limit that it is held against."""
-
-    tokenizer: Tokenizer
-    template: Template
-    num_image_tokens: int
-    sequence_length: int
-
-    def length(self, record: Record) -> int:
-        """Tokens of a record before anything is cut off.
-
-        Raises:
-            BadRecord: The template cannot express it.
-        """
-        return len(self._encode(record, _UNLIMITED).tokens)
-
-    def check_cut(self, record: Record) -> None:
-        """See that enough is left within the sequence length.
-
-        Raises:
-            BadRecord: An image or every answer lies beyond it.
-        """
-        self._encode(record, self.sequence_length)
-
-    def _encode(self, record: Record, limit: int) -> Encoded:
-        return encode(record, self.tokenizer, self.template, self.num_image_tokens, limit)
+PORTION: Final = 256  # records that a worker measures at a time
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The samples of one source.
+    """The samples of one source (shapes: ``moiie_megatron/data/__init__.py``).
 
     Attributes:
-        lengths: int32 [n], tokens before anything is cut off; 0 where they cannot be counted.
-        images: int32 [n], images that the record names; 0 where it cannot be read.
-        faults: Records that training would leave out, in order.
+        source: What was read.
+        lengths: int32 (r,), tokens of every record before truncation; 0 if they cannot be counted.
+        images: int32 (r,), images that every record names; 0 if it cannot be parsed.
+        skipped_samples: Records that training would skip, in order.
     """
 
     source: Source
@@ -72,6 +42,7 @@ class Audit:
 
     @property
     def skipped_fraction(self) -> float:
+        """Skipped records per record, 0..1."""
         return len(self.skipped_samples) / len(self.lengths)
 
 
@@ -81,87 +52,100 @@ def audit(
     *,
     decode_images: bool = True,
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressFn | None = None,
 ) -> Audit:
     """Read a whole source.
 
     Args:
-        encoding: None leaves out lengths.
-        decode_images: Decode every image as training does, or do not look at images at all.
+        source: Records and images.
+        encoding: As in training; None does not tokenize, so all lengths are 0.
+        decode_images: Decode every image as training does, or do not open images at all.
         workers: Processes; 1 works in this one.
         progress: Called with the records done and their total.
 
     Raises:
-        UserError: A process was killed.
+        UserError: A worker process was killed.
     """
     total = len(source.records)
     lengths, images = np.zeros(total, np.int32), np.zeros(total, np.int32)
     skipped_samples: list[SkippedSample] = []
     done = 0
-    for rows in _portions(_Worker(source, encoding, decode_images), total, workers):
-        for length, num_images, fault in rows:
-            lengths[done], images[done] = length, num_images
-            if fault is not None:
-                skipped_samples.append(fault)
+    for portion in _measure_all(_Measurements(source, encoding, decode_images), workers):
+        for measured in portion:
+            lengths[done], images[done] = measured.length, measured.num_images
+            if measured.skipped is not None:
+                skipped_samples.append(measured.skipped)
             done += 1
         if progress is not None:
             progress(done, total)
     return Audit(source, lengths, images, tuple(skipped_samples))
 
 
-_Row = tuple[int, int, "SkippedSample | None"]  # tokens, images, what is wrong
-
-
 @dataclass(frozen=True)
-class _Worker:
-    source: Source
-    encoding: Encoding | None
-    decode_images: bool
+class _Measured:
+    """One record: its tokens, its images, and why it is skipped, if it is."""
 
-    def __call__(self, portion: range) -> list[_Row]:
-        return [self._measure(i) for i in portion]
+    length: int
+    num_images: int
+    skipped: SkippedSample | None
 
-    def _measure(self, i: int) -> _Row:
+
+class _Measurements(Dataset[Any]):
+    """Map-style dataset: item i holds the measurements of the i-th portion of the records."""
+
+    def __init__(self, source: Source, encoding: Encoding | None, decode_images: bool) -> None:
+        self.source = source
+        self._encoding = encoding
+        self._decode_images = decode_images
+
+    def __len__(self) -> int:
+        return -(-len(self.source.records) // PORTION)
+
+    def __getitem__(self, portion: int) -> list[_Measured]:
+        first = portion * PORTION
+        last = min(first + PORTION, len(self.source.records))
+        return [self._measure(i) for i in range(first, last)]
+
+    def _measure(self, i: int) -> _Measured:
         length = num_images = 0
         try:
             record = self.source.records[i]
             num_images = len(record.images)
-            if self.encoding is not None:
-                length = self.encoding.length(record)
-                if length > self.encoding.sequence_length:
-                    self.encoding.check_cut(record)
-            for path in record.images if self.decode_images else ():
+            if self._encoding is not None:
+                length = self._encoding.length(record)
+                if length > self._encoding.sequence_length:
+                    self._encoding.encode(record)  # refuses a record that truncation spoils
+            for path in record.images if self._decode_images else ():
                 self.source.images.load(path)
         except BadRecord as error:
-            return length, num_images, SkippedSample(str(self.source.records.path), i, error.reason)
-        return length, num_images, None
+            skipped = SkippedSample(str(self.source.records.path), i, error.reason)
+            return _Measured(length, num_images, skipped)
+        return _Measured(length, num_images, None)
 
 
-def _portions(measure: _Worker, total: int, workers: int) -> Iterator[list[_Row]]:
-    portions = [range(i, min(i + _PORTION, total)) for i in range(0, total, _PORTION)]
-    if workers == 1:
-        yield from map(measure, portions)
-        return
-    context = multiprocessing.get_context("fork")  # workers inherit the tokenizer, already read
+def _measure_all(measurements: _Measurements, workers: int) -> Iterator[list[_Measured]]:
+    """The measurements of all portions, in order."""
+    num_workers = workers if workers > 1 else 0
+    loader: DataLoader[Any] = DataLoader(
+        measurements,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        # Forked workers inherit the tokenizer, which takes seconds to load.
+        multiprocessing_context="fork" if num_workers else None,
+        generator=torch.Generator(),  # its own: the default would draw from the global one
+    )
     try:
-        with ProcessPoolExecutor(workers, context, _init_worker, (measure,)) as pool:
-            yield from pool.map(_measure_portion, portions)
-    except BrokenProcessPool as error:
+        yield from loader
+    except RuntimeError as error:
+        # torch has no class of its own for this; a worker's exception has another message.
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
         raise UserError(
-            f"A process that read {measure.source.records.path} was killed, most often for lack "
-            "of memory: use fewer workers."
-        ) from error
+            f"A process that read {measurements.source.records.path} was killed, most often for "
+            "lack of memory: use fewer --workers."
+        ) from error.with_traceback(None)  # its frames would keep the other workers alive
 
 
-class _Process:
-    """What a worker process has to do; set once, when it starts."""
-
-    measure: _Worker
-
-
-def _init_worker(measure: _Worker) -> None:
-    _Process.measure = measure
-
-
-def _measure_portion(portion: range) -> list[_Row]:
-    return _Process.measure(portion)
+def _unchanged(item: Any) -> Any:
+    return item

@@ -1,4 +1,4 @@
-"""A survey in numbers: for people as a table, for programs as JSON."""
+"""The numbers of an audit: as a table for people, as JSON for programs."""
 
 from __future__ import annotations
 
@@ -8,37 +8,42 @@ from typing import Any
 
 import numpy as np
 
-from moiie_megatron.data.audit.audit import Audit, Encoding
-from moiie_megatron.data.audit.lengths import rows_needed
+from moiie_megatron.data.audit.audit import Audit
+from moiie_megatron.data.audit.packed_rows import rows_needed
+from moiie_megatron.data.encode.encoding import Encoding
 
 
 def summarize(audit: Audit, encoding: Encoding | None) -> dict[str, Any]:
-    """One source.
+    """The numbers of one source.
+
+    Args:
+        audit: Of the source.
+        encoding: The one of the audit.
 
     Returns:
-        Counts, every fault, and with an encoding the lengths of the usable samples: ``min``,
-        ``median``, ``p99``, ``max``, the share that is cut off, and ``rows``: how many rows of the
-        sequence length hold all samples, one each and packed.
+        Counts and every skipped sample; with an encoding also the lengths of the other samples
+        (``min``, ``median``, ``p99``, ``max``, ``total`` and the fraction
+        ``beyond_sequence_length``, which is truncated) and ``rows``: how many rows of the sequence
+        length hold them, one sample in each or packed.
     """
     source = audit.source
-    bad = np.array([fault.index for fault in audit.skipped_samples], dtype=np.int64)
-    good = np.ones(len(audit.lengths), dtype=bool)
-    good[bad] = False
-    images = audit.images[good]
+    used = np.ones(len(audit.lengths), dtype=bool)
+    used[[sample.index for sample in audit.skipped_samples]] = False
+    images = audit.images[used]
     values: dict[str, Any] = {
         "name": source.label,
         "records": str(source.records.path),
         "images": str(source.images.root),
         "samples": len(audit.lengths),
-        "bad": len(bad),
+        "skipped": len(audit.skipped_samples),
         "skipped_fraction": audit.skipped_fraction,
         "images_per_sample": {str(n): c for n, c in sorted(Counter(images.tolist()).items())},
-        "faults": [
-            {"index": fault.index, "reason": fault.reason} for fault in audit.skipped_samples
+        "skipped_samples": [
+            {"index": sample.index, "reason": sample.reason} for sample in audit.skipped_samples
         ],
     }
     if encoding is not None:
-        values |= _lengths(audit.lengths[good], images, encoding)
+        values |= _lengths(audit.lengths[used], images, encoding)
     return values
 
 
@@ -67,19 +72,38 @@ def _lengths(lengths: np.ndarray, images: np.ndarray, encoding: Encoding) -> dic
 
 
 def table(summaries: Sequence[dict[str, Any]]) -> Any:
-    """The summaries as a table of rich, a source per row."""
+    """The summaries as a table of rich, one row per source."""
     from rich.table import Table
 
-    columns = ("source", "samples", "bad", "images", "image tokens", "length min/median/p99/max")
-    result = Table(*columns, "cut off", "rows packed")
+    result = Table(
+        "source",
+        "samples",
+        "skipped",
+        "images",
+        "image tokens",
+        "length min/median/p99/max",
+        "truncated",
+        "rows packed",
+    )
     for values in summaries:
         images = sum(int(n) * count for n, count in values["images_per_sample"].items())
-        row = [values["name"], f"{values['samples']:,}", f"{values['bad']:,}", f"{images:,}"]
+        row = [values["name"], f"{values['samples']:,}", f"{values['skipped']:,}", f"{images:,}"]
         lengths, rows = values.get("lengths"), values.get("rows")
         if lengths and rows:
-            spread = "/".join(f"{lengths[key]:,}" for key in ("min", "median", "p99", "max"))
-            row += [f"{values['image_tokens']:,}", spread]
+            quantiles = "/".join(f"{lengths[key]:,}" for key in ("min", "median", "p99", "max"))
+            row += [f"{values['image_tokens']:,}", quantiles]
             row += [f"{lengths['beyond_sequence_length']:.2%}"]
             row += [f"{rows['packed']:,} ({rows['packed_fill']:.0%} full)"]
         result.add_row(*row)
     return result
+
+
+def packing_lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """What packing would gain, one line per source with known lengths."""
+    return [
+        f"{values['name']}: packing puts {rows['one_sample_each']:,} samples into "
+        f"{rows['packed']:,} rows of {values['lengths']['sequence_length']:,} tokens, "
+        f"{rows['one_sample_each'] / rows['packed']:.1f} in a row"
+        for values in summaries
+        if (rows := values.get("rows"))
+    ]

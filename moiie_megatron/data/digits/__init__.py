@@ -1,1 +1,1 @@
-"""A small real data set: questions over scanned digits."""
+"""A small real data set without downloads: questions about pictures of scanned digits."""

@@ -1,8 +1,8 @@
-"""A small real data set without downloads: visual questions over scanned handwritten digits.
+"""Writes the digits data set: visual questions about scanned handwritten digits.
 
 scikit-learn ships 1,797 scans of 8 x 8 pixels (UCI "Optical Recognition of Handwritten
-Digits").  Four scans make a picture; the questions need the picture and the words.  No scan is
-in both the training and the test pictures.
+Digits").  Four scans make a picture; a question can be answered only with both the picture and
+the words.  No scan is in both the training and the test pictures.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from moiie_megatron.data.records.llava import PLACEHOLDER
 from moiie_megatron.utils.errors import UserError
 
 MANIFEST: Final = "manifest.json"
-FORMAT: Final = 3  # raise when the same settings would give other files
-TEST_SHARE: Final = 0.2  # of the scans
+FORMAT: Final = 3  # increment when the same settings write other files
+TEST_FRACTION: Final = 0.2  # of the scans
 MARKERS: Final = ("<|user|>", "<|assistant|>", "<|end|>", PLACEHOLDER, "\n")
 
 
 @dataclass(frozen=True)
 class DigitSettings:
-    """What the files depend on."""
+    """Everything that the files depend on."""
 
     seed: int
     train: int
@@ -44,7 +44,7 @@ class DigitSettings:
 
 @dataclass(frozen=True)
 class _Picture:
-    """A grid: its file (relative to images/), digits, and the scans used."""
+    """A 2 x 2 grid: its file (relative to images/), its digits, and the scans they come from."""
 
     file: str
     digits: ask.Grid
@@ -54,7 +54,7 @@ class _Picture:
 def write_digits(
     out: str | Path, *, seed: int = 0, train: int = 4000, test: int = 500, image_size: int = 28
 ) -> Path:
-    """Write the data set, or keep it if it is there with the same settings.
+    """Write the data set, or keep an existing one with the same settings.
 
     Files: ``images/{train,test}/*.png``; ``captions.json`` (one caption per training picture),
     ``train.jsonl`` (conversations: single- and multi-turn, some text-only, few with two
@@ -63,17 +63,17 @@ def write_digits(
     markers), ``manifest.json``.
 
     Args:
-        out: The folder; appears at once when everything is written.
+        out: The directory; it appears when everything is written.
         seed: Decides pictures and questions.
-        train: Training pictures.
-        test: Test pictures.
-        image_size: Side in pixels, even; a quarter of it per patch makes 2 x 2 patches a digit.
+        train: Number of training pictures.
+        test: Number of test pictures.
+        image_size: Side in pixels, even; patches of a quarter of it give 2 x 2 patches per digit.
 
     Returns:
         ``out`` as a path.
 
     Raises:
-        UserError: A number out of range, or ``out`` holds something else.
+        UserError: A number is out of range, or ``out`` holds something else.
     """
     out = Path(out)
     settings = DigitSettings(seed, train, test, image_size)
@@ -100,43 +100,49 @@ def write_digits(
 
 
 def _is_complete(out: Path, settings: DigitSettings) -> bool:
-    """True if ``out`` holds this data set, False if it can be made, else ValueError."""
+    """Whether ``out`` holds this data set.
+
+    Raises:
+        UserError: It holds something else.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     manifest = out / MANIFEST
     try:
         found = json.loads(manifest.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{out} exists and is not a digits data set: name a new folder.") from error
+        raise UserError(
+            f"{out} exists and is not a digits data set: name a new directory."
+        ) from error
     if found != asdict(settings):
         raise UserError(
-            f"{out} holds digits with {found}, not {asdict(settings)}: name a new folder."
+            f"{out} holds digits with {found}, not {asdict(settings)}: name a new directory."
         )
     return True
 
 
-def _write(folder: Path, settings: DigitSettings) -> None:
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+def _write(directory: Path, settings: DigitSettings) -> None:
+    from sklearn.datasets import load_digits
 
     scans, labels = load_digits(return_X_y=True)
     tiles = _tiles(scans.reshape(-1, 8, 8), settings.image_size // 2)
     order = list(range(len(labels)))
     random.Random(f"{settings.seed} split").shuffle(order)
-    cut = round(len(order) * TEST_SHARE)
+    cut = round(len(order) * TEST_FRACTION)
     pictures: dict[str, list[_Picture]] = {}
     for split, pool, count in (
         ("test", order[:cut], settings.test),
         ("train", order[cut:], settings.train),
     ):
         rng = random.Random(f"{settings.seed} {split} pictures")
-        (folder / "images" / split).mkdir(parents=True)
+        (directory / "images" / split).mkdir(parents=True)
         pictures[split] = []
         for i in range(count):
             chosen = tuple(rng.choices(pool, k=4))
             picture = _Picture(
                 f"{split}/{i:05d}.png", tuple(int(labels[s]) for s in chosen), chosen
             )
-            _grid(tiles[list(chosen)]).save(folder / "images" / picture.file)
+            _grid(tiles[list(chosen)]).save(directory / "images" / picture.file)
             pictures[split].append(picture)
 
     rng = random.Random(f"{settings.seed} questions")
@@ -144,21 +150,21 @@ def _write(folder: Path, settings: DigitSettings) -> None:
         _record(f"caption-{i}", [p], [(ask.caption_request(rng), ask.caption(p.digits, rng))])
         for i, p in enumerate(pictures["train"])
     ]
-    (folder / "captions.json").write_text(json.dumps(captions, indent=1), encoding="utf-8")
+    (directory / "captions.json").write_text(json.dumps(captions, indent=1), encoding="utf-8")
     counts = {
         "captions": len(captions),
-        "train": _write_lines(folder / "train.jsonl", _conversations(pictures["train"], rng)),
-        "test": _write_lines(folder / "test.jsonl", _test_questions(pictures["test"], rng)),
-        "text": _write_lines(folder / "text.jsonl", _texts(settings.train, rng)),
+        "train": _write_lines(directory / "train.jsonl", _conversations(pictures["train"], rng)),
+        "test": _write_lines(directory / "test.jsonl", _test_questions(pictures["test"], rng)),
+        "text": _write_lines(directory / "text.jsonl", _texts(settings.train, rng)),
     }
     tokenizer, vocab_size = _train_tokenizer()
-    (folder / "tokenizer.model").write_bytes(tokenizer)
+    (directory / "tokenizer.model").write_bytes(tokenizer)
     manifest = {"settings": asdict(settings), "records": counts, "vocab_size": vocab_size}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def _tiles(scans: np.ndarray, side: int) -> np.ndarray:
-    """Float [N, 8, 8] in 0..16 to uint8 [N, side, side]."""
+    """Resize scans: float (scans, 8, 8) in 0..16 to uint8 (scans, side, side)."""
     pixels = np.round(scans * (255 / 16)).astype(np.uint8)
     resized = [
         np.asarray(Image.fromarray(scan).resize((side, side), Image.Resampling.BICUBIC))
@@ -168,7 +174,7 @@ def _tiles(scans: np.ndarray, side: int) -> np.ndarray:
 
 
 def _grid(tiles: np.ndarray) -> Image.Image:
-    """uint8 [4, side, side] in the order of PLACES to one grey picture."""
+    """uint8 (4, side, side) in the order of PLACES to one grey picture."""
     return Image.fromarray(np.block([[tiles[0], tiles[1]], [tiles[2], tiles[3]]]))
 
 
@@ -192,7 +198,10 @@ def _record(
 
 
 def _conversations(pictures: list[_Picture], rng: random.Random) -> Iterable[dict[str, Any]]:
-    """Per picture one conversation of 1 to 6 questions; every 8th text-only, every 20th of two."""
+    """For every picture a conversation of 1 to 6 questions.
+
+    For every 8th picture also one without a picture, for every 20th one about two pictures.
+    """
     for i, picture in enumerate(pictures):
         rounds = rng.choice((1, 2, 4, 6))
         asked = list(dict.fromkeys(ask.about(picture.digits, rng) for _ in range(rounds)))
@@ -205,7 +214,7 @@ def _conversations(pictures: list[_Picture], rng: random.Random) -> Iterable[dic
 
 
 def _pair(name: str, pictures: list[_Picture], first: int, rng: random.Random) -> dict[str, Any]:
-    """Two pictures that agree at one place about half of the time."""
+    """A question about two pictures, which agree at the place asked for about half of the time."""
     place = rng.randrange(4)
     wanted = rng.random() < 0.5
     digit = pictures[first].digits[place]
@@ -216,7 +225,7 @@ def _pair(name: str, pictures: list[_Picture], first: int, rng: random.Random) -
 
 
 def _test_questions(pictures: list[_Picture], rng: random.Random) -> Iterable[dict[str, Any]]:
-    """Per picture three digits and one yes or no; every 5th picture a sum."""
+    """For every picture three digits and one yes or no; for every 5th also a sum."""
     for i, picture in enumerate(pictures):
         questions = [ask.digit_at(picture.digits, place) for place in rng.sample(range(4), k=3)]
         questions.append(ask.is_digit(picture.digits, rng))
@@ -256,7 +265,7 @@ def _train_tokenizer() -> tuple[bytes, int]:
         pad_id=3,
         user_defined_symbols=list(MARKERS),
         split_digits=True,
-        # The text comes back exactly, and a segment begins as it would inside a longer text.
+        # Decoding returns the exact text, and segments are tokenized as inside a longer text.
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,

@@ -34,8 +34,8 @@ Grid = tuple[int, ...]  # the four digits in the order of PLACES
 def caption(grid: Grid, rng: random.Random) -> str:
     """``bottom left 0, top right 7, top left 3, bottom right 1``; every second in reading order.
 
-    In reading order alone the position in the text would give the place away, and nobody would
-    learn what the words for places mean; in any order alone, digits are learnt late.
+    With reading order alone, the position in the text would reveal the place, and the model would
+    not learn the words for places; with random orders alone, it learns the digits late.
     """
     order: Sequence[int] = range(len(PLACES))
     if rng.random() < 0.5:
@@ -44,19 +44,22 @@ def caption(grid: Grid, rng: random.Random) -> str:
 
 
 def caption_request(rng: random.Random) -> str:
+    """One of several ways to ask for a caption."""
     return rng.choice(_CAPTION_REQUESTS)
 
 
 def which_digit(grid: Grid, rng: random.Random) -> Question:
+    """``digit_at`` for a random place."""
     return digit_at(grid, rng.randrange(4))
 
 
 def digit_at(grid: Grid, place: int) -> Question:
+    """Asks for the digit at a place, an index of ``PLACES``."""
     return Question("which", f"Which digit is at the {PLACES[place]}?", str(grid[place]))
 
 
 def is_digit(grid: Grid, rng: random.Random) -> Question:
-    """Yes and no equally often: the answer is drawn first, then a digit that makes it true."""
+    """Yes and no are equally likely: the answer is drawn first, then a digit that makes it true."""
     place, right = rng.randrange(4), rng.random() < 0.5
     digit = grid[place] if right else rng.choice([d for d in range(10) if d != grid[place]])
     question = f"Is the digit at the {PLACES[place]} a {WORDS[digit]}?"
@@ -64,17 +67,19 @@ def is_digit(grid: Grid, rng: random.Random) -> Question:
 
 
 def row_sum(grid: Grid, rng: random.Random) -> Question:
+    """Asks for the sum of a random row."""
     row = rng.choice(sorted(_SUMS))
     total = sum(grid[place] for place in _SUMS[row])
     return Question("sum", f"What is the sum of the {row}?", str(total))
 
 
 def about(grid: Grid, rng: random.Random) -> Question:
-    """A question whose answer needs the picture; sums are the rarest."""
+    """A question about the picture; sums are the rarest."""
     return rng.choices((which_digit, is_digit, row_sum), weights=(5, 4, 1))[0](grid, rng)
 
 
 def arithmetic(rng: random.Random) -> Question:
+    """Asks for a sum or difference of two digits, without a picture."""
     a, b = rng.randrange(10), rng.randrange(10)
     if rng.random() < 0.5:
         return Question("text", f"What is {a} plus {b}?", str(a + b))
@@ -83,20 +88,20 @@ def arithmetic(rng: random.Random) -> Question:
 
 
 def same_digit(place: int, same: bool) -> Question:
-    """About two pictures; ``same`` says what is true."""
+    """A question about two pictures; ``same`` is the true answer."""
     question = f"Is there the same digit at the {PLACES[place]} of both pictures?"
     return Question("two", question, "yes" if same else "no")
 
 
 def described(rng: random.Random) -> Question:
-    """A question about a grid that is given in words: what the language model needs to know."""
+    """A question about a grid given in words, for pretraining the language model."""
     grid = tuple(rng.randrange(10) for _ in PLACES)
     asked = about(grid, rng)
     return Question(asked.kind, f"{caption(grid, rng)}. {asked.question}", asked.answer)
 
 
 def vocabulary() -> list[str]:
-    """Every sentence form with every word and digit, for training the tokenizer."""
+    """Sentences of every form with every word and digit, for training the tokenizer."""
     rng = random.Random(0)
     lines = [f"{a} {WORDS[a]}" for a in range(10)]
     lines += list(_CAPTION_REQUESTS)

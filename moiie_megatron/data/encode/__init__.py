@@ -1,1 +1,1 @@
-"""Records to token ids, targets, token types and pixels."""
+"""Records to token ids, labels and token types; image files to pixels."""

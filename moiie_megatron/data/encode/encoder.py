@@ -1,4 +1,4 @@
-"""Records to token ids, targets and token types."""
+"""Records to token ids, labels and token types (shapes: ``moiie_megatron/data/__init__.py``)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from moiie_megatron.data.records.llava import PLACEHOLDER, BadRecord, Record, Tu
 from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.utils.errors import UserError
 
-IGNORE: Final = -100  # label of a position without a target (PyTorch's ignore_index)
+IGNORE: Final = -100  # label of a position that has no target (PyTorch's ignore_index)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample as ids.
+    """The token ids of one sample.
 
     Attributes:
-        tokens: int64 [n].
-        labels: int64 [n], already shifted: ``labels[t]`` is the token that position ``t`` must
+        tokens: int64 (t,).
+        labels: int64 (t,), already shifted: ``labels[i]`` is the token that position i must
             predict, or -100.
-        token_types: int8 [n].
-        images: Image paths, in the order of their runs in ``tokens``.
+        token_types: int8 (t,), see ``layout/token_types.py``.
+        images: Image paths, in the order of their positions in ``tokens``.
     """
 
     tokens: Tensor
@@ -43,18 +43,18 @@ def encode(
     num_image_tokens: int,
     sequence_length: int,
 ) -> Encoded:
-    """A training sample; text beyond ``sequence_length`` is cut off at the right.
+    """The training sample of a record, truncated on the right.
 
     Args:
         record: The conversation.
-        tokenizer: Gives the ids; its BOS is put in front unless the template already does.
-        template: Gives the text and which of it is learnt.
-        num_image_tokens: Length of the run of ``image_id`` that stands for one image.
-        sequence_length: Largest number of tokens.
+        tokenizer: Text to ids; its BOS is put in front unless the template already does.
+        template: Conversation to text, and which of the text is trainable.
+        num_image_tokens: Consecutive positions with ``image_id`` per image.
+        sequence_length: Maximum number of tokens.
 
     Raises:
-        BadRecord: An image does not fit whole, nothing is left to learn, or the template cannot
-            express the conversation.
+        BadRecord: Truncation would cut an image or leave no label, or the template cannot render
+            the conversation.
     """
     try:
         segments = template.render(record.turns)
@@ -64,14 +64,14 @@ def encode(
     labels = [
         token if train else IGNORE for token, train in zip(ids[1:], trainable[1:], strict=True)
     ] + [IGNORE]
-    end = _last(types, IMAGE) + 1
+    end = _last_index(types, IMAGE) + 1
     if end > sequence_length:
         raise BadRecord(
             f"the last image ends at token {end}, beyond the sequence length {sequence_length}"
         )
     labels = labels[:sequence_length]
     if all(label == IGNORE for label in labels):
-        raise BadRecord(f"no answer to learn within the first {len(labels)} of {len(ids)} tokens")
+        raise BadRecord(f"no trainable token within the first {len(labels)} of {len(ids)} tokens")
     return Encoded(
         torch.tensor(ids[:sequence_length], dtype=torch.int64),
         torch.tensor(labels, dtype=torch.int64),
@@ -83,13 +83,19 @@ def encode(
 def encode_prompt(
     turns: Sequence[Turn], tokenizer: Tokenizer, template: Template, num_image_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """What the model reads before it writes its answer, tokenised exactly as in training.
+    """The prompt of the next answer, tokenized exactly as in training.
+
+    Args:
+        turns: The conversation so far.
+        tokenizer: Text to ids.
+        template: Conversation to text.
+        num_image_tokens: Consecutive positions with ``image_id`` per image.
 
     Returns:
-        tokens int64 [n] and token_types int8 [n].
+        tokens int64 (t,) and token_types int8 (t,).
 
     Raises:
-        UserError: The template cannot express the conversation.
+        UserError: The template cannot render the conversation.
     """
     segments = template.render(turns, add_generation_prompt=True)
     ids, _, types = _tokenize(segments, tokenizer, num_image_tokens)
@@ -99,7 +105,7 @@ def encode_prompt(
 def _tokenize(
     segments: Sequence[Segment], tokenizer: Tokenizer, num_image_tokens: int
 ) -> tuple[list[int], list[bool], list[int]]:
-    """Ids, whether each is learnt, and token types, with BOS in front."""
+    """Token ids with BOS in front, whether each is trainable, and token types."""
     ids: list[int] = []
     trainable: list[bool] = []
     types: list[int] = []
@@ -120,6 +126,6 @@ def _tokenize(
     return ids, trainable, types
 
 
-def _last(values: list[int], wanted: int) -> int:
-    """Position of the last occurrence, or -1."""
-    return len(values) - 1 - values[::-1].index(wanted) if wanted in values else -1
+def _last_index(values: list[int], value: int) -> int:
+    """Index of the last occurrence, or -1."""
+    return len(values) - 1 - values[::-1].index(value) if value in values else -1

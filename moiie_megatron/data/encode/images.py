@@ -1,10 +1,14 @@
-"""Image files to uint8 tensors.  PIL only: torchvision is not needed anywhere."""
+"""Image files to uint8 tensors (shapes: ``moiie_megatron/data/__init__.py``).
+
+Decoded by PIL alone, so torchvision is no dependency.
+"""
 
 from __future__ import annotations
 
 import struct
 import warnings
 import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -16,12 +20,12 @@ from torch import Tensor
 from moiie_megatron.data.records.llava import BadRecord
 from moiie_megatron.utils.errors import UserError
 
-# Formats that are pictures and nothing else: EPS, for one, would start another program.
+# Formats that hold pixels and nothing else: for EPS, PIL would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _DECODING_ERRORS = (
     OSError,
     SyntaxError,
-    UserError,
+    ValueError,
     EOFError,
     TypeError,
     struct.error,
@@ -32,7 +36,7 @@ _DECODING_ERRORS = (
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [n, 3, S, S] to normalised float32 [n, 3, S, S], on the device of ``images``."""
+    """uint8 (i, 3, S, S) to normalised float32 (i, 3, S, S), on the device of ``images``."""
     shape = (1, 3, 1, 1)
     mean_t = torch.tensor(mean, device=images.device).view(shape)
     std_t = torch.tensor(std, device=images.device).view(shape)
@@ -40,16 +44,16 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 class ImageDecoder:
-    """Makes squares of one size from image files.
+    """Decodes image files and resizes them to S x S pixels.
 
     Args:
         image_size: Side S of the result in pixels.
-        mode: ``square`` stretches to S x S; ``pad`` first pastes the image in the middle of a
+        mode: ``square`` stretches to S x S; ``pad`` first pastes the image into the centre of a
             square of the mean colour (LLaVA's ``image_aspect_ratio: pad``).
         mean: Mean per channel, 0..1: the colour of the padding.
-        std: Standard deviation per channel, kept for ``normalize``.
-        max_pixels: Larger images are refused before they are decoded; in ``pad`` mode the square
-            counts.
+        std: Standard deviation per channel, for ``normalize``.
+        max_pixels: Larger images are refused before they are decoded; in ``pad`` mode the pixels
+            of the padded square count.
     """
 
     def __init__(
@@ -60,8 +64,6 @@ class ImageDecoder:
         std: tuple[float, float, float],
         max_pixels: int = 2**26,
     ) -> None:
-        if mode not in ("square", "pad"):
-            raise UserError(f"stage.image_mode is {mode}: use square or pad.")
         self.image_size = image_size
         self.mode = mode
         self.mean = mean
@@ -69,14 +71,21 @@ class ImageDecoder:
         self.max_pixels = max_pixels
 
     def decode(self, file: Path | BinaryIO, name: str) -> Tensor:
-        """The image in ``file``, called ``name`` in messages: uint8 [3, S, S], RGB, upright.
+        """Decode one image.
+
+        Args:
+            file: The encoded image.
+            name: Names the image in messages.
+
+        Returns:
+            uint8 (3, S, S), RGB, upright.
 
         Raises:
             BadRecord: Not an image, damaged or too large.
         """
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # damaged metadata is no reason to stop
+                warnings.simplefilter("ignore")  # damaged metadata does not spoil the pixels
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(file, formats=_FORMATS) as opened:
                     self._check_size(name, opened.size)
@@ -87,11 +96,27 @@ class ImageDecoder:
                 image = image.resize(size, Image.Resampling.BICUBIC)
         except BadRecord:
             raise
-        except UnidentifiedImageError as error:  # its own text names the file object
-            raise BadRecord(f"image {name} cannot be read (no known picture format)") from error
+        except UnidentifiedImageError as error:  # its own text prints the file object
+            raise BadRecord(f"image {name} cannot be read (unknown image format)") from error
         except _DECODING_ERRORS as error:
             raise BadRecord(f"image {name} cannot be read ({error})") from error
         return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+    def decode_all(self, files: Iterable[tuple[Path | BinaryIO, str]]) -> Tensor:
+        """Decode all images of a sample.
+
+        Args:
+            files: Arguments of ``decode``; read one after the other.
+
+        Returns:
+            uint8 (i, 3, S, S); i is 0 for a sample without images.
+
+        Raises:
+            BadRecord: See ``decode``.
+        """
+        pixels = [self.decode(file, name) for file, name in files]
+        side = self.image_size
+        return torch.stack(pixels) if pixels else torch.empty(0, 3, side, side, dtype=torch.uint8)
 
     def _check_size(self, path: str, size: tuple[int, int]) -> None:
         width, height = size
@@ -111,15 +136,15 @@ class ImageDecoder:
 
 
 class ImageLoader(ImageDecoder):
-    """Reads images below one folder.
+    """Reads images below one directory.
 
     Args:
-        root: The folder; a path that leads out of it, by ``..`` or a symbolic link, is refused.
+        root: The directory; a path that leaves it, by ``..`` or a symbolic link, is refused.
 
-    The others are those of ``ImageDecoder``.
+    The other arguments are those of ``ImageDecoder``.
 
     Raises:
-        UserError: ``root`` is not a folder.
+        UserError: ``root`` is not a directory.
     """
 
     def __init__(
@@ -133,40 +158,50 @@ class ImageLoader(ImageDecoder):
     ) -> None:
         self.root = Path(root).resolve()
         if not self.root.is_dir():
-            raise UserError(f"The image folder {root} does not exist or is not a folder.")
+            raise UserError(
+                f"The image directory {root} does not exist or is no directory: correct the path."
+            )
         super().__init__(image_size, mode, mean, std, max_pixels)
 
     def load(self, path: str) -> Tensor:
-        """The image at ``path`` (relative to the root): uint8 [3, S, S], RGB, upright.
+        """The image at ``path`` (relative to the root): uint8 (3, S, S), RGB, upright.
 
         Raises:
             BadRecord: Outside the root, missing, not an image, damaged or too large.
         """
         return self.decode(self.locate(path), path)
 
+    def load_all(self, paths: Sequence[str]) -> Tensor:
+        """The images at ``paths`` (relative to the root): uint8 (i, 3, S, S).
+
+        Raises:
+            BadRecord: See ``load``.
+        """
+        return self.decode_all((self.locate(path), path) for path in paths)
+
     def locate(self, path: str) -> Path:
         """The file of the image at ``path`` (relative to the root).
 
         Raises:
-            BadRecord: Outside the root, or not there.
+            BadRecord: Outside the root, or missing.
         """
         relative = Path(path)
         if relative.is_absolute() or ".." in relative.parts or "\0" in path:
-            raise BadRecord(f"image {path!r} is not a plain path below {self.root}")
+            raise BadRecord(f"image {path!r} is not a relative path below {self.root}")
         try:
             file = (self.root / relative).resolve()
             if not file.is_relative_to(self.root):
-                raise BadRecord(f"image {path} leads out of {self.root}, to {file}")
+                raise BadRecord(f"image {path} is a link out of {self.root}, to {file}")
             if not file.is_file():
                 raise BadRecord(f"image {path} does not exist below {self.root}")
-        except (OSError, RuntimeError) as error:  # name too long, a loop of links
+        except (OSError, RuntimeError) as error:  # name too long, circular links
             raise BadRecord(f"image {path[:200]} cannot be read ({error})") from error
         return file
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise UserError("pixels are floating-point numbers without a known range")
+        raise ValueError("its pixels are floating-point numbers without a known range")
     if image.mode.startswith("I"):  # 16 bits per pixel: PIL's own conversion clips at 255
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
             "RGB"

@@ -1,8 +1,8 @@
-"""Conversations to text, in segments that say which text the model learns to write.
+"""Conversations to text, in segments that are trainable or context.
 
-A segment is tokenised by itself, so the border between what is read and what is learnt never
-falls inside a token.  Every assistant turn is learnt together with the token that ends it; the
-header before it is not.
+The tokens of a trainable segment are targets; those of a context segment are only read.  Every
+segment is tokenized by itself, so no token spans the border between the two.  An assistant turn is
+trainable together with the token that ends it; the header before it is context.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from moiie_megatron.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of rendered text; ``<image>`` still stands for an image.
+    """A piece of rendered text, in which ``<image>`` still marks the images.
 
     Attributes:
-        text: To be tokenised by itself.
-        train: The tokens of this text are targets.
+        text: Tokenized by itself.
+        train: Whether the tokens of this text are targets.
     """
 
     text: str
@@ -42,10 +42,10 @@ class Template(Protocol):
 
         Args:
             turns: The conversation.
-            add_generation_prompt: End with the header of an assistant turn still to be written.
+            add_generation_prompt: End with the header of the next assistant turn.
 
         Raises:
-            UserError: The format cannot express this conversation.
+            UserError: The format cannot render this conversation.
         """
 
 
@@ -68,8 +68,8 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
 class PlainTemplate:
     """Image, caption, end of text: LLaVA's format for aligning the connector.
 
-    What the human asked is dropped; the caption is the last assistant turn (LLaVA,
-    ``preprocess_plain``).  Text before the caption would let the loss depend on the wording.
+    The caption is the last assistant turn; the human turns are dropped (LLaVA,
+    ``preprocess_plain``), so the loss does not depend on how they are worded.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -103,19 +103,19 @@ class MarkerTemplate:
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> list[Segment]:
         segments: list[Segment] = []
-        chat, read = self._chat, self._chat.begin
+        chat, context = self._chat, self._chat.begin
         for turn in turns:
-            read += self._header(turn.role)
+            context += self._header(turn.role)
             text = turn.text.strip() if chat.strips else turn.text
             if turn.role == "assistant":
-                segments.append(Segment(read, train=False))
+                segments.append(Segment(context, train=False))
                 segments.append(Segment(text + chat.end, train=True))
-                read = chat.gap
+                context = chat.gap
             else:
-                read += text + chat.end + chat.gap
+                context += text + chat.end + chat.gap
         if add_generation_prompt:
-            read += self._header("assistant")
-        return [*segments, Segment(read, train=False)] if read else segments
+            context += self._header("assistant")
+        return [*segments, Segment(context, train=False)] if context else segments
 
     def _header(self, role: str) -> str:
         return self._chat.header.replace("{role}", role)
@@ -124,16 +124,16 @@ class MarkerTemplate:
 class TokenizerTemplate:
     """The backbone's own Jinja chat template, rendered in transformers' sandbox.
 
-    An assistant turn is what the text grows by after the generation prompt.  Where an end-of-turn
-    token follows the turn, white space after that token belongs to the next header.
+    The trainable text of an assistant turn is what the rendered text gains after the generation
+    prompt.  If a token ends the turn, white space after that token belongs to the next header.
 
-    Templates of models that can reason are asked for answers without it (``enable_thinking``).
-    Some then write an empty block of reasoning in front of the last answer and of no other: the
-    conversation is rendered once, as a whole, and every answer is learnt as it stands there.
+    Templates of reasoning models are rendered without reasoning (``enable_thinking``).  Some then
+    write an empty block of reasoning before the last answer only, so the conversation is rendered
+    once as a whole, and every answer is trained as it is written there.
 
     Raises:
-        UserError: No chat template, or one that rewrites earlier turns (then no span can be
-            found); checked at construction on a conversation of two rounds.
+        UserError: No chat template, or one that rewrites earlier turns, so that no span can be
+            found; checked at construction with a conversation of two rounds.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -153,33 +153,33 @@ class TokenizerTemplate:
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            start, learnt = self._answer(turns[: i + 1], whole)
+            start, trainable = self._answer(turns[: i + 1], whole)
             if start < done:
                 raise _rewritten(whole[:done])
             segments.append(Segment(whole[done:start], train=False))
-            segments.append(Segment(learnt, train=True))
-            done = start + len(learnt)
+            segments.append(Segment(trainable, train=True))
+            done = start + len(trainable)
         rest = whole[done:]
         return [*segments, Segment(rest, train=False)] if rest else segments
 
     def _answer(self, turns: Sequence[Turn], whole: str) -> tuple[int, str]:
-        """Where the last turn's answer begins in the whole text, and what is learnt of it."""
+        """Where the answer of the last turn starts in the whole text, and its trainable text."""
         *earlier, turn = turns
         prompt = self._text(earlier, add_generation_prompt=True)
         answered = self._text(turns, add_generation_prompt=False)
         if whole.startswith(prompt) and answered.startswith(prompt):
-            learnt = _learnt(turn, answered[len(prompt) :])
-            if whole.startswith(learnt, len(prompt)):
-                return len(prompt), learnt
-        # An earlier answer that is written in another way than the last one: behind what the
-        # prompt has in common with the whole text, from the turn's own text on.
+            trainable = _trainable(turn, answered[len(prompt) :])
+            if whole.startswith(trainable, len(prompt)):
+                return len(prompt), trainable
+        # An earlier answer that is written differently from the last one: search it from the
+        # turn's own text on, after the prefix that the prompt and the whole text share.
         before = self._text(earlier, add_generation_prompt=False)
         common = os.path.commonprefix([prompt, whole])
-        learnt = _learnt(turn, answered[max(answered.rfind(turn.text.strip()), 0) :])
-        start = whole.rfind(learnt, len(before), len(common) + len(learnt))
+        trainable = _trainable(turn, answered[max(answered.rfind(turn.text.strip()), 0) :])
+        start = whole.rfind(trainable, len(before), len(common) + len(trainable))
         if start < 0 or not whole.startswith(before):
             raise _rewritten(prompt)
-        return start, learnt
+        return start, trainable
 
     def _text(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
         from jinja2.exceptions import TemplateError
@@ -202,13 +202,13 @@ class TokenizerTemplate:
         return str(rendered[0][0])  # (texts, spans of {% generation %} blocks)
 
 
-def _learnt(turn: Turn, growth: str) -> str:
-    """The part of the text that an answer adds which the model writes.
+def _trainable(turn: Turn, added: str) -> str:
+    """The trainable part of the text that an answer adds to the conversation.
 
     White space after the token that ends the turn is not part of it.
     """
-    core = growth.rstrip()
-    return growth if core.endswith(turn.text.rstrip()) else core
+    core = added.rstrip()
+    return added if core.endswith(turn.text.rstrip()) else core
 
 
 def _rewritten(text: str) -> UserError:

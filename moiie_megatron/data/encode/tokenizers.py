@@ -1,7 +1,7 @@
-"""Text to token ids and back: one small interface over Hugging Face and SentencePiece files.
+"""Text to token ids and back: one interface over Hugging Face and SentencePiece files.
 
 SentencePiece models are read by sentencepiece itself: transformers 5.23 rebuilds them as a
-``tokenizers`` BPE whose ids differ wherever whitespace runs occur.
+``tokenizers`` BPE whose ids differ wherever several spaces follow each other.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ _USER_DEFINED = 4
 
 
 class Tokenizer(Protocol):
-    """What the data side needs of a tokenizer; instances can be pickled.
+    """The operations that data and generation need of a tokenizer; instances can be pickled.
 
     Attributes:
-        bos_id: Begin of text, if the tokenizer has one.
+        bos_id: Beginning of text, if the tokenizer has one.
         eos_id: End of text.
-        pad_id: Padding; the end of text where there is no padding token.
-        image_id: Stands at image positions.  ``vocab_size`` where the vocabulary has no image
-            token: the model puts image features there and never embeds this id.
-        vocab_size: Number of ids, without an image token behind all others.
+        pad_id: Padding; the end of text if there is no padding token.
+        image_id: The id at image positions.  ``vocab_size`` if the vocabulary has no image token:
+            the model puts image features there and never embeds this id.
+        vocab_size: Number of ids, not counting an image token after all others.
         chat_template: The tokenizer's own Jinja template.
-        special_tokens: Texts of ``bos_token``, ``eos_token``..., as chat templates name them.
+        special_tokens: Texts of ``bos_token``, ``eos_token``, ... under the names that chat
+            templates use.
     """
 
     bos_id: int | None
@@ -40,10 +41,10 @@ class Tokenizer(Protocol):
     special_tokens: dict[str, str]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text.  Adds nothing; special tokens written in the text become their ids."""
+        """Ids of a text, with nothing added; special tokens in the text become their ids."""
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        """Text of ids.  Ids outside the vocabulary (image, padded embedding rows) are left out."""
+        """Text of ids; ids outside the vocabulary (image, padded embedding rows) are skipped."""
 
     def token_id(self, piece: str) -> int | None:
         """Id of exactly this piece, or None."""
@@ -53,12 +54,12 @@ def load_tokenizer(path: str | Path, image_token: str = "<image>") -> Tokenizer:
     """The tokenizer at ``path``.
 
     Args:
-        path: A Hugging Face folder, a ``tokenizer.json``, a SentencePiece ``.model``, or a folder
-            whose only tokenizer is one ``.model``.
+        path: A Hugging Face directory, a ``tokenizer.json``, a SentencePiece ``.model``, or a
+            directory whose only tokenizer is one ``.model``.
         image_token: The token at image positions; need not be in the vocabulary.
 
     Raises:
-        UserError: Nothing is there, or it is not a tokenizer of these kinds.
+        UserError: The path does not exist, or is not a tokenizer of these kinds.
     """
     path = Path(path)
     if path.is_dir():
@@ -69,15 +70,15 @@ def load_tokenizer(path: str | Path, image_token: str = "<image>") -> Tokenizer:
             return SentencePieceTokenizer(models[0].read_bytes(), str(models[0]), image_token)
         raise UserError(
             f"data.tokenizer {path} holds no tokenizer.json and {len(models)} .model files: use a "
-            "folder with a tokenizer.json or with one SentencePiece .model."
+            "directory with a tokenizer.json or with one SentencePiece .model."
         )
     if not path.is_file():
-        raise UserError(f"data.tokenizer {path} does not exist.")
+        raise UserError(f"data.tokenizer {path} does not exist: correct the path.")
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path, image_token)
     if path.suffix == ".model":
         return SentencePieceTokenizer(path.read_bytes(), str(path), image_token)
-    raise UserError(f"data.tokenizer {path} is neither a folder, a .json nor a .model file.")
+    raise UserError(f"data.tokenizer is {path}: use a directory, a .json or a .model file.")
 
 
 class HuggingFaceTokenizer:
@@ -97,12 +98,14 @@ class HuggingFaceTokenizer:
             else:
                 fast = loader(tokenizer_file=str(path))
         except Exception as error:  # tokenizers raises bare Exception for a malformed file
-            raise UserError(f"data.tokenizer {path} cannot be loaded: {error}.") from error
+            raise UserError(
+                f"data.tokenizer {path} cannot be loaded ({error}): use the backbone's tokenizer."
+            ) from error
         self._backend: Any = fast.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        # An exported model's tokenizer has its image token behind the model's vocabulary.
+        # An exported model's tokenizer has its image token after the model's vocabulary.
         self.vocab_size = max(i for token, i in vocabulary.items() if token != image_token) + 1
         if fast.eos_token_id is None:
             raise UserError(
@@ -139,9 +142,8 @@ class HuggingFaceTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece model.
 
-    Control pieces (``<s>``, chat markers) are turned into user-defined ones, the only change to
-    the model: sentencepiece would otherwise spell them out letter by letter when they stand in
-    the text.
+    Control pieces (``<s>``, chat markers) are turned into user-defined ones, which is the only
+    change to the model: otherwise sentencepiece would spell them out letter by letter in a text.
     """
 
     chat_template: str | None = None
@@ -159,7 +161,10 @@ class SentencePieceTokenizer:
                 "tokenizer.model) must be converted to a tokenizer.json first."
             ) from error
         if not proto.pieces:
-            raise UserError(f"data.tokenizer {name} is not a SentencePiece model: no pieces.")
+            raise UserError(
+                f"data.tokenizer {name} is not a SentencePiece model, it has no pieces: use the "
+                "backbone's tokenizer."
+            )
         spec = proto.trainer_spec
         control = {p.piece: i for i, p in enumerate(proto.pieces) if p.type == _CONTROL}
         markers = {
@@ -175,7 +180,10 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._processor.get_piece_size()
         self.bos_id = control.get(spec.bos_piece)
         if spec.eos_piece not in control:
-            raise UserError(f"data.tokenizer {name} has no end-of-text piece {spec.eos_piece}.")
+            raise UserError(
+                f"data.tokenizer {name} has no end-of-text piece {spec.eos_piece}: use the "
+                "backbone's tokenizer."
+            )
         self.eos_id = control[spec.eos_piece]
         self.pad_id = control.get(spec.pad_piece, self.eos_id)
         image_id = self.token_id(image_token)

@@ -1,1 +1,1 @@
-"""Record files: LLaVA JSON, JSON lines, tar shards."""
+"""Record files (LLaVA JSON arrays and JSON lines) and the tar shards made from them."""

@@ -1,4 +1,4 @@
-"""What megatron-energon wants beside tar shards: its own index, made by its own code."""
+"""The index that megatron-energon needs beside tar shards, written by energon itself."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ DATASET_FILE: Final = f"{_META}/dataset.yaml"
 _DATASET = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
 
 
-def index_shards(folder: Path, shards: Sequence[str]) -> bool:
-    """Say what the shards hold, and index them for training if energon is there.
+def index_shards(directory: Path, shards: Sequence[str]) -> bool:
+    """Declare the type of the shards, and index them for training if energon is installed.
+
+    Args:
+        directory: Holds the shards.
+        shards: Their names.
 
     Returns:
-        Whether they were indexed; without that energon cannot read them yet.
+        Whether the shards were indexed; energon cannot read them without an index.
     """
-    (folder / _META).mkdir(exist_ok=True)
-    (folder / DATASET_FILE).write_text(_DATASET)
+    (directory / _META).mkdir(exist_ok=True)
+    (directory / DATASET_FILE).write_text(_DATASET)
     if not has_energon():
         return False
-    from megatron.energon.epathlib import EPath  # type: ignore[import-not-found]
-    from megatron.energon.flavors import BaseWebdatasetFactory  # type: ignore[import-not-found]
+    from megatron.energon.epathlib import EPath
+    from megatron.energon.flavors import BaseWebdatasetFactory
 
-    with redirect_stdout(io.StringIO()):  # it reports every step
+    with redirect_stdout(io.StringIO()):  # it prints its progress
         BaseWebdatasetFactory.prepare_dataset(
-            EPath(str(folder.absolute())),
+            EPath(str(directory.absolute())),
             list(shards),
             split_parts_ratio=[("train", 1), ("val", 0), ("test", 0)],
             shuffle_seed=None,

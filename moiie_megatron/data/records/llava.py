@@ -1,8 +1,8 @@
-"""LLaVA records: conversations about images, read one at a time from a ``.json`` or ``.jsonl``.
+"""LLaVA records: conversations about images, read one at a time from ``.json`` or ``.jsonl``.
 
-Format: https://github.com/haotian-liu/LLaVA (docs/Finetune_Custom_Data.md).  Only the byte
-range of each record is held in memory (``data/records/index.py``): 16 bytes, which the processes of
-a node share for large files, where ``json.load`` of 665k records would keep more than 1 GB in each.
+Format: https://github.com/haotian-liu/LLaVA (docs/Finetune_Custom_Data.md).  Memory holds only the
+byte range of each record (``data/records/index.py``): 16 bytes, shared by the processes of a node
+for large files.  ``json.load`` of 665k records would keep more than 1 GB in every process.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 from moiie_megatron.data.records.index import open_ranges, record_ranges
 from moiie_megatron.utils.errors import UserError
 
-PLACEHOLDER: Final = "<image>"  # where an image stands in the text of a record
+PLACEHOLDER: Final = "<image>"  # marks the position of an image in the text of a record
 
 Role = Literal["system", "user", "assistant"]
 _ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
 class BadRecord(UserError):
-    """One record that cannot be used; the run replaces it (``data/stream/skipped_samples.py``).
+    """A record that cannot be used; the run skips it (``data/stream/skipped_samples.py``).
 
     Args:
         reason: What is wrong, with the offending values.
-        file: Record file, filled in by whoever knows it.
+        file: Record file, filled in by the caller that knows it.
         index: Record number in that file, from 0.
     """
 
@@ -45,7 +45,7 @@ class BadRecord(UserError):
 
 @dataclass(frozen=True)
 class Turn:
-    """One utterance; ``<image>`` in the text stands for the next image of the record."""
+    """One turn of a conversation; ``<image>`` in its text is the next image of the record."""
 
     role: Role
     text: str
@@ -53,7 +53,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """A conversation and the images (paths below the image folder) in order of appearance."""
+    """A conversation and its images, as paths below the image directory, in order of appearance."""
 
     id: str
     images: tuple[str, ...]
@@ -63,11 +63,11 @@ class Record:
 class RecordFile:
     """Random access to the records of one file: ``len(file)`` and ``file[i] -> Record``.
 
-    Picklable: a worker process re-opens the file and reuses the index.
+    Picklable: a worker process reopens the file and reuses the byte ranges.
 
     Args:
         path: A JSON array (``.json``) or one JSON object per line (``.jsonl``; blank lines are
-            skipped and do not count).
+            not counted).
 
     Raises:
         UserError: The file cannot be read, has another suffix, is not a JSON array, or is empty.
@@ -80,7 +80,9 @@ class RecordFile:
         try:
             self._ranges = record_ranges(self.path)
         except OSError as error:
-            raise UserError(f"Cannot read {self.path}: {error.strerror or error}.") from error
+            raise UserError(
+                f"Cannot read {self.path} ({error.strerror or error}): correct the path."
+            ) from error
         if not len(self._ranges):
             raise UserError(f"{self.path} holds no records: remove it from data.sources.")
         self._bytes: mmap.mmap | None = None
@@ -89,10 +91,10 @@ class RecordFile:
         return len(self._ranges)
 
     def __getitem__(self, i: int) -> Record:
-        """The record number ``i`` (from 0).
+        """Record number ``i``, from 0.
 
         Raises:
-            BadRecord: This record is malformed; names the file and ``i``.
+            BadRecord: The record is malformed; names the file and ``i``.
             IndexError: There is no record ``i``.
         """
         value = self.value(i)
@@ -102,10 +104,10 @@ class RecordFile:
             raise BadRecord(error.reason, str(self.path), i) from error
 
     def value(self, i: int) -> Any:
-        """What stands in the file as record ``i``, whether it is a proper record or not.
+        """The parsed JSON value of record ``i``, well-formed as a record or not.
 
         Raises:
-            BadRecord: No JSON; names the file and ``i``.
+            BadRecord: It is not JSON; names the file and ``i``.
             IndexError: There is no record ``i``.
         """
         if not 0 <= i < len(self):
@@ -126,16 +128,22 @@ class RecordFile:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._ranges is None:
-            kept = open_ranges(self.path)
-            self._ranges = record_ranges(self.path) if kept is None else kept
+            cached = open_ranges(self.path)
+            self._ranges = record_ranges(self.path) if cached is None else cached
 
 
 def parse_record(value: Any, default_id: str = "") -> Record:
-    """A ``Record`` from the parsed JSON object of a LLaVA record.
+    """The ``Record`` of a parsed LLaVA record.
+
+    Images without placeholders are put in front of the first human turn.
+
+    Args:
+        value: The parsed JSON value.
+        default_id: Used if the record has no ``id``.
 
     Raises:
-        BadRecord: Not an object, no conversation, speakers that do not alternate, or another
-            number of ``<image>`` placeholders than of images.
+        BadRecord: Not an object, no conversation, speakers that do not alternate, or the numbers
+            of ``<image>`` placeholders and images differ.
     """
     if not isinstance(value, dict):
         raise BadRecord(f"a record must be a JSON object, not {type(value).__name__}")
@@ -148,7 +156,7 @@ def parse_record(value: Any, default_id: str = "") -> Record:
         turns[first] = replace(turns[first], text=text)
     elif placeholders != len(images):
         raise BadRecord(f"{placeholders} {PLACEHOLDER} placeholders but {len(images)} images")
-    # Half of a surrogate pair, which JSON can express, could not be printed.
+    # JSON can express a lone surrogate, which could not be printed.
     name = str(value.get("id", default_id)).encode(errors="backslashreplace").decode()
     return Record(name, images, tuple(turns))
 
@@ -166,7 +174,7 @@ def _parse_turns(value: Any) -> list[Turn]:
                 f"turn {i} must have from (human, gpt or a leading system) and value (text), "
                 f"not {str(item)[:80]}"
             )
-        turns.append(Turn(_ROLES[speaker], _proper(text, f"turn {i}")))
+        turns.append(Turn(_ROLES[speaker], _checked_unicode(text, f"turn {i}")))
     spoken = turns[1:] if turns[0].role == "system" else turns
     for i, turn in enumerate(spoken):
         expected: Role = "assistant" if i % 2 else "user"
@@ -181,14 +189,14 @@ def _parse_images(value: Any) -> tuple[str, ...]:
     paths = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(p, str) and p for p in paths):
         raise BadRecord(f"image must be a path or a list of paths, not {str(value)[:80]}")
-    return tuple(_proper(path, "image") for path in paths)
+    return tuple(_checked_unicode(path, "image") for path in paths)
 
 
-def _proper(text: str, where: str) -> str:
-    """The text, if it is Unicode: tokenizers and file systems refuse half of a surrogate pair."""
+def _checked_unicode(text: str, where: str) -> str:
+    """``text``, refused if it has a lone surrogate, which tokenizers and file systems refuse."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise BadRecord(f"{where} holds half of a surrogate pair ({half})") from error
+        escape = f"\\u{ord(text[error.start]):04x}"
+        raise BadRecord(f"{where} has a lone surrogate ({escape})") from error
     return text

@@ -1,7 +1,10 @@
-"""Records and images into tar shards (webdataset), for megatron-energon and object storage.
+"""Writes records and images as tar shards (webdataset), for megatron-energon and object storage.
 
-A sample is ``KEY.json`` (the LLaVA record as it stands in the file) and its images as they are,
-``KEY.jpg``, or ``KEY.0.jpg``, ``KEY.1.png``... where it has several.  KEY is the record number.
+A sample is ``KEY.json`` (the LLaVA record as it stands in its file) and its image files, copied:
+``KEY.jpg``, or ``KEY.0.jpg``, ``KEY.1.png``, ... if there are several.  KEY is the record number.
+
+Written with ``tarfile``: ``webdataset.ShardWriter`` comes with energon only, which is optional, and
+sorts the images of a sample by name (10 before 2).
 """
 
 from __future__ import annotations
@@ -9,7 +12,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,28 +19,31 @@ from moiie_megatron.data.records.llava import BadRecord
 from moiie_megatron.data.stream.dataset import Source
 from moiie_megatron.data.stream.example import SkippedSample
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.progress import ProgressFn
 
 
 def write_shards(
     source: Source,
-    folder: Path,
+    directory: Path,
     *,
     samples_per_shard: int = 10_000,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressFn | None = None,
 ) -> tuple[list[str], tuple[SkippedSample, ...]]:
-    """Write the samples of a source, in order, as ``shard_00000.tar``...
+    """Write the samples of a source, in order, as ``shard_00000.tar``, ``shard_00001.tar``, ...
 
-    Images are copied, not decoded.  The shards depend on nothing but the data: times and owners
-    are zero.
+    The shards depend on the data alone: times and owners are zero.
 
     Args:
-        folder: Exists; should be empty.
+        source: Records and images; images are copied, not decoded.
+        directory: An existing directory, should be empty.
+        samples_per_shard: The last shard has fewer.
+        progress: Called with the records done and their total.
 
     Returns:
-        Names of the shards, and the records left out: malformed, or with a missing image.
+        The names of the shards, and the skipped records: malformed, or with a missing image.
 
     Raises:
-        UserError: Not one record can be used.
+        UserError: No record can be used.
     """
     total = len(source.records)
     skipped_samples: list[SkippedSample] = []
@@ -52,9 +57,9 @@ def write_shards(
                 skipped_samples.append(SkippedSample(str(source.records.path), i, error.reason))
             else:
                 if written % samples_per_shard == 0:
-                    shard.close()  # the one before
+                    shard.close()  # the previous one
                     names.append(f"shard_{len(names):05d}.tar")
-                    path = folder / names[-1]
+                    path = directory / names[-1]
                     tar = shard.enter_context(tarfile.open(path, "w", format=tarfile.USTAR_FORMAT))
                 for name, content in members:
                     header = tarfile.TarInfo(name)
@@ -65,17 +70,17 @@ def write_shards(
                 progress(i + 1, total)
     if not written:
         raise UserError(
-            f"None of the {total} records of {source.records.path} can be used; the first: "
-            f"{skipped_samples[0].reason}."
+            f"None of the {total} records of {source.records.path} can be used: repair them; the "
+            f"first: {skipped_samples[0].reason}."
         )
     return names, tuple(skipped_samples)
 
 
 def _members(source: Source, i: int) -> list[tuple[str, bytes]]:
-    """Names and contents of the files of a sample.
+    """Names and contents of the files of sample ``i``.
 
     Raises:
-        BadRecord: It is malformed, or an image cannot be read.
+        BadRecord: The record is malformed, or an image cannot be read.
     """
     images = source.records[i].images
     key = f"{i:09d}"
@@ -83,7 +88,7 @@ def _members(source: Source, i: int) -> list[tuple[str, bytes]]:
     members = [(f"{key}.json", record)]
     for number, path in enumerate(images):
         middle = f".{number}" if len(images) > 1 else ""
-        # Decoders look into the file.  A name that a tar header cannot hold needs no other.
+        # Image decoders ignore the suffix, so one that is too long for a tar header is replaced.
         suffix = Path(path).suffix.lower()
         suffix = suffix if suffix.isascii() and 1 < len(suffix) <= 10 else ".img"
         try:

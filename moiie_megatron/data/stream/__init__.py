@@ -1,1 +1,1 @@
-"""Which samples a step has, and the batches that they become."""
+"""Which rank reads which samples in a step, and the micro-batches made from them."""

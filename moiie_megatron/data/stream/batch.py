@@ -1,13 +1,9 @@
-"""What the model is fed: one padded micro-batch.
-
-Shapes: b rows, s tokens, n images in the whole micro-batch, S pixels per image side, k segments
-of a packed row, l tokens with a target.
-"""
+"""What the model is fed: one padded micro-batch (shapes: ``moiie_megatron/data/__init__.py``)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,23 +17,20 @@ from moiie_megatron.layout.token_types import IMAGE, PADDING
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, padded at the right.
+    """A micro-batch, padded on the right.
 
     Attributes:
-        tokens: int64 [b, s]; ``image_id`` at image positions.
-        labels: int64 [b, s], already shifted; -100 where there is nothing to learn.
-        position_ids: int64 [b, s], 0..s-1 in every row; from 0 again in every segment.
-        token_types: int8 [b, s] of ``layout/token_types.py``.
-        images: uint8 [n, 3, S, S] in the order of their runs, row by row.
+        tokens: int64 (b, s); ``image_id`` at image positions.
+        labels: int64 (b, s), already shifted; -100 where there is no target.
+        position_ids: int64 (b, s); 0, 1, ... in every row, starting anew at every segment.
+        token_types: int8 (b, s), see ``layout/token_types.py``.
+        images: uint8 (i, 3, S, S), row by row in the order of their positions.
         num_image_tokens: Positions per image.
         record_ids: One per sample.
-        skipped_samples: Samples skipped while making the batch.
-        cu_seqlens: int32 [k + 1] on the CPU, where the segments of a packed row (b = 1) begin
-            and end: its samples, then its padding (``data/stream/packing.py``).  None: every row
-            is one sample.
-
-    Raises:
-        ValueError: The number of image positions is not n * ``num_image_tokens``.
+        skipped_samples: Samples that were skipped while the batch was read.
+        cu_seqlens: int32 (c + 1,) on the CPU: the boundaries of the segments of a packed row, its
+            samples and then its padding (``data/stream/packing.py``; b is 1).  None: every row is
+            one sample.
     """
 
     tokens: Tensor
@@ -52,47 +45,33 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.tokens.device.type != "cpu":
-            return  # checked where it was made; counting here would wait for the device
+            return  # checked on the CPU; counting on a GPU would synchronize with it
         found = int((self.token_types == IMAGE).sum())
-        wanted = len(self.images) * self.num_image_tokens
-        if found != wanted:
-            raise ValueError(
-                f"The batch has {found} image positions but {len(self.images)} images of "
-                f"{self.num_image_tokens} tokens = {wanted}: every image needs its full run."
-            )
-
-    @property
-    def loss_mask(self) -> Tensor:
-        """float32 [b, s]: 1 where there is a target."""
-        return (self.labels != IGNORE).float()
+        expected = len(self.images) * self.num_image_tokens
+        assert found == expected, (
+            f"{found} image positions for {len(self.images)} images of {self.num_image_tokens} "
+            f"tokens = {expected}"
+        )
 
     @property
     def label_positions(self) -> Tensor:
-        """int64 [l]: where the targets are in the transposed batch [s, b]."""
+        """int64 (y,): indices of the labels in the flattened transposed batch (s, b)."""
         return (self.labels.t().reshape(-1) != IGNORE).nonzero().squeeze(1)
 
     @property
     def num_label_tokens(self) -> int:
-        """Positions with a target (waits for the device if the batch is on one)."""
+        """Number of positions with a label; synchronizes if the batch is on a GPU."""
         return int((self.labels != IGNORE).sum())
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch on ``device``; copies from pinned memory do not wait."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
     def pin_memory(self) -> Batch:
-        """The batch in pinned memory; torch's DataLoader calls this by its name."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        # cu_seqlens stays: lengths are read on the host.
+        """The batch in pinned memory; torch's DataLoader calls this method by its name."""
         return replace(
             self,
-            tokens=change(self.tokens),
-            labels=change(self.labels),
-            position_ids=change(self.position_ids),
-            token_types=change(self.token_types),
-            images=change(self.images),
+            tokens=self.tokens.pin_memory(),
+            labels=self.labels.pin_memory(),
+            position_ids=self.position_ids.pin_memory(),
+            token_types=self.token_types.pin_memory(),
+            images=self.images.pin_memory(),
         )
 
 
@@ -104,28 +83,18 @@ def collate(
     pad_to: int | None = None,
     multiple_of: int = 1,
 ) -> Batch:
-    """Pad examples to one length.
+    """Pad samples to the same length.
 
     Args:
-        examples: At least one.
+        examples: At least one, none longer than ``pad_to``.
         pad_id: Token at padded positions.
         num_image_tokens: Positions per image.
-        pad_to: The length; None takes the longest example, rounded up.
-        multiple_of: The length is a multiple of this (sequence parallelism cuts evenly).
-
-    Raises:
-        ValueError: An example longer than ``pad_to``, a ``pad_to`` that is not a multiple, or a
-            wrong number of image positions.
+        pad_to: The length; None takes the longest sample, rounded up to ``multiple_of``.
+        multiple_of: The length is a multiple of this (sequence parallelism splits it evenly).
     """
     longest = max(len(example.encoded.tokens) for example in examples)
     length = pad_to or math.ceil(longest / multiple_of) * multiple_of
-    if length % multiple_of:
-        raise ValueError(
-            f"The padded length {length} is not a multiple of {multiple_of}: choose a "
-            "data.sequence_length that is."
-        )
-    if longest > length:
-        raise ValueError(f"A sample has {longest} tokens, more than the padded length {length}.")
+    assert length % multiple_of == 0 and longest <= length, (longest, length, multiple_of)
 
     def padded(name: str, value: int) -> Tensor:
         rows = [getattr(example.encoded, name) for example in examples]
@@ -140,5 +109,7 @@ def collate(
         images=torch.cat([example.images for example in examples]),
         num_image_tokens=num_image_tokens,
         record_ids=tuple(example.record_id for example in examples),
-        skipped_samples=tuple(fault for example in examples for fault in example.skipped_samples),
+        skipped_samples=tuple(
+            skipped for example in examples for skipped in example.skipped_samples
+        ),
     )

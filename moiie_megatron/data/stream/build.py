@@ -1,4 +1,4 @@
-"""The data of a run from its configuration."""
+"""The data of a run, built from its configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.audit.audit import Encoding
+from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageDecoder, ImageLoader
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
@@ -18,20 +18,21 @@ from moiie_megatron.data.stream.dataset import LlavaDataset, Source
 from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.loader import build_loader
 from moiie_megatron.data.stream.packed_loader import build_packed_loader
-from moiie_megatron.data.stream.packing import PackingSpec, pack, split_rows_to_count
+from moiie_megatron.data.stream.packing import PackingSpec, equalize_row_counts, pack
+from moiie_megatron.data.stream.settings import LoaderSettings
 from moiie_megatron.data.stream.stream_state import StreamState
 from moiie_megatron.families.registry import vision_family
 from moiie_megatron.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from moiie_megatron.data.stream.energon import EnergonDataset
+    from moiie_megatron.data.stream.energon import EnergonDataset, EnergonStream
 
 
 def build_sources(config: RunConfig) -> list[Source]:
     """The run's sources, opened.
 
     Raises:
-        UserError: A file or folder is missing or unreadable.
+        UserError: A file or directory is missing or unreadable.
     """
     sources = []
     for source in config.data.sources:
@@ -49,7 +50,7 @@ def _image_options(config: RunConfig) -> tuple[Any, ...]:
 
 
 def build_encoding(config: RunConfig) -> Encoding:
-    """How the run turns records into tokens.
+    """How the run turns records into token ids.
 
     Raises:
         UserError: The template does not fit the tokenizer, or the tokenizer has more ids than
@@ -86,13 +87,7 @@ def build_dataset(config: RunConfig) -> LlavaDataset | EnergonDataset:
             ImageDecoder(*_image_options(config)),
             config.data.num_workers,
         )
-    return LlavaDataset(
-        build_sources(config),
-        encoding.tokenizer,
-        encoding.template,
-        encoding.num_image_tokens,
-        encoding.sequence_length,
-    )
+    return LlavaDataset(build_sources(config), encoding)
 
 
 def build_train_loader(
@@ -102,82 +97,104 @@ def build_train_loader(
     consumed_samples: int,
     dp_rank: int,
     dp_size: int,
-    most: Callable[[int], int],
+    max_over_dp: Callable[[int], int],
     pin_memory: bool = False,
     state: StreamState | None = None,
 ) -> Iterator[list[Batch]]:
-    """The endless stream of one data-parallel rank: the micro-batches of a step at a time.
+    """The endless stream of one data-parallel rank: the micro-batches of one step at a time.
 
-    Lengths are multiples of the tensor-parallel degree under sequence parallelism.
+    Under sequence parallelism, lengths are multiples of the tensor-parallel degree.
 
     Args:
-        most: The largest of the numbers that the data-parallel ranks call it with
-            (``ParallelContext.most``); with packing they agree on the micro-batches of a step.
-        state: Where a stream of energon goes on, and what it has to save; the plain loader needs
+        config: Checked against the number of ranks.
+        dataset: That of ``build_dataset``.
+        consumed_samples: Samples that earlier steps have used, on all ranks together.
+        dp_rank: This data-parallel rank, from 0.
+        dp_size: Number of data-parallel ranks.
+        max_over_dp: The maximum of a number over the data-parallel ranks
+            (``ParallelContext.max_over_dp``); with packing, the ranks agree on the number of
+            micro-batches of a step.
+        pin_memory: Put batches into pinned memory.
+        state: Where an energon stream continues, and what it saves; the plain loader needs
             ``consumed_samples`` alone.
-
-    Raises:
-        UserError: The batch sizes or lengths do not fit the layout.
     """
-    parallel, train = config.parallel, config.train
-    full = config.data.padding == "sequence_length"
-    multiple_of = parallel.tensor if parallel.sequence_parallel else 1
-    shape = PackingSpec(
+    settings = LoaderSettings(
+        seed=config.train.seed,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        consumed_samples=consumed_samples,
+        num_workers=config.data.num_workers,
+        pin_memory=pin_memory,
+    )
+    if config.data.packing:
+        spec = _packing_spec(config, dataset)
+        if isinstance(dataset, LlavaDataset):
+            return build_packed_loader(dataset, settings, spec, max_over_dp)
+        steps = _energon_stream(config, dataset, settings, partial(pack, spec=spec), state)
+        return equalize_row_counts(iter(steps), spec, max_over_dp)
+    make = _batch_maker(config, dataset)
+    if isinstance(dataset, LlavaDataset):
+        micro_batches = build_loader(dataset, settings, make)
+        return _group_by_step(micro_batches, settings.micro_batches_per_step)
+    make_all = partial(_split_and_collate, size=settings.micro_batch_size, make=make)
+    return iter(_energon_stream(config, dataset, settings, make_all, state))
+
+
+def _packing_spec(config: RunConfig, dataset: LlavaDataset | EnergonDataset) -> PackingSpec:
+    return PackingSpec(
         capacity=config.micro_batch_shape[1],
         sequence_length=config.data.sequence_length,
         num_image_tokens=dataset.num_image_tokens,
         pad_id=dataset.pad_id,
-        multiple_of=multiple_of,
-        full=full,
+        multiple_of=_length_multiple(config),
+        pad_to_capacity=config.data.padding == "sequence_length",
     )
-    pad_to = config.data.sequence_length if full else None
-    if not isinstance(dataset, LlavaDataset):
-        from moiie_megatron.data.stream.energon import EnergonStream
-
-        unpacked = partial(
-            _micro_batches,
-            size=train.micro_batch_size,
-            pad_id=dataset.pad_id,
-            num_image_tokens=dataset.num_image_tokens,
-            pad_to=pad_to,
-            multiple_of=multiple_of,
-        )
-        shares = EnergonStream(
-            dataset,
-            partial(pack, shape=shape) if config.data.packing else unpacked,
-            blend_file=Path(config.output) / "energon_blend.yaml",
-            samples=train.global_batch_size // dp_size,
-            seed=train.seed,
-            dp_rank=dp_rank,
-            dp_size=dp_size,
-            pin_memory=pin_memory,
-            state=state or StreamState(),
-        )
-        if not config.data.packing:
-            return iter(shares)
-        return (split_rows_to_count(rows, most(len(rows)), shape) for rows in shares)
-    options: dict[str, Any] = {
-        "seed": train.seed,
-        "consumed_samples": consumed_samples,
-        "global_batch_size": train.global_batch_size,
-        "micro_batch_size": train.micro_batch_size,
-        "dp_rank": dp_rank,
-        "dp_size": dp_size,
-        "num_workers": config.data.num_workers,
-        "pin_memory": pin_memory,
-    }
-    if config.data.packing:
-        return build_packed_loader(dataset, shape, most=most, **options)
-    stream = build_loader(dataset, pad_to=pad_to, multiple_of=multiple_of, **options)
-    return _by_step(stream, train.global_batch_size // (train.micro_batch_size * dp_size))
 
 
-def _micro_batches(examples: Sequence[Example], size: int, **options: Any) -> list[Batch]:
-    """A share of a step, ``size`` samples in each micro-batch."""
-    return [collate(examples[i : i + size], **options) for i in range(0, len(examples), size)]
+def _batch_maker(
+    config: RunConfig, dataset: LlavaDataset | EnergonDataset
+) -> Callable[[Sequence[Example]], Batch]:
+    """Makes a micro-batch of its samples, without packing."""
+    pads_to_limit = config.data.padding == "sequence_length"
+    return partial(
+        collate,
+        pad_id=dataset.pad_id,
+        num_image_tokens=dataset.num_image_tokens,
+        pad_to=config.data.sequence_length if pads_to_limit else None,
+        multiple_of=_length_multiple(config),
+    )
 
 
-def _by_step(stream: Iterator[Batch], micro_batches: int) -> Iterator[list[Batch]]:
-    """An endless stream, so many at a time."""
+def _length_multiple(config: RunConfig) -> int:
+    return config.parallel.tensor if config.parallel.sequence_parallel else 1
+
+
+def _energon_stream(
+    config: RunConfig,
+    dataset: EnergonDataset,
+    settings: LoaderSettings,
+    make: Callable[[Sequence[Example]], list[Batch]],
+    state: StreamState | None,
+) -> EnergonStream:
+    # Imported here: an optional package.
+    from moiie_megatron.data.stream.energon import EnergonStream
+
+    blend_file = Path(config.output) / "energon_blend.yaml"
+    return EnergonStream(
+        dataset, settings, make, blend_file=blend_file, state=state or StreamState()
+    )
+
+
+def _split_and_collate(
+    examples: Sequence[Example], size: int, make: Callable[[Sequence[Example]], Batch]
+) -> list[Batch]:
+    """The micro-batches of the samples of one rank in a step, ``size`` samples each."""
+    return [make(examples[i : i + size]) for i in range(0, len(examples), size)]
+
+
+def _group_by_step(micro_batches: Iterator[Batch], per_step: int) -> Iterator[list[Batch]]:
+    """An endless stream of micro-batches as lists of ``per_step``."""
     while True:
-        yield [next(stream) for _ in range(micro_batches)]
+        yield [next(micro_batches) for _ in range(per_step)]

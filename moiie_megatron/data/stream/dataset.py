@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
-
-from moiie_megatron.data.encode.encoder import encode
+from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageLoader
-from moiie_megatron.data.encode.templates import Template
-from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import BadRecord, Record, RecordFile
+from moiie_megatron.data.records.llava import BadRecord, RecordFile
 from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.order import Blend
 from moiie_megatron.utils.errors import UserError
@@ -21,11 +17,11 @@ from moiie_megatron.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """A record file and the folder of its images.
+    """A record file and the directory of its images.
 
     Attributes:
-        weight: How often an epoch sees every sample.
-        name: For messages; empty stands for the name of the record file.
+        weight: How often an epoch visits every sample, on average.
+        name: For messages; if empty, the name of the record file is used.
     """
 
     records: RecordFile
@@ -39,37 +35,24 @@ class Source:
 
 
 class LlavaDataset:
-    """The records of all sources in order; ``dataset[i] -> Example``.  Picklable.
+    """Map-style dataset of the records of all sources in order: index -> ``Example``.  Picklable.
 
     Args:
         sources: Concatenated.
-        tokenizer: For every source.
-        template: For every source.
-        num_image_tokens: Positions per image.
-        sequence_length: Largest number of tokens of a sample.
+        encoding: Applies to every source.
 
     Raises:
-        UserError: No source, or image folders with different image sizes.
+        UserError: No source, or sources with different image sizes.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        tokenizer: Tokenizer,
-        template: Template,
-        num_image_tokens: int,
-        sequence_length: int,
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], encoding: Encoding) -> None:
         if not sources:
             raise UserError("data.sources is empty: name at least one file of records.")
         sizes = {source.images.image_size for source in sources}
         if len(sizes) > 1:
             raise UserError(f"The sources have image sizes {sorted(sizes)}: use one size.")
         self.sources = tuple(sources)
-        self.tokenizer = tokenizer
-        self.template = template
-        self.num_image_tokens = num_image_tokens
-        self.sequence_length = sequence_length
+        self.encoding = encoding
         self.image_size = sizes.pop()
         self._ends = list(accumulate(len(source.records) for source in sources))
         self.blend = Blend.weighted(
@@ -77,31 +60,26 @@ class LlavaDataset:
         )
 
     def describe_epoch(self) -> str:
-        """One line: how many samples of every source an epoch has."""
+        """One line for the log: the number of samples of every source in an epoch."""
         return self.blend.describe_epoch([source.label for source in self.sources])
 
     def describe_order(self, dp_size: int) -> str:
-        """What the order depends on beside the seed: the same on any number of ranks."""
+        """What the order depends on besides the seed: not on the number of ranks."""
         return self.blend.describe()
 
     @property
+    def num_image_tokens(self) -> int:
+        return self.encoding.num_image_tokens
+
+    @property
     def pad_id(self) -> int:
-        return self.tokenizer.pad_id
+        return self.encoding.tokenizer.pad_id
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def record(self, i: int) -> Record:
-        """The record behind sample ``i``.
-
-        Raises:
-            BadRecord: It is malformed.
-        """
-        source, index = self._locate(i)
-        return source.records[index]
-
     def __getitem__(self, i: int) -> Example:
-        """Sample ``i``, encoded, with its images.
+        """Sample ``i``: its record encoded and its images decoded.
 
         Raises:
             BadRecord: The record or one of its images cannot be used; names file and record.
@@ -110,17 +88,14 @@ class LlavaDataset:
         source, index = self._locate(i)
         record = source.records[index]
         try:
-            encoded = encode(
-                record, self.tokenizer, self.template, self.num_image_tokens, self.sequence_length
-            )
-            pixels = [source.images.load(path) for path in record.images]
+            encoded = self.encoding.encode(record)
+            images = source.images.load_all(record.images)
         except BadRecord as error:
             raise BadRecord(error.reason, str(source.records.path), index) from error
-        side = self.image_size
-        images = torch.stack(pixels) if pixels else torch.empty(0, 3, side, side, dtype=torch.uint8)
         return Example(encoded, images, record.id)
 
     def _locate(self, i: int) -> tuple[Source, int]:
+        """The source of sample ``i`` and its record number there."""
         if not 0 <= i < len(self):
             raise IndexError(f"the dataset has {len(self)} samples, no sample {i}")
         number = bisect_right(self._ends, i)

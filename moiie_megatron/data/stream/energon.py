@@ -1,9 +1,9 @@
 """The stream of megatron-energon (7.4): tar shards from disk or object storage.
 
-Shards and blend are read, shuffled and resumed by energon; samples are encoded, packed and
-collated by the code of the plain loader.  What differs: samples of several sources are drawn by
-chance (weights hold on average), the order depends on the number of ranks and workers, and the
-state is energon's, one per data-parallel rank.
+Energon reads, blends and shuffles the shards and restores its state; samples are encoded, packed
+and collated by the code of the plain loader.  Differences from the plain loader: samples of
+several sources are drawn at random (weights hold on average), the order depends on the number of
+ranks and workers, and each data-parallel rank has a state of its own.
 
 A sample in a shard is ``KEY.json`` and its images (``data/records/webdataset.py``).
 """
@@ -21,9 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from megatron.energon import (  # type: ignore[import-not-found]
+from megatron.energon import (
     Batch,
     Cooker,
     DefaultTaskEncoder,
@@ -36,42 +35,41 @@ from megatron.energon import (  # type: ignore[import-not-found]
     get_train_dataset,
     stateless,
 )
-from megatron.energon.epathlib import EPath  # type: ignore[import-not-found]
-from megatron.energon.errors import FatalSampleError  # type: ignore[import-not-found]
-from megatron.energon.flavors.webdataset.empty_dataset_error import (  # type: ignore[import-not-found]
+from megatron.energon.epathlib import EPath
+from megatron.energon.errors import FatalSampleError
+from megatron.energon.flavors.webdataset.empty_dataset_error import (
     EmptyDatasetError,
 )
-from megatron.energon.flavors.webdataset.metadata import (  # type: ignore[import-not-found]
+from megatron.energon.flavors.webdataset.metadata import (
     WebdatasetMeta,
 )
 
-from moiie_megatron.data.audit.audit import Encoding
-from moiie_megatron.data.encode.encoder import encode
+from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageDecoder
 from moiie_megatron.data.records.llava import BadRecord, parse_record
 from moiie_megatron.data.stream.batch import Batch as MicroBatch
-from moiie_megatron.data.stream.batch import Example
-from moiie_megatron.data.stream.example import SkippedSample
+from moiie_megatron.data.stream.example import Example, SkippedSample
 from moiie_megatron.data.stream.order import Blend
+from moiie_megatron.data.stream.settings import LoaderSettings
 from moiie_megatron.data.stream.stream_state import StreamState
 from moiie_megatron.utils.errors import UserError
 
-_SHUFFLE_BUFFER = 1000  # samples per worker, as bytes: pictures are decoded behind it
-_RUN_LENGTH = 100  # samples read in a row from one place of a shard
-_STATE_EVERY_S = 10.0  # a resumed worker repeats at most what it did in this time
+_SHUFFLE_BUFFER = 1000  # samples per worker, still encoded: images are decoded after the shuffle
+_RUN_LENGTH = 100  # consecutive samples read from one position of a shard
+_STATE_EVERY_S = 10.0  # a resumed worker repeats at most the work of this time
 
 
 class EnergonDataset:
     """The prepared shards of all sources.
 
     Args:
-        sources: Folder (or ``msc://`` address) of the shards, weight and name of each.
-        encoding: From records to tokens.
-        images: From files to pixels.
+        sources: Directory (or ``msc://`` address) of the shards, weight and name of each source.
+        encoding: Records to token ids.
+        images: Image files to pixels.
         num_workers: Processes per rank that read ahead.
 
     Raises:
-        UserError: A folder holds no shards that energon has indexed.
+        UserError: A directory holds no shards that energon has indexed.
     """
 
     def __init__(
@@ -98,19 +96,19 @@ class EnergonDataset:
         return self.encoding.tokenizer.pad_id
 
     def describe_epoch(self) -> str:
-        """One line: how many samples of every source an epoch has, on average."""
+        """One line for the log: the samples of every source in an epoch, on average."""
         names = [name or Path(path).name for path, _, name in self.sources]
-        return self.blend.describe_epoch(names) + " (energon draws them by chance)"
+        return self.blend.describe_epoch(names) + " (energon draws them at random)"
 
     def describe_order(self, dp_size: int) -> str:
-        """What the order depends on beside the seed."""
+        """What the order depends on besides the seed."""
         return (
             f"{self.blend.describe()} by energon on {dp_size} data-parallel ranks x "
             f"{self.num_workers} workers"
         )
 
     def write_blend(self, path: Path) -> None:
-        """Energon's description of the blend (a MetadatasetV2)."""
+        """Write energon's description of the blend (a MetadatasetV2)."""
         parts = [
             {"weight": count, "path": source if "://" in source else str(Path(source).absolute())}
             for count, (source, _, _) in zip(self.blend.counts, self.sources, strict=True)
@@ -121,56 +119,48 @@ class EnergonDataset:
             "splits": {"train": {"blend": parts}},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.writing{os.getpid()}")  # every rank writes the same
+        # Every rank writes the same content, so each needs its own temporary file.
+        beside = path.with_name(f"{path.name}.writing{os.getpid()}")
         beside.write_text(yaml.safe_dump(content, sort_keys=False))
         os.replace(beside, path)
 
 
 class EnergonStream:
-    """The shares of one data-parallel rank, endlessly: what ``make`` does with its samples of a
-    step.
+    """The endless stream of one data-parallel rank: the micro-batches of one step at a time.
 
     Args:
         dataset: The shards.
-        make: From the samples of a share to micro-batches, in the worker.
+        settings: Batch sizes, rank and seed.
+        make: From the samples of this rank in a step to their micro-batches, in the worker.
         blend_file: Where the description of the blend is written.
-        samples: Samples of a share.
-        seed: Of the run.
-        dp_rank: This rank, from 0.
-        dp_size: Number of data-parallel ranks.
-        pin_memory: Put batches into pinned memory.
-        state: Where to go on; learns what to save.
+        state: Where to continue; saves the state of this stream from now on.
 
     Raises:
-        UserError: While iterating: too many bad samples in a row.
+        UserError: While iterating: too many samples in a row were skipped.
     """
 
     def __init__(
         self,
         dataset: EnergonDataset,
+        settings: LoaderSettings,
         make: Callable[[Sequence[Example]], list[MicroBatch]],
         *,
         blend_file: Path,
-        samples: int,
-        seed: int,
-        dp_rank: int,
-        dp_size: int,
-        pin_memory: bool,
         state: StreamState,
     ) -> None:
         dataset.write_blend(blend_file)
-        encoder = _Encoder(dataset.encoding, dataset.images, make)
+        encoder = _TaskEncoder(dataset.encoding, dataset.images, make)
         workers = WorkerConfig(
-            rank=dp_rank,
-            world_size=dp_size,
-            num_workers=dataset.num_workers,
-            seed_offset=seed,
-            global_error_handler=encoder.note_fault,
+            rank=settings.dp_rank,
+            world_size=settings.dp_size,
+            num_workers=settings.num_workers,
+            seed_offset=settings.seed,
+            global_error_handler=encoder.note_skipped,
         )
         shards = get_train_dataset(
             str(blend_file.absolute()),
             worker_config=workers,
-            batch_size=samples,
+            batch_size=settings.samples_per_step,
             shuffle_buffer_size=_SHUFFLE_BUFFER,
             max_samples_per_sequence=_RUN_LENGTH,
             task_encoder=encoder,
@@ -179,17 +169,22 @@ class EnergonStream:
             shards, checkpoint_every_sec=_STATE_EVERY_S, cache_pool=NoCachePool()
         )
         if state.restored is not None:
-            # Energon's state is a tree of its own classes; it comes from the run's checkpoint.
+            # Energon's state is a tree of its own classes, pickled into the run's own checkpoint:
+            # trusted like the rest of the checkpoint.
             self._loader.restore_state_rank(pickle.loads(state.restored))
-        state.source = lambda: pickle.dumps(self._loader.save_state_rank())
-        self._pin_memory = pin_memory
+        state.attach(self)
+        self._pin_memory = settings.pin_memory
+
+    def state_bytes(self) -> bytes:
+        """Energon's state of this rank, pickled."""
+        return pickle.dumps(self._loader.save_state_rank())
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        # Closed here, because workers wait for seconds where the garbage collector ends them.
+        # Closed here: workers that the garbage collector has to end block for seconds.
         try:
-            with closing(iter(self._loader)) as shares:
-                for share in shares:
-                    yield [b.pin_memory() if self._pin_memory else b for b in share.batches]
+            with closing(iter(self._loader)) as steps:
+                for step in steps:
+                    yield [b.pin_memory() if self._pin_memory else b for b in step.batches]
         except FatalSampleError as error:
             reason = _bad_record(error)
             if reason is None:
@@ -201,24 +196,26 @@ class EnergonStream:
 
 
 @edataclass
-class _Raw(Sample):  # type: ignore[misc]
+class _RawSample(Sample):
     record: bytes
     images: list[tuple[str, bytes]]
 
 
 @edataclass
-class _Encoded(Sample):  # type: ignore[misc]
+class _EncodedSample(Sample):
     example: Example
 
 
 @edataclass
-class _Share(Batch):  # type: ignore[misc]
+class _Step(Batch):
+    """The micro-batches of one rank in a step."""
+
     batches: list[MicroBatch]
 
 
 @stateless
-def _cook(sample: dict[str, Any]) -> _Raw:
-    """The files of a sample; images in the order of their numbers."""
+def _cook(sample: dict[str, Any]) -> _RawSample:
+    """The files of a sample; images ordered by their numbers."""
     files = {name: content for name, content in sample.items() if not name.startswith("__")}
     record = files.pop("json", b"")
 
@@ -226,13 +223,13 @@ def _cook(sample: dict[str, Any]) -> _Raw:
         return int(found[0]) if (found := re.findall(r"^\d+", name)) else 0
 
     images = [(name, files[name]) for name in sorted(files, key=number)]
-    return _Raw(**basic_sample_keys(sample), record=record, images=images)
+    return _RawSample(**basic_sample_keys(sample), record=record, images=images)
 
 
-class _Encoder(DefaultTaskEncoder):  # type: ignore[misc]
-    """Energon's hooks around the plain loader's functions."""
+class _TaskEncoder(DefaultTaskEncoder):
+    """Energon's hooks, which call the plain loader's functions."""
 
-    decoder = None  # bytes in the shuffle buffer; the sources of errors are known
+    decoder = None  # files stay bytes in the shuffle buffer; encode_sample decodes them
     cookers = [Cooker(_cook)]
 
     def __init__(
@@ -245,10 +242,10 @@ class _Encoder(DefaultTaskEncoder):  # type: ignore[misc]
         self._encoding = encoding
         self._images = images
         self._make = make
-        self._faults: list[SkippedSample] = []  # since the last share of this worker
+        self._skipped: list[SkippedSample] = []  # since the last step of this worker
 
     @stateless
-    def encode_sample(self, sample: _Raw) -> _Encoded:
+    def encode_sample(self, sample: _RawSample) -> _EncodedSample:
         try:
             value = json.loads(sample.record)
         except (ValueError, RecursionError) as error:
@@ -258,31 +255,24 @@ class _Encoder(DefaultTaskEncoder):  # type: ignore[misc]
             raise BadRecord(
                 f"the record names {len(record.images)} images, the shard has {len(sample.images)}"
             )
-        encoding = self._encoding
-        encoded = encode(
-            record,
-            encoding.tokenizer,
-            encoding.template,
-            encoding.num_image_tokens,
-            encoding.sequence_length,
+        encoded = self._encoding.encode(record)
+        images = self._images.decode_all(
+            (io.BytesIO(file), path)
+            for path, (_, file) in zip(record.images, sample.images, strict=True)
         )
-        pairs = zip(record.images, sample.images, strict=True)
-        pixels = [self._images.decode(io.BytesIO(file), path) for path, (_, file) in pairs]
-        side = self._images.image_size
-        images = torch.stack(pixels) if pixels else torch.empty(0, 3, side, side, dtype=torch.uint8)
-        return _Encoded.derive_from(sample, example=Example(encoded, images, record.id))
+        return _EncodedSample.derive_from(sample, example=Example(encoded, images, record.id))
 
     @stateless
-    def batch(self, samples: list[_Encoded]) -> _Share:
+    def batch(self, samples: list[_EncodedSample]) -> _Step:
         first, *others = [sample.example for sample in samples]
-        skipped_samples, self._faults = tuple(self._faults), []
+        skipped_samples, self._skipped = tuple(self._skipped), []
         batches = self._make([replace(first, skipped_samples=skipped_samples), *others])
-        return _Share(
+        return _Step(
             __key__=[sample.__key__ for sample in samples], __restore_key__=(), batches=batches
         )
 
-    def note_fault(self, error: Exception, sample: Any, sources: Any) -> None:
-        """Energon calls this, in the worker, for every sample that it would leave out.
+    def note_skipped(self, error: Exception, sample: Any, sources: Any) -> None:
+        """Energon calls this, in the worker, for every sample that it would skip.
 
         Raises:
             Exception: ``error`` itself if it is a bug, not a bad record.
@@ -293,11 +283,12 @@ class _Encoder(DefaultTaskEncoder):  # type: ignore[misc]
         file = f"{found.dataset_path}/{found.shard_name}" if found else "a shard"
         # The key of the sample, which our shards take from the number of the record.
         key = found.file_names[0].split(".")[0] if found and found.file_names else ""
-        self._faults.append(SkippedSample(file, int(key) if key.isdecimal() else -1, str(error)))
+        index = int(key) if key.isdecimal() else -1
+        self._skipped.append(SkippedSample(file, index, str(error)))
 
 
 def _bad_record(error: BaseException | None) -> str | None:
-    """Why energon has given up, if it was for a bad record; else None."""
+    """The bad record for which energon has stopped; None if it stopped for another reason."""
     while error is not None:
         if isinstance(error, BadRecord):
             return str(error)
@@ -309,14 +300,14 @@ def _bad_record(error: BaseException | None) -> str | None:
 
 
 def _num_samples(path: str) -> int:
-    """Samples in the training part of the shards at ``path``, as energon has counted them.
+    """Number of samples in the training part of the shards at ``path``, from energon's index.
 
     Raises:
-        UserError: It has not.
+        UserError: There is no index.
     """
-    folder = EPath(path if "://" in path else str(Path(path).absolute()))
+    directory = EPath(path if "://" in path else str(Path(path).absolute()))
     try:
-        meta = WebdatasetMeta.from_config(folder, split_part="train")
+        meta = WebdatasetMeta.from_config(directory, split_part="train")
     except (ValueError, OSError, EmptyDatasetError) as error:
         raise UserError(
             f"{path} holds no shards with energon's index ({error}): make them with "

@@ -1,4 +1,4 @@
-"""One sample, encoded and decoded, as workers hand it on."""
+"""One encoded sample with its pixels, as worker processes hand it on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moiie_megatron.data.encode.encoder import Encoded
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """A sample that was skipped: record number ``index`` of ``file``, and why."""
+    """A sample that was skipped: record number ``index`` (from 0) of ``file``, and the reason."""
 
     file: str
     index: int
@@ -20,13 +20,13 @@ class SkippedSample:
 
 @dataclass(frozen=True)
 class Example:
-    """One sample with its pixels.
+    """One sample with its pixels (shapes: ``moiie_megatron/data/__init__.py``).
 
     Attributes:
-        encoded: Ids, labels, token types.
-        images: uint8 [k, 3, S, S], k = 0 for text only.
+        encoded: Token ids, labels and token types.
+        images: uint8 (i, 3, S, S); i is 0 for text only.
         record_id: For messages and predictions.
-        skipped_samples: Samples that this one replaces.
+        skipped_samples: Samples that were skipped before this one replaced them.
     """
 
     encoded: Encoded

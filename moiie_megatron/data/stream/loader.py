@@ -1,35 +1,32 @@
-"""Who reads which sample, and the loader that reads them.
+"""The loader: worker processes read and batch the samples of one data-parallel rank.
 
-Sample n of the run is a pure function of (seed, blend, n): ``data/stream/order.py``.  Where n is
-read follows from the layout: micro-batch j of data-parallel rank r is micro-batch
-``j * dp_size + r`` of its step.  So the global batches of a run do not depend on the number of
-ranks or workers, and the whole state of the stream is one integer: the samples consumed.
+Sample n of the run is a pure function of (seed, blend, n) (``data/stream/order.py``), and the rank
+that reads it follows from the layout (``data/stream/sampler.py``).  So the global batches of a run
+do not depend on the number of ranks or workers, and the whole state of the stream is one integer:
+the number of samples consumed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from moiie_megatron.data.stream.batch import Batch, collate
+from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.order import Blend, SampleOrder
+from moiie_megatron.data.stream.sampler import MicroBatchSampler
+from moiie_megatron.data.stream.settings import LoaderSettings
 from moiie_megatron.data.stream.skipped_samples import read_sample
 from moiie_megatron.data.stream.worker import ignore_group_signals
 from moiie_megatron.utils.errors import UserError
 
 
-class BatchSource(Protocol):
-    """A map-style dataset that knows how to be collated (``LlavaDataset``)."""
+class SampleSource(Protocol):
+    """A map-style dataset with a blend of its sources (``LlavaDataset``)."""
 
-    @property
-    def pad_id(self) -> int: ...
-
-    num_image_tokens: int
     blend: Blend
 
     def __len__(self) -> int: ...
@@ -37,82 +34,17 @@ class BatchSource(Protocol):
     def __getitem__(self, i: int) -> Example: ...
 
 
-class MicroBatchSampler(Sampler[list[int]]):
-    """Dataset indices of the micro-batches of one data-parallel rank.
-
-    Args:
-        order: The order of the run.
-        consumed_samples: Samples that earlier steps have used, on all ranks together.
-        global_batch_size: Samples per step on all ranks together.
-        micro_batch_size: Samples per micro-batch.
-        dp_rank: This rank, from 0.
-        dp_size: Number of data-parallel ranks.
-        num_steps: Steps to yield; None is endless.
-
-    Raises:
-        UserError: The global batch cannot be divided.
-        ValueError: The rank is not below the size, or a number is negative.
-    """
-
-    def __init__(
-        self,
-        order: SampleOrder,
-        *,
-        consumed_samples: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-        num_steps: int | None = None,
-    ) -> None:
-        portion = micro_batch_size * dp_size
-        if global_batch_size % portion or global_batch_size <= 0:
-            raise UserError(
-                f"train.global_batch_size {global_batch_size} is not a multiple of "
-                f"train.micro_batch_size {micro_batch_size} x {dp_size} data-parallel ranks: "
-                f"choose a multiple of {portion}."
-            )
-        if not 0 <= dp_rank < dp_size or consumed_samples < 0:
-            raise ValueError(
-                f"data-parallel rank {dp_rank} of {dp_size}, {consumed_samples} consumed samples"
-            )
-        self.order = order
-        self.consumed_samples = consumed_samples
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.dp_rank = dp_rank
-        self.dp_size = dp_size
-        self.num_steps = num_steps
-
-    @property
-    def per_step(self) -> int:
-        """Micro-batches of this rank in a step."""
-        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = 0
-        while self.num_steps is None or step < self.num_steps:
-            base = self.consumed_samples + step * self.global_batch_size
-            end = base + self.global_batch_size
-            first = base + self.dp_rank * self.micro_batch_size
-            for start in range(first, end, self.dp_size * self.micro_batch_size):
-                samples = range(start, start + self.micro_batch_size)
-                yield [self.order.sample_at(n) for n in samples]
-            step += 1
-
-
 class ReadSamples(Dataset[Any]):
-    """Indices to what is made of their samples, in the worker; a ``UserError`` instead where the
-    run must stop.
+    """Map-style dataset: sample indices -> ``make(samples)``, computed in the worker.
 
     Args:
         source: The samples.
-        seed: Choice of replacements.
-        make: From the samples to the work item; picklable.
+        seed: Decides which sample replaces a skipped one.
+        make: From the samples to one item of the stream, for example a micro-batch; picklable.
     """
 
     def __init__(
-        self, source: BatchSource, seed: int, make: Callable[[Sequence[Example]], Any]
+        self, source: SampleSource, seed: int, make: Callable[[Sequence[Example]], Any]
     ) -> None:
         self._source = source
         self._seed = seed
@@ -128,90 +60,42 @@ class ReadSamples(Dataset[Any]):
 
 
 def build_loader(
-    dataset: BatchSource,
-    *,
-    seed: int,
-    consumed_samples: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    dp_rank: int,
-    dp_size: int,
-    pad_to: int | None = None,
-    multiple_of: int = 1,
-    num_workers: int = 0,
-    num_steps: int | None = None,
-    pin_memory: bool = False,
-    start_method: str | None = None,
+    dataset: SampleSource, settings: LoaderSettings, make: Callable[[Sequence[Example]], Batch]
 ) -> Iterator[Batch]:
     """The micro-batches of one data-parallel rank, in order.
 
     All tensor- and pipeline-parallel peers of the rank build the same stream.
 
     Args:
-        dataset: The samples; must be picklable when workers are spawned.
-        seed: Order of the samples and choice of replacements.
-        consumed_samples: Where to resume (0 at the start).
-        global_batch_size: Samples per step on all ranks together.
-        micro_batch_size: Samples per micro-batch.
-        dp_rank: This rank, from 0.
-        dp_size: Number of data-parallel ranks.
-        pad_to: Length of every batch; None pads to the longest sample.
-        multiple_of: Every length is a multiple of this.
-        num_workers: Processes that read ahead; 0 reads in this process.
-        num_steps: Steps to yield; None is endless.
-        pin_memory: Put batches into pinned memory (copies to a GPU then do not wait).
-        start_method: How workers start: fork, spawn, forkserver; None is Python's default.
+        dataset: The samples; must be picklable if workers are spawned.
+        settings: Batch sizes, rank and workers.
+        make: From the samples of a micro-batch to the batch; picklable.
 
     Raises:
-        UserError: The batch sizes do not fit; while iterating, too many bad samples in a row.
+        UserError: While iterating: too many samples in a row were skipped.
     """
-    sampler = MicroBatchSampler(
-        SampleOrder(dataset.blend, seed),
-        consumed_samples=consumed_samples,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        num_steps=num_steps,
-    )
-    make = partial(
-        collate,
-        pad_id=dataset.pad_id,
-        num_image_tokens=dataset.num_image_tokens,
-        pad_to=pad_to,
-        multiple_of=multiple_of,
-    )
-    return read_ahead(
-        ReadSamples(dataset, seed, make),
-        sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        start_method=start_method,
-    )
+    sampler = MicroBatchSampler(SampleOrder(dataset.blend, settings.seed), settings)
+    return read_ahead(ReadSamples(dataset, settings.seed, make), sampler, settings)
 
 
 def read_ahead(
-    items: ReadSamples,
-    sampler: Sampler[list[int]],
-    *,
-    num_workers: int,
-    pin_memory: bool,
-    start_method: str | None,
+    items: ReadSamples, sampler: Sampler[list[int]], settings: LoaderSettings
 ) -> Iterator[Any]:
-    """The items of the sampler's indices in order, read by ``num_workers`` processes.
+    """The items of the sampler's indices in order, read by worker processes.
 
     Raises:
-        UserError: While iterating: the one that stands in place of an item.
+        UserError: While iterating: the one that a worker sent in place of an item.
     """
+    num_workers = settings.num_workers
     loader: DataLoader[Any] = DataLoader(
         items,
         sampler=sampler,
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_unchanged,
-        pin_memory=pin_memory,
+        pin_memory=settings.pin_memory,
         worker_init_fn=ignore_group_signals,
-        multiprocessing_context=start_method if num_workers else None,
+        multiprocessing_context=settings.start_method if num_workers else None,
         # Its own generator: the default would draw from the RNG that dropout uses.
         generator=torch.Generator(),
     )

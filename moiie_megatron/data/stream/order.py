@@ -1,4 +1,4 @@
-"""The order of samples: which samples of which source an epoch holds, and where each comes.
+"""The order of samples: which samples of every source an epoch holds, and in which order.
 
 Sample n of a run is a pure function of (seed, blend, n).
 """
@@ -19,8 +19,9 @@ class Blend:
     """How many samples of every source an epoch has.
 
     Attributes:
-        sizes: Samples of every source.
-        counts: How many of them one epoch sees; may be fewer or more than there are.
+        sizes: Number of samples of every source.
+        counts: Number of samples that an epoch takes of every source; may be below or above its
+            size.
     """
 
     sizes: tuple[int, ...]
@@ -28,17 +29,17 @@ class Blend:
 
     @classmethod
     def weighted(cls, sizes: Sequence[int], weights: Sequence[float]) -> Blend:
-        """An epoch sees ``round(weight * size)`` samples of a source, at least one."""
+        """An epoch takes ``round(weight * size)`` samples of a source, at least one."""
         counts = (max(1, round(w * n)) for n, w in zip(sizes, weights, strict=True))
         return cls(tuple(sizes), tuple(counts))
 
     @property
     def epoch_size(self) -> int:
-        """Samples of one epoch."""
+        """Number of samples of an epoch."""
         return sum(self.counts)
 
     def describe(self) -> str:
-        """Everything that the order depends on beside the seed, as ``40 of 40, 20 of 41``."""
+        """Everything that the order depends on besides the seed, as ``40 of 40, 20 of 41``."""
         return ", ".join(f"{n} of {size}" for n, size in zip(self.counts, self.sizes, strict=True))
 
     def describe_epoch(self, names: Sequence[str]) -> str:
@@ -53,13 +54,13 @@ class Blend:
 class SampleOrder:
     """The endless sequence of dataset indices.
 
-    An epoch lists its samples source by source and permutes the list.  A source is gone through
-    round by round: entry j of epoch e is number ``m = e * count + j`` of its source, which is
-    place ``m % size`` of round ``m // size``.  So no epoch is given a sample a second time before
-    all others of its source came once; rounds that share an epoch are mixed by its permutation.
+    An epoch lists its samples source by source and permutes the list.  The samples of a source are
+    drawn round by round, where a round is a permutation of all of them: entry j of epoch e is draw
+    ``m = e * count + j`` of its source, at position ``m % size`` of round ``m // size``.  So no
+    sample is drawn again before all others of its source have been drawn.
 
     Args:
-        blend: The samples of an epoch; a number stands for one source of that many.
+        blend: The samples of an epoch; an integer means one source of that many samples.
         seed: Seed of the run.
     """
 
@@ -71,37 +72,37 @@ class SampleOrder:
         self._offsets = [0, *accumulate(self.blend.sizes)]
         self._epoch = -1
         self._permutation = np.empty(0, dtype=np.int64)
-        self._rounds: dict[tuple[int, int], np.ndarray] = {}  # of the running epoch
+        self._rounds: dict[tuple[int, int], np.ndarray] = {}  # of the cached epoch
 
     def sample_at(self, n: int) -> int:
         """Dataset index of sample ``n`` (from 0) of the run."""
-        epoch, place = divmod(n, self.size)
-        if epoch != self._epoch:  # kept: neighbours are nearly always in the same epoch
+        epoch, position = divmod(n, self.size)
+        if epoch != self._epoch:  # cached: consecutive samples are nearly always in one epoch
             self._permutation = _permutation(self.size, self.seed, epoch)
             self._rounds.clear()
             self._epoch = epoch
-        entry = int(self._permutation[place])
+        entry = int(self._permutation[position])
         source = bisect_right(self._ends, entry)
         size, count = self.blend.sizes[source], self.blend.counts[source]
-        number = epoch * count + entry - (self._ends[source] - count)
-        return self._offsets[source] + self._in_round(source, *divmod(number, size))
+        draw = epoch * count + entry - (self._ends[source] - count)
+        return self._offsets[source] + self._in_round(source, *divmod(draw, size))
 
-    def _in_round(self, source: int, number: int, place: int) -> int:
-        """Sample of a source at a place of its round ``number``."""
+    def _in_round(self, source: int, number: int, position: int) -> int:
+        """Index within its source of the sample at a position of round ``number``."""
         size = self.blend.sizes[source]
         if self.blend.counts[source] % size == 0:
-            return place  # every epoch has whole rounds and permutes them anyway
+            return position  # every epoch has whole rounds, which its own permutation mixes
         key = (source, number)
         if key not in self._rounds:
-            # SeedSequence fills up with zeros: the 1 keeps the keys apart from those of epochs.
+            # SeedSequence pads keys with zeros: the 1 keeps them apart from those of epochs.
             self._rounds[key] = _permutation(size, self.seed, source, number, 1)
-        return int(self._rounds[key][place])
+        return int(self._rounds[key][position])
 
 
 def _permutation(size: int, *key: int) -> np.ndarray:
-    """int64 [size]: a permutation that depends on ``key`` alone.
+    """int64 (size,): a permutation that depends on ``key`` alone.
 
-    Philox's raw words, unlike numpy's Generator methods, are promised not to change between
-    numpy versions.
+    numpy guarantees that Philox's raw words stay the same in future versions, which it does not
+    for the methods of its Generator.
     """
     return np.argsort(Philox(SeedSequence(key)).random_raw(size), kind="stable")

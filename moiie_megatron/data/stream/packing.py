@@ -1,18 +1,18 @@
-"""Sequence packing: several samples behind each other in one row, and everything about them once.
+"""Sequence packing: several samples one after the other in a row.
 
-A step's share of a data-parallel rank is put into as few rows as possible; every row is a
-micro-batch of its own.  Attention and positions begin anew in every sample (``cu_seqlens``), so a
-sample's loss is that of the sample alone.
+The samples of a data-parallel rank in a step are packed into as few rows as possible; every row is
+a micro-batch of its own.  Attention and positions start anew at every sample (``cu_seqlens``), so
+the loss of a sample is that of the sample alone.
 
-Shapes: s tokens of a row, k segments of it (its samples, then its padding).
+Shapes: ``moiie_megatron/data/__init__.py``.  A packed batch has b = 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,21 +22,21 @@ from moiie_megatron.data.encode.encoder import IGNORE
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.example import Example, SkippedSample
 from moiie_megatron.layout.token_types import IMAGE, PADDING
-from moiie_megatron.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class PackingSpec:
-    """What all rows of a run have in common.
+    """What all packed rows of a run have in common.
 
     Attributes:
-        capacity: Most tokens of a row.
-        sequence_length: Most tokens of a segment; longer padding is several segments, so that
-            no position is beyond those of a sample.
+        capacity: Maximum number of tokens of a row; a multiple of ``multiple_of``.
+        sequence_length: Maximum number of tokens of a segment.  Longer padding is split into
+            several segments, so that no position exceeds those of a sample.
         num_image_tokens: Positions per image.
         pad_id: Token at padded positions.
-        multiple_of: The length is a multiple of this (sequence parallelism cuts evenly).
-        full: Every row is padded to the capacity.
+        multiple_of: The length of a row is a multiple of this (sequence parallelism splits rows
+            evenly).
+        pad_to_capacity: Pad every row to the capacity.
     """
 
     capacity: int
@@ -44,34 +44,28 @@ class PackingSpec:
     num_image_tokens: int
     pad_id: int
     multiple_of: int = 1
-    full: bool = False
+    pad_to_capacity: bool = False
 
     def __post_init__(self) -> None:
-        if self.capacity % self.multiple_of:
-            raise UserError(
-                f"A row of {self.capacity} tokens is not a multiple of {self.multiple_of}: choose "
-                "a data.sequence_length that is."
-            )
+        assert self.capacity % self.multiple_of == 0, (self.capacity, self.multiple_of)
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put things of given lengths into few rows: best fit decreasing, a pure function.
+    """Pack items into few rows: the longest first, each into the fullest row with enough room.
 
-    The longest goes first, each into the fullest row that still has room.
+    A pure function, so all ranks of a model-parallel group pack the same rows.
+
+    Args:
+        lengths: Length of every item, at most ``capacity``.
+        capacity: Maximum total length of a row.
 
     Returns:
-        Numbers of the things by row, ascending; rows in the order of their first things.
-
-    Raises:
-        ValueError: One is longer than a row.
+        The indices of the items of every row, ascending; rows ordered by their first items.
     """
+    assert max(lengths, default=0) <= capacity, (max(lengths, default=0), capacity)
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[i] > capacity:
-            raise ValueError(
-                f"A sample has {lengths[i]} tokens, more than the {capacity} of a row."
-            )
         fitting = [row for row, free in enumerate(room) if free >= lengths[i]]
         if fitting:
             row = min(fitting, key=lambda row: (room[row], row))
@@ -84,88 +78,106 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return sorted(sorted(row) for row in rows)
 
 
-def pack(examples: Sequence[Example], shape: PackingSpec) -> list[Batch]:
-    """The rows of one rank's share of a step, each a micro-batch.
+def pack(examples: Sequence[Example], spec: PackingSpec) -> list[Batch]:
+    """The packed rows of the samples of one rank in a step, each a micro-batch.
 
-    Raises:
-        ValueError: A sample is longer than a row, or its image positions do not fit its images.
+    Args:
+        examples: None longer than ``spec.capacity``.
+        spec: What all rows have in common.
     """
     lengths = [len(example.encoded.tokens) for example in examples]
     return [
-        _row([examples[i] for i in numbers], shape)
-        for numbers in best_fit_decreasing(lengths, shape.capacity)
+        _pack_row([examples[i] for i in row], spec)
+        for row in best_fit_decreasing(lengths, spec.capacity)
     ]
 
 
-def split_rows_to_count(rows: list[Batch], count: int, shape: PackingSpec) -> list[Batch]:
-    """As many rows as the rank with the most has: long rows are cut between two samples.
+def split_rows_to_count(rows: Sequence[Batch], count: int, spec: PackingSpec) -> list[Batch]:
+    """Split the longest rows between two samples until there are ``count`` rows.
 
-    Expert parallelism needs equally many micro-batches on all ranks, and the balance losses are
-    means over micro-batches: rows without any sample would dilute them.
+    Expert parallelism needs the same number of micro-batches on all ranks.  The balance losses are
+    means over micro-batches, which rows without a sample would dilute.
 
     Args:
-        count: At least the rows that there are, at most the samples in them.
-
-    Raises:
-        ValueError: There are fewer samples than ``count``, or more rows.
+        rows: Packed rows.
+        count: At least the number of rows, at most the number of samples in them.
+        spec: The one that the rows were packed with.
     """
-    samples = sum(len(row.record_ids) for row in rows)
-    if not len(rows) <= count <= samples:
-        raise ValueError(f"{samples} samples in {len(rows)} rows cannot be spread over {count}.")
     rows = list(rows)
+    assert len(rows) <= count <= sum(len(row.record_ids) for row in rows)
     while len(rows) < count:
-        several = [i for i, row in enumerate(rows) if len(row.record_ids) > 1]
-        longest = max(several, key=lambda i: (_ends(rows[i])[-1], -i))
-        rows[longest : longest + 1] = _halves(rows[longest], shape)
+        splittable = [i for i, row in enumerate(rows) if len(row.record_ids) > 1]
+        longest = max(splittable, key=lambda i: (_sample_ends(rows[i])[-1], -i))
+        rows[longest : longest + 1] = _split_row(rows[longest], spec)
     return rows
 
 
-def _row(examples: Sequence[Example], shape: PackingSpec) -> Batch:
+def equalize_row_counts(
+    steps: Iterator[list[Batch]], spec: PackingSpec, max_over_dp: Callable[[int], int]
+) -> Iterator[list[Batch]]:
+    """The rows of every step, split so that all data-parallel ranks have the same number of rows.
+
+    Args:
+        steps: The packed rows of every step of this rank.
+        spec: The one that the rows were packed with.
+        max_over_dp: The maximum of a number over the data-parallel ranks; called once per step.
+    """
+    for rows in steps:
+        yield split_rows_to_count(rows, max_over_dp(len(rows)), spec)
+
+
+def _pack_row(examples: Sequence[Example], spec: PackingSpec) -> Batch:
     encoded = [example.encoded for example in examples]
-    return _padded(
-        tokens=torch.cat([one.tokens for one in encoded]),
-        labels=torch.cat([one.labels for one in encoded]),
-        token_types=torch.cat([one.token_types for one in encoded]),
-        ends=list(accumulate(len(one.tokens) for one in encoded)),
+    return _pad_row(
+        tokens=torch.cat([sample.tokens for sample in encoded]),
+        labels=torch.cat([sample.labels for sample in encoded]),
+        token_types=torch.cat([sample.token_types for sample in encoded]),
+        ends=list(accumulate(len(sample.tokens) for sample in encoded)),
         images=torch.cat([example.images for example in examples]),
         record_ids=tuple(example.record_id for example in examples),
-        skipped_samples=tuple(fault for example in examples for fault in example.skipped_samples),
-        shape=shape,
+        skipped_samples=tuple(
+            skipped for example in examples for skipped in example.skipped_samples
+        ),
+        spec=spec,
     )
 
 
-def _halves(row: Batch, shape: PackingSpec) -> list[Batch]:
-    """The row as two, cut where the longer one is shortest; faults stay with the first."""
-    ends = _ends(row)
+def _split_row(row: Batch, spec: PackingSpec) -> list[Batch]:
+    """Split a row in two so that the longer part is as short as possible.
+
+    The first part keeps the skipped samples.
+    """
+    ends = _sample_ends(row)
     cut = min(range(1, len(ends)), key=lambda n: max(ends[n - 1], ends[-1] - ends[n - 1]))
     middle = ends[cut - 1]
-    images = int((row.token_types[0, :middle] == IMAGE).sum()) // shape.num_image_tokens
+    images = int((row.token_types[0, :middle] == IMAGE).sum()) // spec.num_image_tokens
     parts = (
         (slice(0, middle), slice(0, images), slice(0, cut), row.skipped_samples),
         (slice(middle, ends[-1]), slice(images, None), slice(cut, None), ()),
     )
     return [
-        _padded(
+        _pad_row(
             tokens=row.tokens[0, positions],
             labels=row.labels[0, positions],
             token_types=row.token_types[0, positions],
             ends=[end - positions.start for end in ends[samples]],
-            images=row.images[pictures],
+            images=row.images[part_images],
             record_ids=row.record_ids[samples],
             skipped_samples=skipped_samples,
-            shape=shape,
+            spec=spec,
         )
-        for positions, pictures, samples, skipped_samples in parts
+        for positions, part_images, samples, skipped_samples in parts
     ]
 
 
-def _ends(row: Batch) -> list[int]:
+def _sample_ends(row: Batch) -> list[int]:
     """Where the samples of a row end, without its padding."""
     assert row.cu_seqlens is not None
     return list(row.cu_seqlens[1 : len(row.record_ids) + 1].tolist())
 
 
-def _padded(
+def _pad_row(
+    *,
     tokens: Tensor,
     labels: Tensor,
     token_types: Tensor,
@@ -173,27 +185,26 @@ def _padded(
     images: Tensor,
     record_ids: tuple[str, ...],
     skipped_samples: tuple[SkippedSample, ...],
-    shape: PackingSpec,
+    spec: PackingSpec,
 ) -> Batch:
+    """The batch of one row, whose samples end at ``ends``."""
     used = len(tokens)
-    length = math.ceil(used / shape.multiple_of) * shape.multiple_of
-    length = shape.capacity if shape.full else length
-    padding_ends = [*range(used + shape.sequence_length, length, shape.sequence_length), length]
+    length = math.ceil(used / spec.multiple_of) * spec.multiple_of
+    length = spec.capacity if spec.pad_to_capacity else length
+    padding_ends = [*range(used + spec.sequence_length, length, spec.sequence_length), length]
     cu_seqlens = [0, *ends, *(padding_ends if length > used else [])]
-    positions = [
-        torch.arange(end - start) for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)
-    ]
+    positions = [torch.arange(end - start) for start, end in pairwise(cu_seqlens)]
 
     def padded(values: Tensor, value: int) -> Tensor:
         return F.pad(values, (0, length - used), value=value).unsqueeze(0)
 
     return Batch(
-        tokens=padded(tokens, shape.pad_id),
+        tokens=padded(tokens, spec.pad_id),
         labels=padded(labels, IGNORE),
         position_ids=torch.cat(positions).unsqueeze(0),
         token_types=padded(token_types, PADDING),
         images=images,
-        num_image_tokens=shape.num_image_tokens,
+        num_image_tokens=spec.num_image_tokens,
         record_ids=record_ids,
         skipped_samples=skipped_samples,
         cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),

@@ -1,8 +1,8 @@
-"""Samples that cannot be used: replaced the same way in every layout, counted, and limited.
+"""Samples that cannot be used are skipped: replaced, counted, and limited in number.
 
 The replacement is a pure function of (seed, index, attempt), so a run on other numbers of ranks
-or workers, or one that resumes, sees the same samples.  Workers are processes; they report what
-they met inside the batch, and the main process counts.
+or workers, or one that resumes, sees the same samples.  Worker processes report the skipped
+samples inside the batch; the training process counts them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moiie_megatron.data.records.llava import BadRecord
 from moiie_megatron.data.stream.example import Example, SkippedSample
 from moiie_megatron.utils.errors import UserError
 
-MAX_CHAIN: Final = 10  # bad samples in a row, one replacing the other, before the run stops
+MAX_CHAIN: Final = 10  # skipped samples in a row, each replacing the one before, that stop the run
 
 
 class Samples(Protocol):
@@ -29,10 +29,16 @@ class Samples(Protocol):
 
 
 def replacement(seed: int, index: int, tried: Sequence[int], size: int) -> int:
-    """The sample that takes the place of sample ``index`` after ``tried`` have failed.
+    """The index of the sample that replaces sample ``index``.
 
-    Drawn from (seed, index, attempt), then moved on past samples already tried.
-    ``len(tried)`` is the attempt and must be less than ``size``.
+    Drawn from (seed, index, attempt), then advanced past samples already tried.
+
+    Args:
+        seed: Seed of the run.
+        index: The sample to replace.
+        tried: Samples that were skipped so far, ``index`` included, fewer than ``size``; their
+            number is the attempt.
+        size: Number of samples.
     """
     draw = Philox(SeedSequence([seed, index, len(tried)])).random_raw()
     candidate = int(draw) % size
@@ -42,10 +48,10 @@ def replacement(seed: int, index: int, tried: Sequence[int], size: int) -> int:
 
 
 def read_sample(samples: Samples, index: int, seed: int) -> Example:
-    """Sample ``index`` or its replacement, with the faults met on the way.
+    """Sample ``index`` or its replacement, which names the samples skipped before it.
 
     Raises:
-        UserError: ``MAX_CHAIN`` samples in a row, or all there are, could not be used.
+        UserError: ``MAX_CHAIN`` samples in a row, or all there are, were skipped.
     """
     skipped_samples: list[SkippedSample] = []
     tried: list[int] = []
@@ -67,38 +73,42 @@ def read_sample(samples: Samples, index: int, seed: int) -> Example:
 
 
 class SkippedSampleMonitor:
-    """Counts faults and stops the run when they are too many.
+    """Counts skipped samples and stops the run when there are too many.
 
     Args:
-        max_share: Largest share of bad samples (``data.max_skipped_fraction``), 0..1.
-        minimum: Samples to see before the share counts; a first bad sample is no trend.
-        good: Samples that an interrupted run could use.
-        bad: Samples that it could not.
+        max_fraction: Largest fraction of skipped samples (``data.max_skipped_fraction``), 0..1.
+        minimum: Samples to read before the fraction is checked: the first skipped sample is not
+            a trend.
+        num_used: Samples that the run used before it was interrupted.
+        num_skipped: Samples that it skipped.
     """
 
-    def __init__(self, max_share: float, minimum: int = 100, good: int = 0, bad: int = 0) -> None:
-        self.max_share = max_share
+    def __init__(
+        self, max_fraction: float, minimum: int = 100, num_used: int = 0, num_skipped: int = 0
+    ) -> None:
+        self.max_fraction = max_fraction
         self.minimum = minimum
-        self.seen = good + bad
-        self.bad = bad
+        self.num_read = num_used + num_skipped
+        self.num_skipped = num_skipped
 
-    def add(self, good: int, skipped_samples: Sequence[SkippedSample]) -> None:
-        """Count samples that could be used, and those that could not.
+    def add(self, num_used: int, skipped_samples: Sequence[SkippedSample]) -> None:
+        """Count samples that were used, and those that were skipped.
 
         Raises:
-            UserError: More than ``max_share`` of the samples tried so far were bad.
+            UserError: More than ``max_fraction`` of the samples read so far were skipped.
         """
-        self.bad += len(skipped_samples)
-        self.seen += good + len(skipped_samples)
+        self.num_skipped += len(skipped_samples)
+        self.num_read += num_used + len(skipped_samples)
         if (
             not skipped_samples
-            or self.seen < self.minimum
-            or self.bad <= self.max_share * self.seen
+            or self.num_read < self.minimum
+            or self.num_skipped <= self.max_fraction * self.num_read
         ):
             return
         last = skipped_samples[-1]
         raise UserError(
-            f"Stopping: {self.bad} of {self.seen} samples ({self.bad / self.seen:.1%}) could not "
-            f"be read, more than data.max_skipped_fraction {self.max_share:.1%}: repair the data "
-            f"or raise the limit; last: {last.file}[{last.index}]: {last.reason}."
+            f"Stopping: {self.num_skipped} of {self.num_read} samples "
+            f"({self.num_skipped / self.num_read:.1%}) were skipped, more than "
+            f"data.max_skipped_fraction {self.max_fraction:.1%}: repair the data or raise the "
+            f"limit; last: {last.file}[{last.index}]: {last.reason}."
         )

@@ -246,8 +246,15 @@ def test_measured_loads_place_the_experts(tmp_path: Path) -> None:
     loads = "moe.expert_loads=[6.0, 6.0, 1.0, 1.0]"
     config = load_minimal(tmp_path, ["parallel.expert=2", loads])
     check_config(config)
-    assert config.placement.order == (0, 2, 1, 3) and config.placement.imbalance == 1.0
-    assert load_minimal(tmp_path, ["parallel.expert=2"]).placement.order == (0, 1, 2, 3)
+    assert (
+        config.placement.physical_to_logical == (0, 2, 1, 3) and config.placement.imbalance == 1.0
+    )
+    assert load_minimal(tmp_path, ["parallel.expert=2"]).placement.physical_to_logical == (
+        0,
+        1,
+        2,
+        3,
+    )
 
 
 @pytest.mark.parametrize(

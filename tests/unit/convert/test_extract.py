@@ -108,7 +108,7 @@ def test_experts_that_are_not_there(
 def test_nothing_to_extract_or_no_place_for_it(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "diary.txt").write_text("mine")
-    with user_error(tmp_path / "out", "exists", "another folder"):
+    with user_error(tmp_path / "out", "exists", "another directory"):
         extract_expert(checkpoint, ["text.0"], tmp_path / "out")
     with user_error(tmp_path / "out", "config.json", "--force"):
         extract_expert(checkpoint, ["text.0"], tmp_path / "out", force=True)

@@ -297,7 +297,7 @@ def test_a_dense_model_has_no_mask(encoder: Path, tmp_path: Path) -> None:
 def test_what_is_there_stays(trained: Path, tmp_path: Path) -> None:
     import_checkpoint(trained, tmp_path / "out")
     before = (tmp_path / "out" / ".metadata").stat().st_mtime_ns
-    with user_error(tmp_path / "out", "exists", "another folder"):
+    with user_error(tmp_path / "out", "exists", "another directory"):
         import_checkpoint(trained, tmp_path / "out")
     assert (tmp_path / "out" / ".metadata").stat().st_mtime_ns == before
     import_checkpoint(trained, tmp_path / "out", force=True)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageLoader
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
@@ -103,7 +104,7 @@ def dataset(corpus: Path, phi3: Tokenizer) -> LlavaDataset:
     half = (0.5, 0.5, 0.5)
     images = ImageLoader(corpus / "images", 8, "square", half, half)
     source = Source(RecordFile(corpus / "records.jsonl"), images)
-    return LlavaDataset([source], phi3, load_template("phi3", phi3), 4, 64)
+    return LlavaDataset([source], Encoding(phi3, load_template("phi3", phi3), 4, 64))
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from moiie_megatron.data.digits import questions as ask
 from moiie_megatron.data.digits.dataset import write_digits
 from moiie_megatron.data.records.llava import RecordFile
+from tests.helpers.user_errors import user_error
 
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -172,12 +173,12 @@ def test_the_same_settings_give_the_same_bytes(folder: Path, tmp_path: Path) -> 
 
 
 def test_other_content_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'seed': 0.*'seed': 1.*new folder"):
+    with user_error(folder, "'seed': 0", "'seed': 1"):
         write_digits(folder, seed=1, train=240, test=80)
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not a digits data set"):
+    with user_error(tmp_path, "digits"):
         write_digits(tmp_path, train=4, test=2)
-    with pytest.raises(ValueError, match="image_size=27"):
+    with user_error("image_size=27"):
         write_digits(tmp_path / "x", image_size=27)
 
 

@@ -16,7 +16,7 @@ def record(question: str, answer: str, *images: str) -> Record:
 
 
 def targets(encoded: Encoded, tokenizer: Tokenizer) -> str:
-    """The learnt text; each label must be the token that comes next."""
+    """The text of the labels; each label must be the token that comes next."""
     labels, tokens = encoded.labels.tolist(), encoded.tokens.tolist()
     for t, label in enumerate(labels[:-1]):
         assert label in (-100, tokens[t + 1])
@@ -53,7 +53,7 @@ def test_llama3_by_hand(llama3: Tokenizer) -> None:
     assert encoded.token_types.sum() == 2
 
 
-def test_phi3_learns_answers_with_their_end(phi3: Tokenizer) -> None:
+def test_phi3_trains_answers_with_their_end(phi3: Tokenizer) -> None:
     turns = (
         Turn("system", "on the mat"),
         Turn("user", "what is it?"),
@@ -68,7 +68,8 @@ def test_phi3_learns_answers_with_their_end(phi3: Tokenizer) -> None:
     assert [i for i in encoded.labels.tolist() if i != -100] == expected
     assert encoded.tokens[0] == phi3.bos_id and (encoded.tokens == phi3.bos_id).sum() == 1
     last_header = encoded.tokens.tolist().index(phi3.token_id("<|assistant|>"))
-    assert encoded.labels[last_header] == -100  # the header predicts its own line feed: not learnt
+    # The header predicts its own line feed, which is not trainable.
+    assert encoded.labels[last_header] == -100
     targets(encoded, phi3)
 
 
@@ -88,13 +89,13 @@ def test_several_images_keep_their_places(llama3: Tokenizer) -> None:
     assert encoded.token_types[start : start + 8].tolist() == [0, 1, 1, 0, 0, 1, 1, 0]
 
 
-def test_a_placeholder_in_an_answer_is_not_learnt(llama3: Tokenizer) -> None:
+def test_a_placeholder_in_an_answer_has_no_label(llama3: Tokenizer) -> None:
     encoded = encode(record("q", "a<image>b", "1"), llama3, load_template("llama3", llama3), 2, 99)
     assert targets(encoded, llama3) == "ab<|eot_id|>"
     assert llama3.image_id not in encoded.labels
 
 
-def test_long_text_is_cut_at_the_right(llama3: Tokenizer) -> None:
+def test_long_text_is_truncated_on_the_right(llama3: Tokenizer) -> None:
     template = load_template("plain", llama3)
     long = record("<image>", "abcdef", "x.png")
     whole = encode(long, llama3, template, 3, 99)
@@ -104,16 +105,16 @@ def test_long_text_is_cut_at_the_right(llama3: Tokenizer) -> None:
     assert llama3.decode([i for i in cut.labels.tolist() if i != -100]) == "abc"
 
 
-def test_what_cannot_be_cut(llama3: Tokenizer) -> None:
+def test_what_cannot_be_truncated(llama3: Tokenizer) -> None:
     template = load_template("llama3", llama3)
     image_at_end = record("a<image>", "b", "x")
     n = encode(image_at_end, llama3, template, 4, 999).token_types.tolist()
     end = len(n) - n[::-1].index(1)
     with pytest.raises(BadRecord, match=f"ends at token {end}, beyond .* {end - 1}"):
         encode(image_at_end, llama3, template, 4, end - 1)
-    with pytest.raises(BadRecord, match=f"no answer to learn within the first {end} of {len(n)}"):
+    with pytest.raises(BadRecord, match=f"no trainable token within the first {end} of {len(n)}"):
         encode(image_at_end, llama3, template, 4, end)
-    with pytest.raises(BadRecord, match="no answer to learn"):
+    with pytest.raises(BadRecord, match="no trainable token"):
         encode(Record("r", (), (Turn("user", "q"),)), llama3, template, 4, 99)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from moiie_megatron.data.records.convert import array_to_lines
 from moiie_megatron.data.records.llava import RecordFile
+from tests.helpers.user_errors import user_error
 
 TURNS = [{"from": "human", "value": "a\n\u732b"}, {"from": "gpt", "value": "b"}]
 VALUES = [
@@ -32,17 +31,17 @@ def test_the_same_records(tmp_path: Path) -> None:
 def test_nothing_half_written(tmp_path: Path) -> None:
     source, out = tmp_path / "a.json", tmp_path / "b.jsonl"
     source.write_text(json.dumps(VALUES)[:-5])
-    with pytest.raises(ValueError, match="not valid JSON after 2 records"):
+    with user_error(source, "after 2 records"):
         array_to_lines(source, out)
     assert not out.exists()
     source.write_text(json.dumps(VALUES))
     out.write_text("mine")
-    with pytest.raises(ValueError, match="b.jsonl exists"):
+    with user_error(out, "exists", "--out"):
         array_to_lines(source, out)
     assert out.read_text() == "mine"
-    with pytest.raises(ValueError, match="use a name that ends in .jsonl"):
+    with user_error("--out", tmp_path / "b.json", ".jsonl"):
         array_to_lines(source, tmp_path / "b.json")
-    with pytest.raises(ValueError, match="is not a .json array"):
+    with user_error(out, ".json"):
         array_to_lines(out, tmp_path / "c.jsonl")
-    with pytest.raises(ValueError, match="Cannot write .*No such file"):
+    with user_error(tmp_path / "none" / "c.jsonl", "No such file"):
         array_to_lines(source, tmp_path / "none" / "c.jsonl")

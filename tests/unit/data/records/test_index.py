@@ -1,18 +1,21 @@
-"""Byte ranges: the same as a whole-file parser finds, kept beside the file, and never stale."""
+"""Byte ranges: those of a whole-file parser, cached beside large files, and never stale."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moiie_megatron.data.records import index as record_index
+from moiie_megatron.data.records import llava
 from moiie_megatron.data.records.index import open_ranges, ranges_file, record_ranges
 from moiie_megatron.data.records.llava import RecordFile
+from tests.helpers.user_errors import user_error
 
 VALUES = [{"a": "x" * n, "b": ["\u732b", n, {"c": '"]},{'}]} for n in range(30)] + [
     7,
@@ -40,10 +43,10 @@ def test_an_endless_record_is_given_up(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(record_index, "_LONGEST_RECORD", 100)
     path = tmp_path / "a.json"
     path.write_text('[1, "' + "x" * 100_000)
-    with pytest.raises(ValueError, match=r"after 1 records \(byte 4\): Unterminated string"):
+    with user_error(path, "after 1 records (byte 4, Unterminated string"):
         record_ranges(path)
     path.write_bytes(b'[1, "\xff"]')
-    with pytest.raises(ValueError, match="is not UTF-8 text"):
+    with user_error(path, "UTF-8"):
         record_ranges(path)
 
 
@@ -56,45 +59,46 @@ def lines(tmp_path: Path) -> Path:
     return path
 
 
-def test_kept_beside_large_files_only(lines: Path) -> None:
+def test_cached_beside_large_files_only(lines: Path) -> None:
     found = record_ranges(lines)
     assert list(lines.parent.iterdir()) == [lines] and not isinstance(found, np.memmap)
-    kept = record_ranges(lines, kept_from=1)
-    assert isinstance(kept, np.memmap) and kept.tolist() == found.tolist()
+    cached = record_ranges(lines, cached_from=1)
+    assert isinstance(cached, np.memmap) and cached.tolist() == found.tolist()
     assert sorted(lines.parent.iterdir()) == [lines, ranges_file(lines)]
 
 
-def test_kept_ranges_are_read_not_found_again(lines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = record_ranges(lines, kept_from=1).tolist()
-    monkeypatch.setattr(record_index, "_find", lambda path: pytest.fail("searched again"))
-    assert record_ranges(lines, kept_from=1).tolist() == expected
+def test_cached_ranges_are_used(lines: Path) -> None:
+    """A cache with other content than the file shows that the file is not scanned again."""
+    record_ranges(lines, cached_from=1)
+    table = np.load(ranges_file(lines))
+    np.save(ranges_file(lines), table[:3])
+    assert record_ranges(lines, cached_from=1).tolist() == table[1:3].tolist()
 
 
-def test_a_changed_file_is_read_anew(lines: Path) -> None:
-    assert len(record_ranges(lines, kept_from=1)) == 5
+def test_a_changed_file_is_scanned_again(lines: Path) -> None:
+    assert len(record_ranges(lines, cached_from=1)) == 5
     content = lines.read_bytes()
     lines.write_bytes(content + content)
     assert open_ranges(lines) is None
-    assert len(record_ranges(lines, kept_from=1)) == 10
+    assert len(record_ranges(lines, cached_from=1)) == 10
     status = lines.stat()
     os.utime(lines, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert open_ranges(lines) is None
     ranges_file(lines).write_bytes(b"\x93NUMPY torn")
-    assert len(record_ranges(lines, kept_from=1)) == 10
+    assert len(record_ranges(lines, cached_from=1)) == 10
 
 
-def test_without_a_place_to_keep_them(lines: Path) -> None:
+def test_without_a_place_for_the_cache(lines: Path) -> None:
     ranges_file(lines).mkdir()  # nothing can be written there
-    found = record_ranges(lines, kept_from=1)
+    found = record_ranges(lines, cached_from=1)
     assert len(found) == 5 and not isinstance(found, np.memmap)
     assert sorted(lines.parent.iterdir()) == [lines, ranges_file(lines)]
 
 
 def test_workers_map_the_file_too(lines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_index.record_ranges, "__defaults__", (1,))  # as of a large file
+    monkeypatch.setattr(llava, "record_ranges", partial(record_ranges, cached_from=1))
     file = RecordFile(lines)
     pickled = pickle.dumps(file)
     assert b"\x93NUMPY" not in pickled and len(pickled) < 1000
     again = pickle.loads(pickled)
-    assert isinstance(again._ranges, np.memmap)
     assert [again[i].id for i in range(5)] == ["0", "1", "2", "3", "4"]

@@ -11,6 +11,7 @@ import pytest
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.digits.dataset import write_digits
 from moiie_megatron.data.stream.build import build_dataset, build_train_loader
+from tests.helpers.user_errors import user_error
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,9 @@ def test_batches_of_the_digits(digits: Path) -> None:
     dataset = build_dataset(run)
     assert len(dataset) == 40 + 5 + 2 + 40  # conversations, text-only, pairs, captions
     assert dataset.sources[0].images.mean[0] == pytest.approx(0.48145466)
-    steps = build_train_loader(run, dataset, consumed_samples=0, dp_rank=1, dp_size=2, most=int)
+    steps = build_train_loader(
+        run, dataset, consumed_samples=0, dp_rank=1, dp_size=2, max_over_dp=int
+    )
     seen = set()
     for _ in range(30):
         (batch,) = next(steps)
@@ -70,7 +73,7 @@ def test_padding_to_the_sequence_length(digits: Path) -> None:
     run = config(digits, data__padding="sequence_length")
     dataset = build_dataset(run)
     step = next(
-        build_train_loader(run, dataset, consumed_samples=0, dp_rank=0, dp_size=1, most=int)
+        build_train_loader(run, dataset, consumed_samples=0, dp_rank=0, dp_size=1, max_over_dp=int)
     )
     assert [batch.tokens.shape for batch in step] == [(2, 128)] * 2
 
@@ -79,17 +82,18 @@ def test_the_captions_of_stage_one(digits: Path) -> None:
     dataset = build_dataset(config(digits, stage__template="plain"))
     encoded = dataset[len(dataset) - 1].encoded
     trainable = [i for i in encoded.labels.tolist() if i != -100]
-    caption = dataset.record(len(dataset) - 1).turns[1].text
-    assert dataset.tokenizer.decode(trainable) == caption + "</s>"
+    records = dataset.sources[-1].records
+    caption = records[len(records) - 1].turns[1].text
+    assert dataset.encoding.tokenizer.decode(trainable) == caption + "</s>"
 
 
 def test_what_does_not_fit_is_said_at_once(digits: Path) -> None:
-    with pytest.raises(ValueError, match="has 160 ids but language.vocab_size is 100"):
+    with user_error("data.tokenizer", 160, "language.vocab_size is 100"):
         build_dataset(config(digits, language__vocab_size=100))
-    with pytest.raises(ValueError, match="llama3 but the tokenizer has no"):
+    with user_error("stage.template is llama3", "<|begin_of_text|>"):
         build_dataset(config(digits, stage__template="llama3"))
-    with pytest.raises(ValueError, match="none.model does not exist"):
+    with user_error("data.tokenizer", "none.model does not exist"):
         build_dataset(config(digits, tokenizer="none.model"))
     source = [{"records": str(digits / "train.jsonl"), "images": str(digits / "none")}]
-    with pytest.raises(ValueError, match="image folder .* does not exist"):
+    with user_error("image directory", digits / "none"):
         build_dataset(config(digits, data__sources=source))

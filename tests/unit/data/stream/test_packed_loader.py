@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,27 +12,29 @@ from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.dataset import LlavaDataset
 from moiie_megatron.data.stream.packed_loader import build_packed_loader
 from moiie_megatron.data.stream.packing import PackingSpec
-from tests.unit.data.stream.test_loader import GLOBAL, MICRO, STEPS
-from tests.unit.data.stream.test_loader import run as plain_run
-from tests.unit.data.stream.test_packing import assert_same
+from tests.helpers.user_errors import user_error
+from tests.unit.data.stream.streams import (
+    GLOBAL,
+    MICRO,
+    STEPS,
+    assert_same_stream,
+    settings,
+)
+from tests.unit.data.stream.streams import run as plain_run
 
-SHAPE = PackingSpec(capacity=128, sequence_length=64, num_image_tokens=4, pad_id=3)
+SPEC = PackingSpec(capacity=128, sequence_length=64, num_image_tokens=4, pad_id=3)
 
 
-def stream(dataset: LlavaDataset, **options: object) -> list[list[Batch]]:
-    defaults: dict[str, object] = {
-        "seed": 7, "consumed_samples": 0, "global_batch_size": GLOBAL, "num_steps": STEPS,
-        "micro_batch_size": MICRO, "dp_rank": 0, "dp_size": 1, "most": int,
-    }  # fmt: skip
-    return list(build_packed_loader(dataset, SHAPE, **{**defaults, **options}))  # type: ignore[arg-type]
+def stream(
+    dataset: LlavaDataset, max_over_dp: Callable[[int], int] = int, **changes: object
+) -> list[list[Batch]]:
+    return list(build_packed_loader(dataset, settings(**changes), SPEC, max_over_dp))
 
 
 def assert_same_steps(got: list[list[Batch]], expected: list[list[Batch]]) -> None:
     assert len(got) == len(expected)
-    for step, wanted in zip(got, expected, strict=True):
-        for row, other in zip(step, wanted, strict=True):
-            assert_same(row, other)
-            assert row.skipped_samples == other.skipped_samples
+    for step, other in zip(got, expected, strict=True):
+        assert_same_stream(step, other)
 
 
 def names(batches: list[Batch]) -> Counter[str]:
@@ -43,21 +46,22 @@ def test_every_step_has_the_samples_of_the_plain_stream(
     damaged: LlavaDataset, dp_size: int
 ) -> None:
     whole = plain_run(damaged)
-    skipped_samples, numbers = [], []
+    skipped_samples, rows_packed, rows_plain = [], 0, 0
     for rank in range(dp_size):
         steps = stream(damaged, dp_rank=rank, dp_size=dp_size)
         per_step = GLOBAL // MICRO
         for number, rows in enumerate(steps):
             plain = whole[number * per_step : (number + 1) * per_step][rank::dp_size]
             assert names(rows) == names(plain)
-            numbers += [len(rows), len(plain)]
-            for kind in (0, 1):
-                count = sum(int((batch.token_types == kind).sum()) for batch in plain)
-                assert count == sum(int((row.token_types == kind).sum()) for row in rows)
-            skipped_samples += [fault for row in rows for fault in row.skipped_samples]
-    assert sum(numbers[::2]) < sum(numbers[1::2])
+            rows_packed += len(rows)
+            rows_plain += len(plain)
+            for token_type in (0, 1):
+                count = sum(int((batch.token_types == token_type).sum()) for batch in plain)
+                assert count == sum(int((row.token_types == token_type).sum()) for row in rows)
+            skipped_samples += [skipped for row in rows for skipped in row.skipped_samples]
+    assert rows_packed < rows_plain
     assert Counter(skipped_samples) == Counter(
-        fault for batch in whole for fault in batch.skipped_samples
+        skipped for batch in whole for skipped in batch.skipped_samples
     )
 
 
@@ -76,27 +80,24 @@ def test_resume_anywhere(dataset: LlavaDataset) -> None:
 
 def test_all_ranks_have_as_many_rows_as_the_one_with_the_most(dataset: LlavaDataset) -> None:
     ranks = [stream(dataset, dp_rank=rank, dp_size=2) for rank in (0, 1)]
-    asked: list[int] = []
+    counts: list[int] = []
 
-    def most(number: int) -> int:
-        asked.append(number)
+    def max_over_dp(count: int) -> int:
+        counts.append(count)
         return 3
 
-    split_rows_to_count = stream(dataset, dp_size=2, most=most)
-    assert asked == [len(rows) for rows in ranks[0]]
-    assert [len(rows) for rows in split_rows_to_count] == [3] * STEPS
-    assert [names(rows) for rows in split_rows_to_count] == [names(rows) for rows in ranks[0]]
-    assert all(row.record_ids for rows in split_rows_to_count for row in rows)
+    steps = stream(dataset, max_over_dp, dp_size=2)
+    assert counts == [len(rows) for rows in ranks[0]]
+    assert [len(rows) for rows in steps] == [3] * STEPS
+    assert [names(rows) for rows in steps] == [names(rows) for rows in ranks[0]]
+    assert all(row.record_ids for rows in steps for row in rows)
 
 
 def test_errors_are_sentences(damaged: LlavaDataset) -> None:
     path = damaged.sources[0].records.path
     path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(ValueError, match="^Stopping: 10 samples in a row") as caught:
+    with user_error("10 samples in a row", path):
         stream(damaged, num_workers=1)
-    assert "Traceback" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"8 is not a multiple of .* 2 x 3"):
-        stream(damaged, dp_size=3)
 
 
 def test_rows_leave_the_rng_alone(dataset: LlavaDataset) -> None:

@@ -1,28 +1,28 @@
-"""Packing: which samples share a row, and what a row is, by hand."""
+"""Packing: which samples share a row, and what a row is, by hand and by properties."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.packing import (
     PackingSpec,
     best_fit_decreasing,
+    equalize_row_counts,
     pack,
     split_rows_to_count,
 )
-from tests.unit.data.stream.test_batch import example
+from tests.unit.data.stream.streams import assert_same, example, text
 
-SHAPE = PackingSpec(capacity=12, sequence_length=8, num_image_tokens=2, pad_id=3)
-FIELDS = ("tokens", "labels", "position_ids", "token_types", "images", "cu_seqlens")
-
-
-def text(n: int, name: str) -> Example:
-    return example(list(range(n)), [0] * n, 0, name)
+SPEC = PackingSpec(capacity=12, sequence_length=8, num_image_tokens=2, pad_id=3)
+CHECKS = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize(
@@ -43,21 +43,25 @@ def test_rows_by_hand(lengths: list[int], rows: list[list[int]]) -> None:
     assert best_fit_decreasing(lengths, 10) == rows
 
 
-def test_rows_hold_everything_once_and_are_few() -> None:
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(50):
-        lengths = torch.randint(1, 101, (40,), generator=generator).tolist()
-        rows = best_fit_decreasing(lengths, 100)
-        assert sorted(i for row in rows for i in row) == list(range(40))
-        sums = [sum(lengths[i] for i in row) for row in rows]
-        assert max(sums) <= 100
-        # Best fit decreasing needs at most 11/9 of the fewest rows possible, and 4 more.
-        assert len(rows) <= 11 / 9 * -(-sum(lengths) // 100) + 4
+@CHECKS
+@given(st.lists(st.integers(1, 100), max_size=60))
+def test_rows_hold_every_item_once_and_are_few(lengths: list[int]) -> None:
+    rows = best_fit_decreasing(lengths, 100)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 100 for row in rows)
+    assert rows == sorted(sorted(row) for row in rows)
+    # Best fit decreasing needs at most 11/9 of the fewest rows possible, and 4 more.
+    assert len(rows) <= 11 / 9 * -(-sum(lengths) // 100) + 4
+    # Two rows that would fit into one are never left.
+    sums = sorted(sum(lengths[i] for i in row) for row in rows)
+    assert len(sums) < 2 or sums[0] + sums[1] > 100
 
 
 def test_a_sample_longer_than_a_row() -> None:
-    with pytest.raises(ValueError, match="13 tokens, more than the 12 of a row"):
-        pack([text(13, "a")], SHAPE)
+    with pytest.raises(AssertionError, match="13, 12"):
+        pack([text(13, "a")], SPEC)
+    with pytest.raises(AssertionError, match="12, 8"):
+        dataclasses.replace(SPEC, multiple_of=8)
 
 
 def three() -> list[Example]:
@@ -69,63 +73,137 @@ def three() -> list[Example]:
 
 
 def test_a_packed_row_by_hand() -> None:
-    first, second = pack(three(), dataclasses.replace(SHAPE, multiple_of=4))
+    first, second = pack(three(), dataclasses.replace(SPEC, multiple_of=4))
     assert first.tokens.tolist() == [[1, 99, 99, 5, 1, 99, 99, 99, 99, 7, 8, 3]]
     assert first.labels.tolist() == [[-100, 99, 5, -100, -100, 99, 99, 99, 7, 8, -100, -100]]
     assert first.token_types.tolist() == [[0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 2]]
     assert first.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 0]]
     assert first.images[:, 0, 0, 0].tolist() == [4, 7, 7]
     assert first.record_ids == ("a", "c")
-    assert [fault.index for fault in first.skipped_samples] == [4, 7]
+    assert [skipped.index for skipped in first.skipped_samples] == [4, 7]
     assert first.cu_seqlens is not None and first.cu_seqlens.tolist() == [0, 4, 11, 12]
     assert second.record_ids == ("b",) and second.images.shape == (0, 3, 4, 4)
     assert second.cu_seqlens is not None and second.cu_seqlens.tolist() == [0, 10, 12]
-    kinds = [t.dtype for t in (first.tokens, first.token_types, first.cu_seqlens, first.images)]
-    assert kinds == [torch.int64, torch.int8, torch.int32, torch.uint8]
+    dtypes = [t.dtype for t in (first.tokens, first.token_types, first.cu_seqlens, first.images)]
+    assert dtypes == [torch.int64, torch.int8, torch.int32, torch.uint8]
 
 
 def test_lengths_of_rows() -> None:
-    exact = pack(three(), SHAPE)
+    exact = pack(three(), SPEC)
     assert [row.tokens.shape for row in exact] == [(1, 11), (1, 10)]
     assert exact[0].cu_seqlens is not None and exact[0].cu_seqlens.tolist() == [0, 4, 11]
-    full = PackingSpec(24, 8, num_image_tokens=2, pad_id=3, full=True)
+    full = PackingSpec(24, 8, num_image_tokens=2, pad_id=3, pad_to_capacity=True)
     (row,) = pack([text(5, "a")], full)
     # No segment, and so no position, is longer than a sample may be.
     assert row.cu_seqlens is not None and row.cu_seqlens.tolist() == [0, 5, 13, 21, 24]
     assert row.position_ids.tolist() == [[*range(5), *range(8), *range(8), *range(3)]]
     assert row.tokens.shape == (1, 24) and row.token_types.sum() == 2 * 19
-    with pytest.raises(ValueError, match="12 tokens is not a multiple of 8"):
-        dataclasses.replace(SHAPE, multiple_of=8)
 
 
-def assert_same(got: Batch, expected: Batch) -> None:
-    assert got.record_ids == expected.record_ids
-    for name in FIELDS:
-        assert torch.equal(getattr(got, name), getattr(expected, name)), name
-
-
-def test_rows_are_spread_between_samples() -> None:
-    shape = PackingSpec(40, 20, num_image_tokens=2, pad_id=3, multiple_of=4)
+def test_rows_are_split_between_samples() -> None:
+    spec = PackingSpec(40, 20, num_image_tokens=2, pad_id=3, multiple_of=4)
     a, b, c = three()
-    rows = pack([a, b, c], shape)
+    rows = pack([a, b, c], spec)
     assert [row.record_ids for row in rows] == [("a", "b", "c")]
-    assert split_rows_to_count(rows, 1, shape) == rows
+    assert split_rows_to_count(rows, 1, spec) == rows
     # 4 + 10 + 7: 14 and 7 are nearer to each other than 4 and 17.
-    first, second = split_rows_to_count(rows, 2, shape)
-    assert_same(first, pack([a, b], shape)[0])
-    assert_same(second, pack([c], shape)[0])
-    assert [fault.index for fault in (*first.skipped_samples, *second.skipped_samples)] == [
-        4,
-        10,
-        7,
+    first, second = split_rows_to_count(rows, 2, spec)
+    assert_same(first, pack([a, b], spec)[0])
+    assert_same(second, pack([c], spec)[0])
+    skipped = [*first.skipped_samples, *second.skipped_samples]
+    assert [sample.index for sample in skipped] == [4, 10, 7]
+    for row, alone in zip(split_rows_to_count(rows, 3, spec), (a, b, c), strict=True):
+        assert_same(row, pack([alone], spec)[0])
+    with pytest.raises(AssertionError):
+        split_rows_to_count(rows, 4, spec)
+
+
+@st.composite
+def portions(draw: st.DrawFn) -> tuple[list[Example], PackingSpec]:
+    """Samples with text and images of two tokens each, and rows that they fit into."""
+    samples = []
+    for number in range(draw(st.integers(1, 12))):
+        runs = draw(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=4))
+        types = [t for words, image in runs for t in [0] * words + [1] * (2 * image)] + [0]
+        tokens = [number * 100 + position for position in range(len(types))]
+        samples.append(example(tokens, types, sum(image for _, image in runs), f"r{number}"))
+    longest = max(len(sample.encoded.tokens) for sample in samples)
+    multiple_of = draw(st.sampled_from([1, 2, 4]))
+    sequence_length = -(-(longest + draw(st.integers(0, 8))) // multiple_of) * multiple_of
+    spec = PackingSpec(
+        sequence_length * draw(st.integers(1, 3)),
+        sequence_length,
+        num_image_tokens=2,
+        pad_id=3,
+        multiple_of=multiple_of,
+        pad_to_capacity=draw(st.booleans()),
+    )
+    return samples, spec
+
+
+def segments(rows: list[Batch]) -> dict[str, tuple[list[int], list[int], list[int]]]:
+    """Tokens, labels and types of every sample, read back from its segment."""
+    found = {}
+    for row in rows:
+        assert row.cu_seqlens is not None
+        cuts = row.cu_seqlens.tolist()
+        assert cuts[0] == 0 and cuts[-1] == row.tokens.shape[1] and cuts == sorted(set(cuts))
+        for name, start, end in zip(row.record_ids, cuts, cuts[1:], strict=False):
+            assert row.position_ids[0, start:end].tolist() == list(range(end - start))
+            parts = (row.tokens, row.labels, row.token_types)
+            found[name] = tuple(part[0, start:end].tolist() for part in parts)
+    return found  # type: ignore[return-value]
+
+
+@CHECKS
+@given(portions(), st.data())
+def test_every_sample_is_in_one_segment(
+    portion: tuple[list[Example], PackingSpec], data: st.DataObject
+) -> None:
+    samples, spec = portion
+    rows = pack(samples, spec)
+    count = data.draw(st.integers(len(rows), len(samples)))
+    split = split_rows_to_count(rows, count, spec)
+    assert len(split) == count
+    expected = {
+        sample.record_id: (
+            sample.encoded.tokens.tolist(),
+            sample.encoded.labels.tolist(),
+            sample.encoded.token_types.tolist(),
+        )
+        for sample in samples
+    }
+    skipped = Counter(one for sample in samples for one in sample.skipped_samples)
+    for found in (rows, split):
+        names = [name for row in found for name in row.record_ids]
+        assert Counter(names) == Counter(expected.keys())
+        assert segments(found) == expected
+        assert Counter(one for row in found for one in row.skipped_samples) == skipped
+        for row in found:
+            length = row.tokens.shape[1]
+            assert length <= spec.capacity and length % spec.multiple_of == 0
+            assert length == spec.capacity or not spec.pad_to_capacity
+            assert int(row.position_ids.max()) < spec.sequence_length
+            assert row.record_ids  # no row is padding alone
+            # The pixels say which sample an image is of.
+            owners = [s for name in row.record_ids for s in samples if s.record_id == name]
+            assert torch.equal(row.images, torch.cat([s.images for s in owners]))
+    # In a row, and from row to row after splitting, samples keep their order.
+    order = [name for row in rows for name in row.record_ids]
+    assert [name for row in split for name in row.record_ids] == order
+
+
+def test_every_step_is_split_to_the_maximum_of_the_ranks() -> None:
+    spec = PackingSpec(40, 20, num_image_tokens=2, pad_id=3)
+    counts: list[int] = []
+
+    def max_over_dp(count: int) -> int:
+        counts.append(count)
+        return len(counts) + 1
+
+    steps = equalize_row_counts(iter([pack(three(), spec)] * 2), spec, max_over_dp)
+    assert [[row.record_ids for row in rows] for rows in steps] == [
+        [("a", "b"), ("c",)],
+        [("a",), ("b",), ("c",)],
     ]
-    for row, alone in zip(split_rows_to_count(rows, 3, shape), (a, b, c), strict=True):
-        assert_same(row, pack([alone], shape)[0])
-    with pytest.raises(ValueError, match="3 samples in 1 rows cannot be spread over 4"):
-        split_rows_to_count(rows, 4, shape)
-
-
-def test_the_boundaries_stay_on_the_host() -> None:
-    row = pack(three(), SHAPE)[0].to("meta")
-    assert row.tokens.is_meta
-    assert row.cu_seqlens is not None and row.cu_seqlens.device.type == "cpu"
+    assert counts == [1, 1]

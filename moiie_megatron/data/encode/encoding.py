@@ -1,0 +1,49 @@
+"""How a run turns records into token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from moiie_megatron.data.encode.encoder import Encoded, encode
+from moiie_megatron.data.encode.templates import Template
+from moiie_megatron.data.encode.tokenizers import Tokenizer
+from moiie_megatron.data.records.llava import Record
+
+_UNLIMITED: Final = 2**40  # tokens
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Everything besides the record that the token ids of a sample depend on.  Picklable.
+
+    Attributes:
+        tokenizer: Text to ids.
+        template: Conversation to text.
+        num_image_tokens: Positions per image.
+        sequence_length: Maximum number of tokens of a sample.
+    """
+
+    tokenizer: Tokenizer
+    template: Template
+    num_image_tokens: int
+    sequence_length: int
+
+    def encode(self, record: Record) -> Encoded:
+        """The training sample of a record, truncated to ``sequence_length``.
+
+        Raises:
+            BadRecord: See ``encoder.encode``.
+        """
+        return self._encode(record, self.sequence_length)
+
+    def length(self, record: Record) -> int:
+        """Number of tokens of a record before truncation.
+
+        Raises:
+            BadRecord: The template cannot render the conversation, or it has no answer.
+        """
+        return len(self._encode(record, _UNLIMITED).tokens)
+
+    def _encode(self, record: Record, sequence_length: int) -> Encoded:
+        return encode(record, self.tokenizer, self.template, self.num_image_tokens, sequence_length)

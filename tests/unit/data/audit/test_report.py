@@ -1,0 +1,71 @@
+"""The numbers of an audit as JSON, as a table, and as lines about packing."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moiie_megatron.data.audit.audit import Audit, audit
+from moiie_megatron.data.audit.report import packing_lines, summarize, table
+from moiie_megatron.data.encode.encoding import Encoding
+from moiie_megatron.data.encode.images import ImageLoader
+from moiie_megatron.data.records.llava import RecordFile
+from moiie_megatron.data.stream.dataset import LlavaDataset, Source
+from tests.helpers.damaged_data import write_damaged
+
+
+@pytest.fixture
+def measured(dataset: LlavaDataset) -> Audit:
+    return audit(dataset.sources[0], dataset.encoding, decode_images=False)
+
+
+def test_skipped_samples_are_counted_and_listed(tmp_path: Path, dataset: LlavaDataset) -> None:
+    data = write_damaged(tmp_path / "d", samples=48, bad=16)
+    half = (0.5, 0.5, 0.5)
+    source = Source(RecordFile(data.records), ImageLoader(data.images, 8, "square", half, half))
+    summary = summarize(audit(source, dataset.encoding), dataset.encoding)
+    assert (summary["samples"], summary["skipped"]) == (48, 16)
+    assert summary["skipped_fraction"] == 1 / 3
+    assert [sample["index"] for sample in summary["skipped_samples"]] == sorted(data.damage)
+    assert summary["images_per_sample"] == {"1": 32}
+    assert summary["image_tokens"] == 4 * 32
+    assert json.loads(json.dumps(summary)) == summary
+    assert "lengths" not in summarize(audit(source, None, decode_images=False), None)
+
+
+def test_lengths_by_hand(dataset: LlavaDataset, measured: Audit) -> None:
+    lengths = np.sort(measured.lengths)
+    limit = int(lengths[15])
+    encoding = Encoding(dataset.encoding.tokenizer, dataset.encoding.template, 4, limit)
+    summary = summarize(measured, encoding)["lengths"]
+    assert summary["beyond_sequence_length"] == (lengths > limit).mean() > 0
+    assert (summary["min"], summary["max"]) == (lengths[0], lengths[-1])
+    assert summary["median"] == lengths[11]
+    assert summary["total"] == lengths.sum()
+
+
+def test_nothing_usable(dataset: LlavaDataset) -> None:
+    tiny = Encoding(dataset.encoding.tokenizer, dataset.encoding.template, 4, 6)
+    summary = summarize(audit(dataset.sources[0], tiny), tiny)
+    assert summary["lengths"] is None and summary["rows"] is None
+    assert packing_lines([summary]) == []
+
+
+def test_the_table_has_a_row_per_source(dataset: LlavaDataset, measured: Audit) -> None:
+    source = Source(dataset.sources[0].records, dataset.sources[0].images, name="numbers")
+    named = Audit(source, measured.lengths, measured.images, measured.skipped_samples)
+    summary = summarize(named, dataset.encoding)
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table([summary]))
+    text = console.export_text()
+    assert "numbers" in text and " 23 " in text and " 16 " in text
+    (line,) = packing_lines([summary])
+    packed = summary["rows"]["packed"]
+    assert 1 <= packed < 23
+    assert line.startswith("numbers: ")
+    assert f"23 samples into {packed} rows of 64 tokens, {23 / packed:.1f}" in line
