@@ -48,8 +48,9 @@ def build(
     spec = moiie_module(
         settings,
         context.groups,
+        context.device.torch_device,
         dispatcher=MoIIETokenDispatcher if moiie else None,
-        order=None if placement.is_identity else placement.physical_to_logical,
+        physical_to_logical=None if placement.is_identity else placement.physical_to_logical,
     )
     return MoIIELayer(case.config, spec.submodules, layer_number=1, **spec.params)
 
@@ -79,13 +80,13 @@ def count_rows(case: Case, layer: MoIIELayer, context: ParallelContext) -> tuple
     with torch.no_grad():
         layer(case.hidden, padding_mask=case.token_types)
         _, map_TE = layer.router(case.hidden, case.token_types.transpose(0, 1))
-    order = layer.order or range(map_TE.shape[1])
+    order = layer.physical_to_logical or range(map_TE.shape[1])
     place = {expert: number for number, expert in enumerate(order)}
     size = map_TE.shape[1] // context.size
     pairs = {(t, place[e] // size) for t, e in map_TE.nonzero().tolist()}
     remote = sum(rank != context.rank for _, rank in pairs)
-    plan = layer.token_dispatcher.plan
-    sent = sum(plan.send) - plan.send[context.rank]
+    splits = layer.token_dispatcher.dispatched.splits.input_splits
+    sent = sum(splits) - splits[context.rank]
     counts = torch.tensor([sent, remote, len(map_TE)], dtype=torch.float64)
     dist.all_reduce(counts)
     return float(counts[0] / counts[2]), float(counts[1] / counts[2])

@@ -32,7 +32,6 @@ from moiie_megatron.config.schema import ParallelConfig
 from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.mcore.parallel import DistEnv, destroy_parallel, init_parallel
-from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
 from moiie_megatron.moe.layer import MoIIELayer, moiie_module
 from moiie_megatron.moe.router import RouterSettings
 
@@ -105,7 +104,7 @@ def moiie(case: Case, groups: ProcessGroupCollection) -> Callable[[Tensor], Tens
     """This project's layer."""
     coeffs = {"vision": 0.001, "text": 0.001}
     settings = RouterSettings(LAYOUT, coeffs, init_std=0.02)
-    spec = moiie_module(settings, groups, dispatcher=MoIIETokenDispatcher)
+    spec = moiie_module(settings, groups, torch.device("cpu"))
     layer = MoIIELayer(case.config, spec.submodules, layer_number=1, **spec.params)
     return lambda hidden: layer(hidden, padding_mask=case.token_types)[0]
 

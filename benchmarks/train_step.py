@@ -44,7 +44,6 @@ from moiie_megatron.data.stream.packing import PackingSpec, pack, split_rows_to_
 from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
-from moiie_megatron.mcore.patches.warning_filters import filter_megatron_warnings
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
 from moiie_megatron.vlm.build import build_model
@@ -268,7 +267,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--only", choices=("ours", "reference"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    filter_megatron_warnings()
     dist_env = dist_env_from(os.environ)
     torch.set_num_threads(options.threads or max(1, 2 // dist_env.world_size))
     context = init_parallel(ParallelConfig(expert=dist_env.world_size), dist_env, device="cpu")

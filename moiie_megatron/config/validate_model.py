@@ -5,11 +5,11 @@ from __future__ import annotations
 from moiie_megatron.config.families import LANGUAGE_FAMILIES, load_family
 from moiie_megatron.config.messages import divisors
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.layout.alignment import GROUPED_MM_BYTES
 from moiie_megatron.layout.experts import moe_layers
 from moiie_megatron.utils.errors import UserError
 
-# torch's grouped matrix multiplication needs strides of 16 bytes: 8 values in bf16.
-_GROUPED_MM_MULTIPLE = 8
+_GROUPED_MM_MULTIPLE = GROUPED_MM_BYTES // 2  # values in bf16
 
 
 def check_language(config: RunConfig) -> None:

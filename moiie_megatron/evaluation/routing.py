@@ -18,7 +18,7 @@ from moiie_megatron.data.stream.dataset import LlavaDataset
 from moiie_megatron.data.stream.example import Example
 from moiie_megatron.layout.token_types import PADDING
 from moiie_megatron.mcore.parallel import ParallelContext
-from moiie_megatron.moe.router import ModalityRouter
+from moiie_megatron.moe.router import recording
 from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.step import run_schedule
 from moiie_megatron.utils.errors import UserError
@@ -52,23 +52,19 @@ def measure_routing(
     if not config.moe_layers:
         raise UserError(f"The model of stage {config.stage.name} is dense: it routes nothing.")
     model.eval()
-    routers = [m for m in model.modules() if isinstance(m, ModalityRouter)]
-    for router in routers:
-        router.records_in_eval = True
     counters = RoutingCounters(config, context, model)
     counts = torch.zeros(2, dtype=torch.int64)  # samples read, samples that could not be read
     # Without packing: other rows than in training, the same tokens.
     unpacked = config.model_copy(update={"data": config.data.model_copy(update={"packing": False})})
     size, samples = config.train.micro_batch_size, min(samples, len(dataset))
     # Every rank makes the same number of passes: dispatchers wait for all ranks.
-    for start in range(0, samples, size * context.dp_size):
-        first = start + context.dp_rank * size
-        examples, bad = _read(dataset, range(first, min(first + size, samples)))
-        counts += torch.tensor([len(examples), bad])
-        batch = _batch(config, dataset, examples)
-        run_schedule(unpacked, context, model, [batch], loss_scale=1.0, forward_only=True)
-    for router in routers:
-        router.records_in_eval = False
+    with recording(model):
+        for start in range(0, samples, size * context.dp_size):
+            first = start + context.dp_rank * size
+            examples, bad = _read(dataset, range(first, min(first + size, samples)))
+            counts += torch.tensor([len(examples), bad])
+            batch = _batch(config, dataset, examples)
+            run_schedule(unpacked, context, model, [batch], loss_scale=1.0, forward_only=True)
     counts = counts.to(context.device.torch_device)
     dist.all_reduce(counts, group=context.groups.dp)
     read, bad = counts.tolist()

@@ -3,7 +3,7 @@
 Megatron-Core's local ``DotProductAttention`` materialises the s x s scores; torch's
 ``scaled_dot_product_attention`` does not, on CPU and GPU alike.
 
-Shapes: s query positions, k key positions, b batch, n heads, g key/value heads, d head size.
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from moiie_megatron.mcore.packed_sequences import Segments
 class SDPACoreAttention(MegatronModule):
     """Causal self-attention, optionally within a sliding window and in packed rows.
 
-    The constructor has the arguments that Megatron's ``SelfAttention`` passes (file
-    ``transformer/attention.py``).
+    The constructor takes the arguments that Megatron's ``SelfAttention`` passes
+    (``transformer/attention.py``).
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class SDPACoreAttention(MegatronModule):
     ) -> Tensor:
         """Attention of every query to the keys at and before its position.
 
-        Padding is on the right, so causality alone keeps real tokens from seeing it.  In a packed
-        row (then without the axis b) every segment sees itself alone: the cost is that of the
-        segments, not of the row.
+        Padding is on the right, so the causal mask also hides it from real tokens.  In a packed
+        row, which has no axis b, every segment attends to itself only, and the cost is that of
+        the segments, not of the row.
 
         Args:
             query: ``(s, b, n, d)``, packed ``(s, n, d)``.

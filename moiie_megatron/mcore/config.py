@@ -1,6 +1,9 @@
-"""The only file that spells Megatron-Core's configuration fields.
+"""From a run's configuration to Megatron-Core's configuration objects.
 
-Differences between Megatron-Core versions belong here: a renamed field is one line.
+This is the one file that *writes* fields of Megatron's configuration classes.  Modules of moe/,
+vlm/ and mcore/ read the few that they need (``moe_router_topk``, ``params_dtype``,
+``sequence_parallel``, ...), as Megatron's own modules do.  A field that a version of
+Megatron-Core renames has to be changed here and where it is read.
 """
 
 from __future__ import annotations
@@ -26,12 +29,13 @@ from moiie_megatron.config.validate import check_megatron_section
 from moiie_megatron.mcore.device import Device, has_transformer_engine
 from moiie_megatron.utils.errors import UserError
 
-# Fields that the project sets, and the configuration key that decides each.  The `megatron:`
-# section may hold every other field of TransformerConfig.
 _ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
 _NOT_SUPPORTED = "the project, which does not support it"
+
+# Fields that the project sets, and the configuration key that decides each.  The `megatron:`
+# section may hold every other field of TransformerConfig.
 OWNED_FIELDS = {
-    # Of Megatron's router and shared experts; the project's own follow below.
+    # Megatron's own router and shared experts; those that the project sets follow below.
     **{
         field.name: _NOT_SUPPORTED
         for field in dataclasses.fields(TransformerConfig)
@@ -107,7 +111,7 @@ def passthrough_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
-    """Megatron's description of the language model of this run.
+    """Megatron's configuration of the language model of this run.
 
     Raises:
         UserError: The ``megatron:`` section names a field that is unknown or not free.
@@ -134,7 +138,7 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "sequence_parallel": parallel.sequence_parallel,
-        # Micro-batches may differ in length: pipeline stages tell each other the shapes.
+        # Where micro-batches differ in length, pipeline stages send each other the shapes.
         "variable_seq_lengths": config.data.padding == "longest" and parallel.pipeline > 1,
         # Dense stages dispatch nothing, but Megatron's default refuses lengths that vary.
         "moe_token_dispatcher_type": "alltoall",
@@ -157,7 +161,7 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         # transformers: a token sees `sliding_window` positions, itself included.
         fields["window_size"] = (language.sliding_window - 1, 0)
     if language.longrope is not None:
-        # transformers multiplies queries and keys by the factor, so scores have it twice.
+        # transformers multiplies queries and keys by the factor, hence its square in scores.
         factor = language.longrope.attention_factor
         fields["softmax_scale"] = factor**2 / math.sqrt(language.head_size)
     moe_layers = config.moe_layers
@@ -169,7 +173,7 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
             "moe_router_topk": moe.top_k,
             "moe_router_dtype": "fp32" if moe.router_dtype == "fp32" else None,
             "moe_router_load_balancing_type": "none",  # ours: moe/losses.py
-            # Megatron's name for the dispatcher that ours stands in for.
+            # Megatron knows no moiie: MoIIELayer replaces the dispatcher that it has built.
             "moe_token_dispatcher_type": (
                 "alltoall" if moe.dispatcher == "moiie" else moe.dispatcher
             ),
@@ -242,23 +246,8 @@ def part_overrides(config: RunConfig, marks: dict[str, str]) -> dict[ParamKey, A
     return overrides
 
 
-def fuse_updates(optimizer: Any) -> None:
-    """Let torch's AdamW update a parameter in one pass over memory instead of five.
-
-    Megatron falls back to it where Transformer Engine and Apex are missing, and leaves torch's
-    default, which is the slow one on the CPU.  Their own optimizers are fused already.
-
-    Args:
-        optimizer: Megatron's optimizer, chained or not.
-    """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            for group in part.optimizer.param_groups:
-                group["fused"] = True
-
-
 def lr_scheduler(config: RunConfig, optimizer: Any, steps: int) -> OptimizerParamScheduler:
-    """Cosine decay over ``steps`` after a linear warm-up; one tick is one step."""
+    """Linear warm-up, then cosine decay, over ``steps`` optimizer steps in all."""
     max_lr = max(config.stage.learning_rates.values())
     return OptimizerParamScheduler(
         optimizer,
@@ -278,7 +267,7 @@ def lr_scheduler(config: RunConfig, optimizer: Any, steps: int) -> OptimizerPara
 
 
 def connect_schedules(model: Any, ddp_model: Any, optimizer: Any) -> None:
-    """Tell the model's config what Megatron's pipeline schedules call back."""
+    """Set the callbacks of Megatron's pipeline schedules in the model's configuration."""
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss
     if ddp_model.ddp_config.overlap_grad_reduce:

@@ -7,17 +7,19 @@ import os
 import torch
 
 
-def set_determinism(wanted: bool) -> None:
-    """Choose between the fastest kernels and those that repeat their results.
+def set_determinism(enabled: bool) -> None:
+    """Choose between the fastest kernels and deterministic ones.
 
-    Call it before CUDA and the process groups start: cuBLAS, NCCL and Transformer Engine read
-    the environment then.  Values that are set already are kept.  Sums over ranks are repeated
-    on the same layout, NCCL version and topology only.
+    Must be called before CUDA and the process groups are initialised: cuBLAS, NCCL and
+    Transformer Engine read the environment then.  Variables that are already set are kept.
+    Reductions over ranks are reproducible with the same parallel layout, NCCL version and
+    network topology only.
     """
-    if wanted:
-        # cuBLAS repeats its sums with a workspace of its own per stream (NVIDIA's manual).
+    if enabled:
+        # Makes cuBLAS deterministic: one workspace per stream (cuBLAS manual, reproducibility).
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # One algorithm for every message size; in-network reduction (NVLS) sums in any order.
+        # The same algorithm for every message size, and no in-network reduction (NVLS), which
+        # adds in any order.
         os.environ.setdefault("NCCL_ALGO", "Ring")
         os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-    torch.use_deterministic_algorithms(wanted)
+    torch.use_deterministic_algorithms(enabled)

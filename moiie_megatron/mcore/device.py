@@ -1,4 +1,4 @@
-"""The device of a run, decided once and passed on as a value."""
+"""The device of a run: chosen once at start, then passed as a value."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from moiie_megatron.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Device:
-    """Where tensors live and which library moves them between processes."""
+    """Device type and the library for collectives.
 
-    type: str  # "cpu" or "cuda"
-    collectives: str  # "gloo" or "nccl"
+    Attributes:
+        type: ``cpu`` or ``cuda``.
+        collectives: ``gloo`` or ``nccl``.
+    """
+
+    type: str
+    collectives: str
 
     @property
     def torch_device(self) -> torch.device:
@@ -30,21 +35,21 @@ class Device:
 
 
 def has_transformer_engine(device: Device) -> bool:
-    """Whether Transformer Engine's modules are used: it is installed and there is a GPU."""
+    """Whether Transformer Engine's modules are used: it is installed and the device is a GPU."""
     return device.is_cuda and importlib.util.find_spec("transformer_engine") is not None
 
 
 def choose_device(wanted: str, local_rank: int) -> Device:
-    """Pick CPU or GPU and bind this process to it; on the CPU this patches Megatron-Core.
+    """Choose CPU or GPU and bind this process to it; for the CPU, patch Megatron-Core.
 
     Args:
         wanted: ``auto``, ``cpu`` or ``cuda`` (``train.device`` of the configuration).
-        local_rank: Number of this process on its node.
+        local_rank: Rank of this process on its node.
 
     Raises:
-        UserError: ``cuda`` was asked for and there is no (or not enough) CUDA devices.
+        UserError: The node has fewer GPUs than processes.
     """
-    # Counted through NVML or the runtime without creating a CUDA context.
+    # Does not create a CUDA context.
     num_gpus = torch.cuda.device_count()
     if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
         from moiie_megatron.mcore.patches.cpu import apply_cpu_patches

@@ -1,6 +1,6 @@
-"""What a launcher tells a process, and how the processes of a job find each other.
+"""The environment variables of torchrun, and the store in which processes find each other.
 
-Torch is imported only to find the others.
+Torch is imported only when the store is opened.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DistEnv:
-    """The place of this process among the others of the job.
+    """Rank of this process and size of the job; the default is a single process.
 
     Attributes:
-        attempt: How often torchrun has started the processes anew, if it keeps one store.
+        rank: ``RANK``.
+        world_size: ``WORLD_SIZE``.
+        local_rank: ``LOCAL_RANK``, the rank on its node.
+        attempt: How often torchrun has restarted the job; 0 where every attempt has its own store.
     """
 
     rank: int = 0
@@ -32,10 +35,10 @@ class DistEnv:
 
 
 def dist_env_from(environ: Mapping[str, str]) -> DistEnv:
-    """What torchrun put into the environment; a single process without it.
+    """Read the variables that torchrun sets; without them, a single process.
 
     Raises:
-        UserError: A variable that is set but is no number.
+        UserError: A variable is set to something other than a number.
     """
     values = {}
     restarts = "TORCHELASTIC_RESTART_COUNT"
@@ -44,20 +47,20 @@ def dist_env_from(environ: Mapping[str, str]) -> DistEnv:
         if not text.isdecimal():
             raise UserError(f"{name} is {text!r} in the environment: start with torchrun.")
         values[name] = int(text)
-    # Where torchrun opens a new store for every attempt, its agents may have counted differently.
+    # Without a common store the agents may have counted restarts differently.
     keeps_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = values[restarts] if keeps_store else 0
     return DistEnv(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], attempt)
 
 
 def connect_store(dist_env: DistEnv, timeout: timedelta = timedelta(minutes=10)) -> Store:
-    """The key-value store that the launcher offers, or rank 0 opens, at MASTER_ADDR:MASTER_PORT.
+    """Open the key-value store at MASTER_ADDR:MASTER_PORT, which the launcher or rank 0 serves.
 
-    A single process needs no launcher: it gets a store in memory.
+    A single process gets a store in memory.
 
     Raises:
-        RuntimeError: Nobody answered within ``timeout``.
-        UserError: The launcher named no address.
+        RuntimeError: The store did not answer within ``timeout``.
+        UserError: MASTER_ADDR or MASTER_PORT is not set.
     """
     import torch.distributed as dist
 
@@ -67,7 +70,10 @@ def connect_store(dist_env: DistEnv, timeout: timedelta = timedelta(minutes=10))
         if not os.environ.get(name):
             raise UserError(f"{name} is not set in the environment: start with torchrun.")
     found = dist.rendezvous("env://", dist_env.rank, dist_env.world_size, timeout=timeout)
-    store: Store = next(found)[0]
+    try:
+        store: Store = next(found)[0]
+    except ValueError as error:
+        raise UserError(f"{error}: start with torchrun.") from error
     store.set_timeout(timeout)
-    # In a store that outlives a restart, processes would find the addresses of dead ones.
+    # A store that outlives a restart still holds the addresses of the processes before it.
     return dist.PrefixStore(f"attempt{dist_env.attempt}", store)

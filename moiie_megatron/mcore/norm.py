@@ -1,4 +1,7 @@
-"""RMSNorm whose weight joins sequence parallelism (Megatron's ``WrappedTorchNorm`` refuses)."""
+"""RMSNorm that supports sequence parallelism, for machines without Transformer Engine.
+
+Megatron's ``WrappedTorchNorm`` refuses it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Megatron's optimizer, with steps left out whose loss or gradient is not finite."""
+"""Megatron's optimizer, skipping updates whose gradient is not finite."""
 
 from __future__ import annotations
 
@@ -9,30 +9,39 @@ from megatron.core.optimizer import ChainedOptimizer
 
 
 class SkipNonFiniteOptimizer(ChainedOptimizer):
-    """Megatron-Core looks for NaN and Inf only where losses are scaled (fp16).
+    """Skips the update if the gradient's norm is NaN or infinite.
 
-    Between its clipping and its update stands the norm of the whole gradient, the same number
-    on every rank and not finite if any gradient is not: that is where this looks, at no cost.
+    Megatron-Core checks for that only where losses are scaled (fp16).  ``ChainedOptimizer.step``
+    computes the norm of the whole gradient (``get_grad_norm``, the same number on every rank),
+    clips, and then updates (``step_with_ready_grads``); the check between the two costs nothing.
     """
 
-    def step_if(self, also: Callable[[], bool]) -> tuple[bool, float]:
-        """Update, unless the gradient's norm is not finite or ``also()`` says no.
+    def step_if(self, should_apply: Callable[[], bool]) -> tuple[bool, float]:
+        """Update the weights if the gradient's norm is finite and ``should_apply()`` is true.
 
         Args:
-            also: Asked once the gradient's norm is known; must be alike on all ranks.
+            should_apply: Called once the gradient's norm is known to be finite; must return the
+                same on all ranks.
 
         Returns:
             Whether weights and optimizer state were changed, and the norm before clipping.
         """
-        self._also, self._norm = also, math.nan
+        # Read by the two methods below, which step() calls in this order.
+        self._should_apply, self._norm = should_apply, math.nan
         updated, _, _ = self.step()
         return bool(updated), self._norm
 
     def get_grad_norm(self) -> float:
+        """Called by ``step`` before clipping."""
         self._norm = float(super().get_grad_norm() or 0.0)
         return self._norm
 
     def step_with_ready_grads(self) -> bool:
-        if not (math.isfinite(self._norm) and self._also()):
+        """Called by ``step`` after clipping.
+
+        Returns:
+            Whether the weights were updated.
+        """
+        if not (math.isfinite(self._norm) and self._should_apply()):
             return False
         return bool(super().step_with_ready_grads())

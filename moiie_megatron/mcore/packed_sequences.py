@@ -1,6 +1,6 @@
-"""Packed rows as Megatron-Core passes them to its attention: the ``thd`` format.
+"""Packed rows in the form that Megatron-Core's attention takes: the ``thd`` format.
 
-Shapes: k segments of a row.
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moiie_megatron.mcore.device import Device, has_transformer_engine
 
 @dataclass
 class Segments(PackedSeqParams):
-    """Megatron's parameters and the lengths on the host.
+    """Megatron's parameters of a packed row, with the lengths as plain numbers.
 
     Attributes:
         lengths: Tokens of every segment, in order.
@@ -25,13 +25,14 @@ class Segments(PackedSeqParams):
 
 
 def segments_of(cu_seqlens: Tensor, device: Device) -> Segments:
-    """What every pipeline stage needs of a packed row.
+    """The segments of a packed row, from their boundaries.
 
-    Transformer Engine's kernels read the boundaries on the GPU.  Our attention and Megatron's
-    unfused rotary embedding read them on the host, where they stay: nobody waits for the device.
+    Transformer Engine's kernels read the boundaries on the GPU.  ``SDPACoreAttention`` and
+    Megatron's unfused rotary embedding read them on the CPU, where they stay then: no host sync.
 
     Args:
-        cu_seqlens: int32 ``(k + 1,)`` on the CPU, from 0 to the length of the row.
+        cu_seqlens: int32 ``(c + 1,)`` on the CPU, from 0 to the length of the row.
+        device: Where the model runs.
     """
     lengths = tuple(cu_seqlens.diff().tolist())
     if has_transformer_engine(device):

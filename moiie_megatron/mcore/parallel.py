@@ -1,4 +1,4 @@
-"""Process groups: one call builds Megatron-Core's grid, one call takes it down."""
+"""Set up and destroy torch.distributed and Megatron-Core's process groups."""
 
 from __future__ import annotations
 
@@ -9,16 +9,25 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe import moe_utils
 
 from moiie_megatron.config.schema import ParallelConfig
 from moiie_megatron.mcore.device import Device, choose_device
 from moiie_megatron.mcore.dist_env import DistEnv, connect_store
+from moiie_megatron.mcore.patches.moe_utils import (
+    define_te_general_gemm,
+    initialize_aux_loss_scale,
+)
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """This process among the others: its device and Megatron's process groups."""
+    """The device of this process and its place in Megatron's process groups.
+
+    Attributes:
+        groups: Megatron's process groups.
+        rank: Rank of this process in the job.
+        size: Number of processes of the job.
+    """
 
     device: Device
     groups: ProcessGroupCollection
@@ -60,8 +69,10 @@ def init_parallel(
     """Initialise torch.distributed, Megatron's process groups and its RNG tracker.
 
     Args:
-        store: Where the processes find each other, see ``connect_store``; default: a new one.
-            Processes that start several worlds in turn must give each its own keys.
+        timeout: Longest wait of a collective, and for all processes to arrive.
+        store: Key-value store in which the processes find each other; default
+            ``connect_store``.  A process that calls this several times in a row must pass stores
+            with different key prefixes.
 
     Raises:
         UserError: No GPU although one was asked for (see ``choose_device``).
@@ -87,34 +98,18 @@ def init_parallel(
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     seed_everything(seed, groups)
-    _unit_aux_loss_scale(chosen)
-    _router_without_te()
+    initialize_aux_loss_scale(chosen.torch_device)
+    define_te_general_gemm()
     return ParallelContext(chosen, groups, dist.get_rank(), dist.get_world_size())
 
 
 def seed_everything(seed: int, groups: ProcessGroupCollection) -> None:
-    """Seed torch and Megatron's tracker: equal over data parallelism, distinct per stage."""
+    """Seed torch and Megatron's RNG tracker.
+
+    Data-parallel ranks get the same seed, pipeline stages different ones.
+    """
     torch.manual_seed(seed + 100 * groups.pp.rank())
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * groups.pp.rank())
-
-
-def _unit_aux_loss_scale(device: Device) -> None:
-    """Megatron keeps the scale of auxiliary losses in a class, with the shape it first got.
-
-    The schedules give one of shape ``(1,)``; a backward pass before the first schedule would
-    leave a scalar there, into which theirs cannot be copied.
-    """
-    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(
-        1, device=device.torch_device
-    )
-
-
-def _router_without_te() -> None:
-    """Megatron's router asks for ``te_general_gemm``, an undefined name without Transformer
-    Engine (NameError), on every device.
-    """
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
 
 
 def destroy_parallel() -> None:

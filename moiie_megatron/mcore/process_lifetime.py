@@ -1,5 +1,6 @@
-"""Processes that a training process forks end when it ends, however it ends; and it ends with
-the launcher that has started it.
+"""Tie child processes to this process's lifetime, and this process to the torchrun agent.
+
+Linux only: the kernel's ``PR_SET_PDEATHSIG``.
 """
 
 from __future__ import annotations
@@ -13,41 +14,43 @@ import sys
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class _EndWithParent:
-    """Hooks around ``fork``: the kernel sends the child SIGKILL when its parent dies."""
+class _ForkHooks:
+    """Hooks around ``fork`` that make the kernel kill the child when its parent dies."""
 
     def __init__(self) -> None:
         self._parent = 0
         self._prctl = ctypes.CDLL(None, use_errno=True).prctl
 
-    def end_with_parent(self) -> None:
+    def die_with_parent(self) -> None:
+        """Let the kernel send SIGKILL to this process when its parent ends."""
         self._prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
     def before(self) -> None:
         self._parent = os.getpid()
 
     def in_child(self) -> None:
-        self.end_with_parent()
-        if os.getppid() != self._parent:  # died in between
+        self.die_with_parent()
+        if os.getppid() != self._parent:  # the parent has died in between
             os._exit(1)
 
 
 @functools.cache
 def kill_children_on_exit() -> None:
-    """From now on whatever this process forks cannot outlive it, not even SIGKILL.
+    """Kill the forked children of this process when it ends, even when it is killed.
 
-    Workers of the data loader and the writers of checkpoints are such children, and so are
-    theirs.  Without it a writer would go on into the folder that the restarted run sweeps up,
-    and hold its output open.  Only the main thread may fork: the kernel counts the end of the
-    forking *thread*.
+    Applies to children that are forked after this call, and to their children: data loader
+    workers and checkpoint writers.  A writer that lived on would write into a directory that the
+    restarted run deletes, and hold the run's output open.  Fork from the main thread only: the
+    kernel watches the *thread* that forked.
 
-    Started by torchrun itself, not by a script in between, this process also ends with its agent:
-    the other agents start the run anew, and it would still hold the GPU.  Elsewhere than on Linux
-    nothing of this is done.
+    A process that torchrun has started directly is also killed when its agent ends: the other
+    agents restart the run, and the process would still hold its GPU.
+
+    Does nothing on other systems than Linux; repeated calls change nothing.
     """
     if sys.platform == "linux":
-        hooks = _EndWithParent()
+        hooks = _ForkHooks()
         os.register_at_fork(before=hooks.before, after_in_child=hooks.in_child)
-        # torchrun gives every process that it starts a session.
+        # torchrun starts every process in a session of its own.
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getsid(0) == os.getpid():
-            hooks.end_with_parent()
+            hooks.die_with_parent()

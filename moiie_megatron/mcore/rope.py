@@ -1,9 +1,9 @@
 """Rotary embeddings with scaled frequencies: ``llama3``, with any constants, and LongRoPE.
 
-Megatron-Core's own ``llama3`` scaling has every constant but the factor built in, and LongRoPE is
-not there.  The frequencies are those that transformers computes (``modeling_rope_utils.py``).
+Megatron-Core's own ``llama3`` scaling hard-codes every constant but the factor, and it has no
+LongRoPE.  The frequencies are those that transformers computes (``modeling_rope_utils.py``).
 
-Shapes: d head size.
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
     """Megatron's rotary embedding with given frequencies.
 
     Args:
-        mconfig: Megatron's description of the language model.
+        mconfig: Megatron's configuration of the language model.
         groups: Megatron's process groups.
         inv_freq: fp32 ``(d / 2,)``, radians per position.
         long_inv_freq: The same for sequences of more than ``switch`` positions.
-        switch: Where the long frequencies begin; None: nowhere.
+        switch: Longest sequence that uses ``inv_freq``; None if every sequence does.
     """
 
     inv_freq: Tensor
@@ -55,10 +55,11 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
         self.switch = switch
 
     def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> Tensor:
-        """Angles ``(positions, d / 2)``, from which Megatron makes all else.
+        """Angles ``(positions, d / 2)``, from which Megatron derives sines and cosines.
 
         Args:
-            max_seq_len: Length of the whole sequence, whatever part of it this rank holds.
+            max_seq_len: Length of the whole sequence, not of this rank's part.
+            offset: First position.
         """
         if self.switch is None or max_seq_len <= self.switch:
             return super().get_freqs_non_repeated(max_seq_len, offset)
@@ -69,10 +70,10 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
 def scaled_rotary_embedding(
     language: LanguageConfig, mconfig: TransformerConfig, groups: ProcessGroupCollection
 ) -> ScaledRotaryEmbedding | None:
-    """What replaces ``GPTModel.rotary_pos_emb``; None where RoPE is the plain one.
+    """The replacement of ``GPTModel.rotary_pos_emb``; None for unscaled RoPE.
 
-    LongRoPE's attention factor is not in here: Megatron's rotary embeddings are angles, so
-    ``transformer_config`` puts it into the scale of the scores.
+    LongRoPE's attention factor is not included: Megatron's rotary embeddings are angles, so
+    ``transformer_config`` puts it into the scale of the attention scores.
     """
     if language.rope_scaling is None and language.longrope is None:
         return None
@@ -84,14 +85,14 @@ def scaled_rotary_embedding(
 
 
 def inverse_frequencies(language: LanguageConfig, sequence_length: int) -> Tensor:
-    """The scaled frequencies of a sequence of that length, fp32 ``(d / 2,)`` on the CPU."""
+    """The scaled frequencies for a sequence length, fp32 ``(d / 2,)`` on the CPU."""
     rope: dict[str, Any] = {"rope_theta": language.rotary_base}
     if language.longrope is not None:
         rope |= {"rope_type": "longrope", **language.longrope.model_dump()}
     else:
         assert language.rope_scaling is not None
         rope |= {"rope_type": "llama3", **language.rope_scaling.model_dump()}
-    # Of the configuration, transformers reads only what is about RoPE, whatever the family.
+    # transformers reads only the RoPE fields of the configuration, so any family's class does.
     kind: Any = PreTrainedConfig  # takes any attribute
     config = kind(
         head_dim=language.head_size,

@@ -1,4 +1,4 @@
-"""Runs in process groups of their own, one after the other.
+"""Call a function inside fresh process groups, once or for several runs one after the other.
 
 Torch and Megatron are imported when a run starts, not before.
 """
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 def run_distributed(
     config: RunConfig, dist_env: DistEnv, body: Callable[[ParallelContext], Any], store: Any = None
 ) -> None:
-    """Start the process groups, run ``body``, take them down.
-
-    On the CPU every process uses one thread unless OMP_NUM_THREADS says otherwise (torchrun
-    sets it): more processes than cores would fight for them.
+    """Set up the process groups of a run, call ``body``, destroy them.
 
     Args:
-        store: Where the processes find each other (``init_parallel``).
+        config: The run; its degrees of parallelism, device and seed are used here.
+        body: Called with the parallel context.
+        store: Key-value store in which the processes find each other (``init_parallel``).
     """
     from moiie_megatron.mcore.determinism import set_determinism
     from moiie_megatron.mcore.parallel import destroy_parallel, init_parallel
@@ -51,22 +50,24 @@ def run_sequentially(
     body: Callable[[RunConfig, ParallelContext], Any],
     should_continue: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Each run in a world of its own, with its own degrees of parallelism.
-
-    The launcher offers one store for the whole job; every world has its own keys in it, or its
-    processes would find the addresses of the world before.
+    """Call ``body`` for every run, each in process groups of its own degrees of parallelism.
 
     Args:
-        go_on: Asked after each run whether the next one shall begin, alike on all ranks.
+        configs: The runs, in order.
+        body: Called with the run and its parallel context.
+        should_continue: Called after each run; False skips the remaining ones.  Must return the
+            same on all ranks.
     """
     import torch
     import torch.distributed as dist
 
     store = connect_store(dist_env)
     for number, config in enumerate(configs):
+        # One store serves the whole job.  Without a prefix per run the processes would find the
+        # addresses of the run before.
         keys = dist.PrefixStore(f"run{number}", store)
         run_distributed(config, dist_env, partial(body, config), keys)
-        gc.collect()  # model and optimizer refer to each other; the next run needs their memory
+        gc.collect()  # model and optimizer form reference cycles; the next run needs their memory
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         if not should_continue():

@@ -1,4 +1,4 @@
-"""Which modules a decoder layer is made of: Transformer Engine's on GPUs, local ones otherwise."""
+"""Module specifications of the decoder: Transformer Engine's modules on GPUs, else local ones."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ def decoder_spec(
     """The layers of one pipeline stage, in order.
 
     Args:
-        moe_module: What replaces the FFN in the layers that ``config.moe_layer_freq`` marks;
-            None for a dense model.
+        config: Megatron's configuration of the language model.
+        device: Where the model runs.
+        moe_module: Replaces the FFN in the layers that ``config.moe_layer_freq`` marks; None for
+            a dense model.
+        pp_rank: The pipeline stage.
     """
     dense = _dense_layer(config, device)
     layers = [dense] * config.num_layers
@@ -68,12 +71,15 @@ def _dense_layer(config: TransformerConfig, device: Device) -> ModuleSpec:
 
 
 def _with_mlp(dense: ModuleSpec, mlp: ModuleSpec, device: Device) -> ModuleSpec:
-    """The same layer with experts; its norm stands alone (no linear layer to fuse it into)."""
+    """The same layer with experts in place of the FFN.
+
+    The norm in front of them is not fused into a linear layer.
+    """
     spec = copy.deepcopy(dense)
     spec.submodules.mlp = mlp
     spec.submodules.pre_mlp_layernorm = _norm(device)
-    # The checkpoint name of the norm in front of experts is its own, as in Megatron's MoE specs
-    # for Transformer Engine.
+    # That norm has a checkpoint name of its own, as in Megatron's MoE specs for Transformer
+    # Engine.
     spec.submodules.sharded_state_dict_keys_map = {
         source: target
         for source, target in spec.submodules.sharded_state_dict_keys_map.items()

@@ -1,13 +1,19 @@
 """The MoIIE token dispatcher: every token travels once to each rank that holds its experts.
 
 Megatron's ``alltoall`` dispatcher sends one row per (token, expert): a token whose two experts
-sit on one rank is sent twice.  Here a row goes to a rank once, with the probabilities of all
-experts of that rank; the receiver copies it to its experts, adds their outputs up, and sends one
+are on one rank is sent twice.  Here a row is sent to a rank once, with the probabilities of all
+experts of that rank; the receiver copies it to its experts, adds up their outputs, and sends one
 row back.  One dispatch and one combine serve all modalities over the joint expert ids.
 
-Shapes: T tokens of this rank, D hidden, N expert-parallel ranks, E experts in physical order,
-n = E / N experts per rank, S rows sent, R rows received (of all expert-tensor ranks), X copies
-of received rows, one per (row, local expert).
+Three tokens, four experts on two ranks (experts 0 and 1 on rank 0, 2 and 3 on rank 1):
+
+    routing_map_TP   0  1 | 2  3     alltoall sends                this dispatcher sends
+    token a          x  x | .  .     a to 0, a to 1                a to rank 0
+    token b          .  x | x  .     b to 1, b to 2                b to rank 0, b to rank 1
+    token c          .  . | .  x     c to 3                        c to rank 1
+                                     5 rows                        4 rows
+
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations
@@ -27,46 +33,72 @@ from torch import Tensor
 
 from moiie_megatron.moe.permutation import RowPermutation
 
-# Stands in the probabilities of a row at experts that the row does not go to.
+# The probability of a row at an expert that it is not routed to.  Not 0, which a router may give
+# to an expert that it has chosen.
 _NOT_ROUTED = -1.0
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Numbers of one dispatch, on the host: the only thing that is waited for."""
+class DispatchSplits:
+    """Row counts of one dispatch, on the host.
 
-    send: list[int]  # rows to each expert-parallel rank
-    receive: list[int]  # rows from each expert-parallel rank
-    gather: list[int]  # rows that each expert-tensor rank receives
-    tokens_per_expert: Tensor  # int64 (n,) on the CPU
+    Attributes:
+        input_splits: Rows that this rank sends to each expert-parallel rank.
+        output_splits: Rows that it receives from each expert-parallel rank.
+        etp_splits: Rows that each of its expert-tensor-parallel ranks receives.
+        tokens_per_expert: int64 ``(L,)`` on the CPU, rows of each local expert.
+    """
+
+    input_splits: list[int]
+    output_splits: list[int]
+    etp_splits: list[int]
+    tokens_per_expert: Tensor
 
 
-def destinations(routing_map_TE: Tensor, ep_size: int) -> Tensor:
-    """Which expert-parallel ranks each token goes to, bool ``(T, N)``."""
-    tokens, experts = routing_map_TE.shape
-    return routing_map_TE.view(tokens, ep_size, experts // ep_size).any(dim=2)
+@dataclass
+class Dispatched:
+    """What combining needs to know of the dispatch before it.
+
+    Attributes:
+        hidden_shape: Shape of the hidden states that were dispatched.
+        splits: Row counts.
+        to_ranks: Copies of tokens to ranks; None with a single expert-parallel rank.
+        to_experts: Copies of received rows to local experts; set by ``dispatch_postprocess``.
+    """
+
+    hidden_shape: torch.Size
+    splits: DispatchSplits
+    to_ranks: RowPermutation | None
+    to_experts: RowPermutation | None = None
 
 
-def rows_by_rank(routing_map_TE: Tensor, ep_size: int, dispatcher: str) -> Tensor:
-    """Rows that each token becomes on each expert-parallel rank, ``(T, N)``.
+def destinations(routing_map_TP: Tensor, ep_size: int) -> Tensor:
+    """The expert-parallel ranks that hold an expert of each token, bool ``(T, N)``."""
+    tokens, experts = routing_map_TP.shape
+    return routing_map_TP.view(tokens, ep_size, experts // ep_size).any(dim=2)
+
+
+def rows_by_rank(routing_map_TP: Tensor, ep_size: int, dispatcher: str) -> Tensor:
+    """Number of rows that each token becomes on each expert-parallel rank, ``(T, N)``.
 
     Args:
-        routing_map_TE: Experts in physical order.
+        routing_map_TP: bool, the chosen experts.
+        ep_size: N.
         dispatcher: ``moe.dispatcher``: ``moiie`` and ``flex`` send a token once to every rank
             that holds one of its experts, ``alltoall`` once per expert, ``allgather`` once to
             every rank.
     """
     if dispatcher == "allgather":
-        return routing_map_TE.new_ones(len(routing_map_TE), ep_size)
+        return routing_map_TP.new_ones(len(routing_map_TP), ep_size)
     if dispatcher == "alltoall":
-        return routing_map_TE.view(len(routing_map_TE), ep_size, -1).sum(dim=2)
-    return destinations(routing_map_TE, ep_size)
+        return routing_map_TP.view(len(routing_map_TP), ep_size, -1).sum(dim=2)
+    return destinations(routing_map_TP, ep_size)
 
 
 class MoIIETokenDispatcher(MoETokenDispatcher):
-    """Stands where Megatron's ``MoEAlltoAllTokenDispatcher`` does, with the same six methods.
+    """Replaces Megatron's ``MoEAlltoAllTokenDispatcher``, with the same six methods.
 
-    A token may have any number of experts, also none (it comes back as 0).  Up to two experts
+    A token may have any number of experts, also none (its output is 0 then).  Up to two experts
     per token the output and the input gradients are bitwise those of ``alltoall`` with the same
     experts: every sum has two terms, and rows reach each expert in the same order.
     """
@@ -82,46 +114,50 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
         self.num_local_experts = num_local_experts
         self.local_expert_indices = local_expert_indices
         self.ep_rank = self.ep_group.rank()
+        # From dispatch_preprocess to combine_postprocess of one forward pass.
+        self.dispatched: Dispatched | None = None
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Exchange the row counts and lay out the rows to send, by destination rank.
+        """Exchange the row counts and order the rows to send by destination rank.
 
         Args:
             hidden_states: ``(..., D)``.
-            routing_map: bool ``(T, E)``.
-            probs: ``(T, E)``, at least 0 where routed.
+            routing_map: bool ``(T, P)``.
+            probs: ``(T, P)``, at least 0 where routed.
 
         Returns:
-            Rows ``(S, D)`` and their probabilities ``(S, n)``.
+            Rows to send ``(R, D)`` and their probabilities ``(R, L)``.
         """
-        self.hidden_shape = hidden_states.shape
-        hidden_TD = hidden_states.reshape(-1, self.hidden_shape[-1])
-        if self.ep_size == 1:  # nothing travels: every token is a row, also one without experts
-            sent_TN = torch.ones(len(hidden_TD), 1, dtype=torch.bool, device=hidden_TD.device)
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.ep_size == 1:  # nothing is sent: every token is a row, also one without experts
+            to_rank_TN = torch.ones(len(hidden_TD), 1, dtype=torch.bool, device=hidden_TD.device)
         else:
-            sent_TN = destinations(routing_map, self.ep_size)
-        self.plan = self._plan(sent_TN, routing_map)
-        probs_TE = torch.where(routing_map, probs, _NOT_ROUTED)
+            to_rank_TN = destinations(routing_map, self.ep_size)
+        splits = self._exchange_counts(to_rank_TN, routing_map)
+        probs_TP = torch.where(routing_map, probs, _NOT_ROUTED)
         if self.ep_size == 1:
-            return hidden_TD, probs_TE
-        most = min(self.config.moe_router_topk, self.ep_size)
-        self.sent = RowPermutation.from_mask(sent_TN, sum(self.plan.send), most)
-        # Each (token, rank) block of probabilities is sent at most once.
-        block_S = self.sent.row_X * self.ep_size + self.sent.group_X
-        probs_Sn = probs_TE.view(-1, self.num_local_experts).index_select(0, block_S)
-        return self.sent.expand(hidden_TD), probs_Sn
+            self.dispatched = Dispatched(hidden_states.shape, splits, to_ranks=None)
+            return hidden_TD, probs_TP
+        max_ranks = min(self.config.moe_router_topk, self.ep_size)
+        to_ranks = RowPermutation.from_mask(to_rank_TN, sum(splits.input_splits), max_ranks)
+        self.dispatched = Dispatched(hidden_states.shape, splits, to_ranks)
+        # probs_TP cut into one (1, L) block per (token, rank), of which each is sent at most once.
+        block_X = to_ranks.row_X * self.ep_size + to_ranks.destination_X
+        probs_XL = probs_TP.view(-1, self.num_local_experts).index_select(0, block_X)
+        return to_ranks.permute(hidden_TD), probs_XL
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Send rows and probabilities to their ranks."""
         if self.ep_size == 1:
             return hidden_states, probs
-        plan = self.plan
-        return (
-            all_to_all(self.ep_group, hidden_states, plan.receive, plan.send),
-            all_to_all(self.ep_group, probs, plan.receive, plan.send),
+        splits = self._state().splits
+        received_RD = all_to_all(
+            self.ep_group, hidden_states, splits.output_splits, splits.input_splits
         )
+        probs_RL = all_to_all(self.ep_group, probs, splits.output_splits, splits.input_splits)
+        return received_RD, probs_RL
 
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
@@ -129,60 +165,73 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
         """Copy received rows to the local experts.
 
         Returns:
-            Rows sorted by expert ``(X, D)``, rows per expert int64 ``(n,)`` on the CPU, and the
+            Rows sorted by expert ``(X, D)``, rows per expert int64 ``(L,)`` on the CPU, and the
             probability of each row ``(X,)``.
         """
+        state = self._state()
         if self.tp_size > 1:
-            hidden_states = self._gather(hidden_states)
-            probs = self._gather(probs)
-        tokens_per_expert = self.plan.tokens_per_expert
-        most = min(self.config.moe_router_topk, self.num_local_experts)
-        routed = probs != _NOT_ROUTED  # also where a probability is NaN: its row was counted
-        self.copies = RowPermutation.from_mask(routed, int(tokens_per_expert.sum()), most)
-        place_X = self.copies.row_X * self.num_local_experts + self.copies.group_X
-        probs_X = probs.reshape(-1).index_select(0, place_X)
-        return self.copies.expand(hidden_states), tokens_per_expert, probs_X
+            hidden_states = self._gather(hidden_states, state.splits)
+            probs = self._gather(probs, state.splits)
+        tokens_per_expert = state.splits.tokens_per_expert
+        routed_RL = probs != _NOT_ROUTED  # NaN counts as routed, as it did in the row counts
+        state.to_experts = RowPermutation.from_mask(
+            routed_RL,
+            int(tokens_per_expert.sum()),
+            min(self.config.moe_router_topk, self.num_local_experts),
+        )
+        row_X, expert_X = state.to_experts.row_X, state.to_experts.destination_X
+        probs_X = probs.reshape(-1).index_select(0, row_X * self.num_local_experts + expert_X)
+        return state.to_experts.permute(hidden_states), tokens_per_expert, probs_X
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Add up the outputs of the local experts of every received row: one row to send back."""
-        reduced = self.copies.reduce(hidden_states)
+        state = self._state()
+        assert state.to_experts is not None
+        output_RD = state.to_experts.unpermute(hidden_states)
         if self.tp_size > 1:
-            reduced = reduce_scatter_to_sequence_parallel_region(
-                reduced, group=self.tp_group, input_split_sizes=self.plan.gather
+            output_RD = reduce_scatter_to_sequence_parallel_region(
+                output_RD, group=self.tp_group, input_split_sizes=state.splits.etp_splits
             )
-        return reduced
+        return output_RD
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """Send the rows back to where they came from."""
+        """Send the rows back to the ranks that they came from."""
         if self.ep_size == 1:
             return hidden_states
-        return all_to_all(self.ep_group, hidden_states, self.plan.send, self.plan.receive)
+        splits = self._state().splits
+        return all_to_all(self.ep_group, hidden_states, splits.input_splits, splits.output_splits)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Add up what came back for every token, in the shape that was dispatched."""
-        if self.ep_size > 1:
-            hidden_states = self.sent.reduce(hidden_states)
-        return hidden_states.view(self.hidden_shape)
+        state = self._state()
+        if state.to_ranks is not None:
+            hidden_states = state.to_ranks.unpermute(hidden_states)
+        return hidden_states.view(state.hidden_shape)
 
-    def _gather(self, tensor: Tensor) -> Tensor:
+    def _state(self) -> Dispatched:
+        assert self.dispatched is not None, "dispatch_preprocess comes first"
+        return self.dispatched
+
+    def _gather(self, rows: Tensor, splits: DispatchSplits) -> Tensor:
         return gather_from_sequence_parallel_region(
-            tensor, group=self.tp_group, output_split_sizes=self.plan.gather
+            rows, group=self.tp_group, output_split_sizes=splits.etp_splits
         )
 
-    def _plan(self, sent_TN: Tensor, routing_map_TE: Tensor) -> _Plan:
-        """All-gather the counts of every rank, then wait for the host copy once."""
-        counts = torch.cat([sent_TN.sum(dim=0), routing_map_TE.sum(dim=0)])
+    def _exchange_counts(self, to_rank_TN: Tensor, routing_map_TP: Tensor) -> DispatchSplits:
+        """All-gather the row counts of all ranks and copy them to the host."""
+        counts = torch.cat([to_rank_TN.sum(dim=0), routing_map_TP.sum(dim=0)])
         if self.ep_size * self.tp_size > 1:
             gathered = counts.new_empty(self.ep_size * self.tp_size * counts.numel())
             torch.distributed.all_gather_into_tensor(gathered, counts, group=self.tp_ep_group)
             counts = gathered
+        # Device-to-host sync, the only one of the layer: all_to_all needs its sizes on the host.
         counts = counts.cpu().view(self.ep_size, self.tp_size, -1)
-        rows = counts[:, :, : self.ep_size]  # (from rank, from tensor rank, to rank)
-        first = self.ep_rank * self.num_local_experts + self.ep_size
-        experts = counts[:, :, first : first + self.num_local_experts]
-        return _Plan(
-            send=rows[self.ep_rank, self.tp_rank].tolist(),
-            receive=rows[:, self.tp_rank, self.ep_rank].tolist(),
-            gather=rows[:, :, self.ep_rank].sum(dim=0).tolist(),
-            tokens_per_expert=experts.sum(dim=(0, 1)),
+        rows = counts[:, :, : self.ep_size]  # (from rank, from expert-tensor rank, to rank)
+        first = self.ep_size + self.ep_rank * self.num_local_experts
+        local = counts[:, :, first : first + self.num_local_experts]
+        return DispatchSplits(
+            input_splits=rows[self.ep_rank, self.tp_rank].tolist(),
+            output_splits=rows[:, self.tp_rank, self.ep_rank].tolist(),
+            etp_splits=rows[:, :, self.ep_rank].sum(dim=0).tolist(),
+            tokens_per_expert=local.sum(dim=(0, 1)),
         )

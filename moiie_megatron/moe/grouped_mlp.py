@@ -1,7 +1,6 @@
-"""The experts of one rank as two grouped matrix products.
+"""The experts of one rank: two weights with a leading axis of experts.
 
-Shapes: R rows that arrived at this rank, sorted by expert; E local experts; D hidden;
-F FFN size on this expert-tensor-parallel rank.
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations
@@ -29,12 +28,22 @@ from moiie_megatron.moe.expert_ffn import expert_ffn
 
 
 class GroupedExperts(MegatronModule):
-    """Gated FFN experts, on CPU and GPU (``moe/expert_ffn.py``).
+    """Gated FFN experts: ``y = p * fc2(act(gate(x)) * up(x))``, on CPU and GPU.
 
-    Stands where Megatron's ``TEGroupedMLP`` and ``SequentialMLP`` do and writes the same
-    checkpoint: ``experts.linear_fc1.weight`` and ``experts.linear_fc2.weight`` with a leading
-    expert axis.  An expert without rows gets a zero gradient, so every rank takes part in every
+    Replaces Megatron's ``TEGroupedMLP`` and ``SequentialMLP`` and writes the same checkpoint:
+    ``experts.linear_fc1.weight`` and ``experts.linear_fc2.weight`` with a leading axis of
+    experts.  An expert without rows gets a zero gradient, so every rank takes part in every
     reduction.
+
+    Args:
+        num_local_experts: L.
+        config: Megatron's configuration of the language model.
+        pg_collection: Megatron's process groups.
+        device: Where the weights live.
+
+    Attributes:
+        weight_fc1: ``(L, 2 F, D)``, gate in the first half, up in the second.
+        weight_fc2: ``(L, D, F)``.
     """
 
     def __init__(
@@ -42,6 +51,8 @@ class GroupedExperts(MegatronModule):
         num_local_experts: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
+        *,
+        device: torch.device,
     ) -> None:
         super().__init__(config=config)
         assert config.gated_linear_unit and not config.add_bias_linear
@@ -50,8 +61,6 @@ class GroupedExperts(MegatronModule):
         self.tp_group = pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
         ffn = config.moe_ffn_hidden_size // self.tp_group.size()
-        device = torch.device("cpu") if config.use_cpu_initialization else None
-        device = device or torch.device("cuda", torch.cuda.current_device())
 
         def weight(out_features: int, in_features: int, partition_axis: int) -> torch.nn.Parameter:
             shape = (num_local_experts, out_features, in_features)
@@ -68,28 +77,28 @@ class GroupedExperts(MegatronModule):
     def forward(
         self, hidden_RD: Tensor, tokens_per_expert: Tensor, probs_R: Tensor
     ) -> tuple[Tensor, None]:
-        """Run every row through its expert and weigh it with its routing probability.
+        """Run every row through its expert and multiply it with its routing probability.
 
         Args:
             hidden_RD: Rows sorted by expert.
-            tokens_per_expert: int64 ``(E,)``, adding up to R.
-            probs_R: Weight of each row.
+            tokens_per_expert: int64 ``(L,)`` on the CPU, adding up to R.
+            probs_R: Routing probability of each row.
 
         Returns:
             ``(R, D)`` and no bias.
         """
-        output = expert_ffn(
+        output_RD = expert_ffn(
             hidden_RD,
             probs_R,
-            self.weight_fc1,
-            self.weight_fc2,
-            tokens_per_expert,
-            self.config.activation_func,
+            fc1=self.weight_fc1,
+            fc2=self.weight_fc2,
+            rows_per_expert=tokens_per_expert,
+            activation=self.config.activation_func,
         )
-        return output, None
+        return output_RD, None
 
     def backward_dw(self) -> None:
-        """Nothing is delayed; Megatron calls this on every experts module."""
+        """No weight gradient is delayed; Megatron calls this on every experts module."""
 
     def sharded_state_dict(
         self,
@@ -98,7 +107,7 @@ class GroupedExperts(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         """Both weights under the names and global shapes of Megatron's other experts modules."""
-        # Tensor-parallel ranks hold different parts; only data-parallel copies are replicas.
+        # Tensor-parallel ranks hold different parts: only data-parallel ranks are replicas.
         replica_id = (0, 0, self.dp_group.rank())
         return {
             f"{prefix}weight_fc1": ShardedTensorFactory(
@@ -126,7 +135,7 @@ class GroupedExperts(MegatronModule):
         axis: int,
         parts: int,
     ) -> list[ShardedTensor]:
-        """Cut ``(E, ...)`` into one shard per expert and per part (gate and up) of ``axis``."""
+        """Split ``(L, ...)`` into one shard per expert and per part of ``axis``: gate and up."""
         first = self.ep_group.rank() * self.num_local_experts
         total = self.ep_group.size() * self.num_local_experts
         tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()

@@ -1,9 +1,17 @@
-"""Copying rows to several places and adding the copies up again: two dual operations.
+"""Copy rows to their destinations and add the copies up again: permute and unpermute.
 
-Each is the other's gradient and both only gather (``index_select`` and ``embedding_bag``), so
+Each is the gradient of the other.  Both only gather (``index_select`` and ``embedding_bag``), so
 nothing is scattered, sums have a fixed order, and the CPU uses all its threads.
 
-Shapes: R rows, G groups that rows are copied to, X copies of rows, D width.
+    mask_RZ    Z=0  Z=1  Z=2       permute: copies by destination, then by row
+    row a       x    .    x
+    row b       .    .    .        copy           0    1    2    3
+    row c       x    x    .        of row         a    c    c    a
+                                   destination    0    0    1    2
+
+    unpermute adds up the copies of each row: a = copy 0 + copy 3, b = 0, c = copy 1 + copy 2
+
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations
@@ -18,83 +26,91 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowPermutation:
-    """Which row each copy is of, and where the copies of each row are.
+    """The row of each copy, and the copies of each row.
+
+    In the example above: ``row_X = [0, 2, 2, 0]``, ``destination_X = [0, 0, 1, 2]``,
+    ``copies_by_row_X = [0, 3, 1, 2]``, ``start_R = [0, 2, 2]``.
 
     Attributes:
         row_X: Row of every copy.
-        group_X: Group of every copy.
-        order_X: Copies sorted by row.
-        start_R: Where the copies of each row start in ``order_X``.
+        destination_X: Destination of every copy.
+        copies_by_row_X: The copies of row 0, then those of row 1, and so on.
+        start_R: Where the copies of each row start in ``copies_by_row_X``.
         in_pairs: Every row has exactly two copies.
     """
 
     row_X: Tensor
-    group_X: Tensor
-    order_X: Tensor
+    destination_X: Tensor
+    copies_by_row_X: Tensor
     start_R: Tensor
     in_pairs: bool
 
     @classmethod
-    def from_mask(cls, mask_RG: Tensor, count: int, most: int) -> RowPermutation:
-        """One copy per True element, ordered by group, then by row; the device is not asked.
+    def from_mask(cls, mask_RZ: Tensor, num_copies: int, max_copies_per_row: int) -> RowPermutation:
+        """One copy per True element, ordered by destination, then by row.  No host sync.
 
         Args:
-            mask_RG: bool, which groups get a copy of a row.
-            count: Number of True elements, known on the host.
-            most: What no row has more copies than.
+            mask_RZ: bool, True where a destination gets a copy of a row.
+            num_copies: Number of True elements (known on the host).
+            max_copies_per_row: Upper bound on the copies of any row (known on the host).
         """
-        rows, groups = mask_RG.shape
-        group_X, row_X = torch.nonzero_static(mask_RG.t(), size=count).t().contiguous()
-        # How many copies come before a (row, group) when read row by row.
-        flat = mask_RG.reshape(-1)
-        before = flat.cumsum(0) - flat.long()
-        place_X = before.index_select(0, row_X * groups + group_X)
-        number_X = torch.arange(count, device=mask_RG.device)
-        order_X = torch.empty_like(number_X).scatter_(0, place_X, number_X)
+        num_rows, num_destinations = mask_RZ.shape
+        nonzero_X2 = torch.nonzero_static(mask_RZ.t(), size=num_copies)
+        destination_X, row_X = nonzero_X2.t().contiguous()
+        # Number of copies in front of a (row, destination) when the mask is read row by row.
+        mask = mask_RZ.reshape(-1)
+        before = mask.cumsum(0) - mask.long()
+        rank_X = before.index_select(0, row_X * num_destinations + destination_X)
+        copy_X = torch.arange(num_copies, device=mask_RZ.device)
+        copies_by_row_X = torch.empty_like(copy_X).scatter_(0, rank_X, copy_X)
         return cls(
-            row_X, group_X, order_X, before[::groups].contiguous(), most == 2 and count == 2 * rows
+            row_X,
+            destination_X,
+            copies_by_row_X,
+            start_R=before[::num_destinations].contiguous(),
+            in_pairs=max_copies_per_row == 2 and num_copies == 2 * num_rows,
         )
 
-    def expand(self, rows_RD: Tensor) -> Tensor:
-        """Copy rows: ``(R, D)`` to ``(X, D)``."""
-        copies: Tensor = _Permute.apply(rows_RD, self)
-        return copies
+    def permute(self, rows_RD: Tensor) -> Tensor:
+        """Copy rows to their destinations: ``(R, D)`` to ``(X, D)``."""
+        copies_XD: Tensor = _Permute.apply(rows_RD, self)
+        return copies_XD
 
-    def reduce(self, copies_XD: Tensor) -> Tensor:
-        """Add up the copies of every row: ``(X, D)`` to ``(R, D)``; 0 where there are none."""
-        rows: Tensor = _Unpermute.apply(copies_XD, self)
-        return rows
+    def unpermute(self, copies_XD: Tensor) -> Tensor:
+        """Add up the copies of every row: ``(X, D)`` to ``(R, D)``; 0 for rows without copies."""
+        rows_RD: Tensor = _Unpermute.apply(copies_XD, self)
+        return rows_RD
 
-    def sums(self, copies_XD: Tensor) -> Tensor:
-        """``reduce`` without gradient, in fp32 and rounded once."""
-        if not len(self.order_X) or not len(self.start_R):
+    def sum_copies(self, copies_XD: Tensor) -> Tensor:
+        """``unpermute`` without autograd; sums are taken in fp32 and rounded once."""
+        if not len(self.copies_by_row_X) or not len(self.start_R):
             return copies_XD.new_zeros(len(self.start_R), copies_XD.shape[1])
         if self.in_pairs and copies_XD.dtype != torch.float32:  # a sum of two is rounded once
-            first, second = self.order_X.view(-1, 2).t()
+            first, second = self.copies_by_row_X.view(-1, 2).t()
             return copies_XD.index_select(0, first).add_(copies_XD.index_select(0, second))
-        # The CPU kernel for bf16 rounds ties away from zero, unlike the addition that this
-        # stands for.
-        sums = F.embedding_bag(self.order_X, copies_XD.float(), self.start_R, mode="sum")
-        return sums.to(copies_XD.dtype)
+        # In fp32, because the CPU kernel for bf16 rounds ties away from zero, while an addition
+        # in bf16 rounds them to even.
+        sums_RD = F.embedding_bag(self.copies_by_row_X, copies_XD.float(), self.start_R, mode="sum")
+        return sums_RD.to(copies_XD.dtype)
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, copies: RowPermutation) -> Tensor:
-        ctx.copies = copies
-        return rows.index_select(0, copies.row_X)
+    def forward(ctx: Any, rows_RD: Tensor, permutation: RowPermutation) -> Tensor:
+        ctx.permutation = permutation
+        return rows_RD.index_select(0, permutation.row_X)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.copies.sums(grad.contiguous()), None
+    def backward(ctx: Any, grad_XD: Tensor) -> tuple[Tensor, None]:
+        return ctx.permutation.sum_copies(grad_XD.contiguous()), None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, copies: RowPermutation) -> Tensor:
-        ctx.copies = copies
-        return copies.sums(values)
+    def forward(ctx: Any, copies_XD: Tensor, permutation: RowPermutation) -> Tensor:
+        ctx.permutation = permutation
+        return permutation.sum_copies(copies_XD)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.copies.row_X), None
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return grad_RD.index_select(0, ctx.permutation.row_X), None

@@ -1,14 +1,15 @@
 """The reference's exact balance loss: the tokens of all layers pooled before the product.
 
-``K * sum_i f_i * P_i`` with f and P taken over the tokens of all MoE layers together (the
+``C * sum_i f_i * P_i`` with f and P taken over the tokens of all MoE layers together (the
 reference concatenates the router logits of its layers), instead of the mean of the layers'
 losses.  Layers may then balance each other.
 
-Shapes: L MoE layers, R routers, E experts.
+Shape letters: see ``moe/__init__.py``; C, f and P as in ``moe/losses.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,58 +19,72 @@ from moiie_megatron.moe.losses import Balance
 
 
 class PooledLoads:
-    """The loads of all MoE layers on the micro-batch that is being computed.
+    """The loads of all MoE layers on the current micro-batch, for the pooled balance loss.
 
-    The gradient of the pooled loss in one layer needs the loads of all layers, which are known
-    when the backward pass starts.  That holds as long as a micro-batch's backward pass ends
-    before the next one's forward pass begins: without pipeline parallelism.  A recomputed layer
-    writes the same numbers again.
+    One object belongs to one model and is shared by its routers.  The gradient of the pooled loss
+    in one layer needs the loads of all layers, which are complete when the backward pass starts;
+    the next micro-batch overwrites them.  So the backward pass of a micro-batch must end before
+    the forward pass of the next one begins: the configuration refuses pipeline parallelism.
+    Recomputation replays a layer inside the backward pass of its own micro-batch and writes the
+    same numbers again.
+
+    Args:
+        layers: Numbers of the MoE layers, from 0, in the order in which they run.
     """
 
-    def __init__(self, layer_numbers: list[int]) -> None:
-        self.places = {number: place for place, number in enumerate(layer_numbers)}
-        self._tokens: list[Tensor | None] = [None] * len(layer_numbers)
-        self._load: list[Tensor | None] = [None] * len(layer_numbers)
-        self._prob: list[Tensor | None] = [None] * len(layer_numbers)
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = tuple(layers)
+        self._balances: dict[int, Balance] = {}
 
-    def put(self, layer_number: int, balance: Balance) -> None:
-        """Note one layer's sums (layers are counted from 0)."""
-        place = self.places[layer_number]
-        self._tokens[place] = balance.all_tokens_R.detach()
-        self._load[place] = balance.all_load_RE.detach()
-        self._prob[place] = balance.prob_RE.detach()
+    def update(self, layer: int, balance: Balance) -> None:
+        """Store the sums of a layer, replacing those of the micro-batch before."""
+        assert layer in self.layers, layer
+        self._balances[layer] = balance.detach()
 
-    def is_last(self, layer_number: int) -> bool:
-        """Whether all layers have been put once this one has."""
-        return self.places[layer_number] == len(self.places) - 1
+    def is_last(self, layer: int) -> bool:
+        """Whether all layers have been updated once this one has."""
+        return layer == self.layers[-1]
 
-    def share_RE(self) -> Tensor:
-        """``f / N``: pooled share of tokens per expert, divided by the pooled tokens."""
-        tokens_R1 = _sum(self._tokens).clamp(min=1.0).unsqueeze(1)
-        return _sum(self._load) / tokens_R1 / tokens_R1
+    def loss_G(self, prob_GE: Tensor, num_experts_G: Tensor) -> Tensor:
+        """A zero whose gradient is that of the pooled loss with respect to one layer.
 
-    def value_R(self, num_candidates_R: Tensor) -> Tensor:
+        Args:
+            prob_GE: Summed routing probabilities of that layer, with gradient.
+            num_experts_G: C of every router.
+        """
+        return _PooledLoss.apply(prob_GE, num_experts_G, self)
+
+    def value_G(self, num_experts_G: Tensor) -> Tensor:
         """The pooled loss of every router (this rank's part), without gradient."""
-        return num_candidates_R * (self.share_RE() * _sum(self._prob)).sum(dim=1)
+        prob_GE = torch.stack([b.prob_GE for b in self._in_order()]).sum(dim=0)
+        return num_experts_G * (self.grad_coeff_GE() * prob_GE).sum(dim=1)
 
-    def loss_R(self, prob_RE: Tensor, num_candidates_R: Tensor) -> Tensor:
-        """A zero whose gradient is that of the pooled loss with respect to one layer."""
-        return _PooledLoss.apply(prob_RE, num_candidates_R, self)
+    def grad_coeff_GE(self) -> Tensor:
+        """``f`` over the number of tokens, which times C is the gradient of the loss.
 
+        The loss is ``C * sum_i f_i * P_i`` and ``P_i`` the summed probabilities over the number
+        of tokens, so this is what multiplies the summed probabilities.
+        """
+        balances = self._in_order()
+        tokens_G = torch.stack([b.all_tokens_G for b in balances]).sum(dim=0)
+        load_GE = torch.stack([b.all_load_GE for b in balances]).sum(dim=0)
+        tokens_G1 = tokens_G.clamp(min=1.0).unsqueeze(1)
+        return load_GE / tokens_G1 / tokens_G1
 
-def _sum(parts: list[Tensor | None]) -> Tensor:
-    assert all(part is not None for part in parts), "a MoE layer has not run yet"
-    return torch.stack([part for part in parts if part is not None]).sum(dim=0)
+    def _in_order(self) -> list[Balance]:
+        return [self._balances[layer] for layer in self.layers]
 
 
 class _PooledLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, prob_RE: Tensor, candidates_R: Tensor, loads: PooledLoads) -> Tensor:
-        ctx.save_for_backward(candidates_R)
+    def forward(ctx: Any, prob_GE: Tensor, num_experts_G: Tensor, loads: PooledLoads) -> Tensor:
+        ctx.save_for_backward(num_experts_G)
         ctx.loads = loads
-        return prob_RE.new_zeros(prob_RE.shape[0])
+        return prob_GE.new_zeros(prob_GE.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None]:
-        (candidates_R,) = ctx.saved_tensors
-        return (grad_R * candidates_R).unsqueeze(1) * ctx.loads.share_RE(), None, None
+    def backward(ctx: Any, grad_G: Tensor) -> tuple[Tensor, None, None]:
+        (num_experts_G,) = ctx.saved_tensors
+        # Read here and not in forward: later layers had not run yet.
+        coeff_GE = ctx.loads.grad_coeff_GE()
+        return (grad_G * num_experts_G).unsqueeze(1) * coeff_GE, None, None

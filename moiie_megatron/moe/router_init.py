@@ -1,4 +1,4 @@
-"""Fresh router weights, for models that are built and for checkpoints that are written."""
+"""Initial router weights, for models that are built and for checkpoints that are written."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch import Tensor
 def fresh_gate(
     shape: tuple[int, ...], *, seed: int, layer_number: int, router: int, std: float
 ) -> Tensor:
-    """N(0, std) weights that are a pure function of (seed, layer, router).
+    """N(0, std) weights that depend on (seed, layer, router) only.
 
     The process-wide generators differ between pipeline stages and depend on what was drawn
-    before.  An upcycled model takes everything but its routers from the dense checkpoint, so
-    with routers that do not depend on the layout its whole run does not; and layers do not
-    share their draw.
+    before.  An upcycled model takes everything but its routers from the dense checkpoint; with
+    routers that do not depend on the parallel layout, the whole run does not.
 
     Args:
-        shape: ``(experts that the router scores, hidden)``.
+        shape: ``(experts that the router scores, D)``.
+        seed: Seed of the run.
         layer_number: Counts from 1.
-        router: Place of the router in ``ExpertLayout.routers``.
+        router: Index of the router in ``ExpertLayout.routers``.
+        std: Standard deviation.
 
     Returns:
-        fp32, on the CPU whatever the device: its generator gives the same everywhere.
+        fp32 on the CPU, because the CPU's generator gives the same numbers on every machine.
     """
     key = SeedSequence([seed, layer_number, router])
     generator = torch.Generator().manual_seed(int(key.generate_state(1)[0]))

@@ -1,6 +1,6 @@
 """How much each modality used each expert, added up over routing records.
 
-Shapes: E experts (logical ids).
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """What the routers of one layer did since their counters were read.
 
-Shape letters (``moe/__init__.py``): T tokens, M modalities (``MODALITIES``), A = M + 1 the
-modalities, then all tokens with padding, E experts in logical order, G gates (the layer's
-routers), N expert-parallel ranks.
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations

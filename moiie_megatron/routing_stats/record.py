@@ -27,6 +27,8 @@ One record is one JSON object (a line of ``routing.jsonl``) that explains itself
 
 Training adds ``step`` and ``steps``: the record covers the ``steps`` steps up to ``step``.
 To join records, add up their counts and weight their means with ``tokens``.
+
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations

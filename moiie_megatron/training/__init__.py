@@ -1,1 +1,1 @@
-"""Stages, optimizer, step, loop and metrics."""
+"""Training: a run, its steps, stages, optimizer state and logs."""

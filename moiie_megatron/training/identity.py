@@ -1,7 +1,7 @@
-"""What makes a run this run: the values that may not change while it goes on.
+"""The identity of a run: the values that must not change when it resumes.
 
 The order of samples is a function of the seed and of the sources' sizes and weights, the
-learning rates are one of the schedule, and the checkpoint has the tensors of one model.
+learning rates are one of the schedule, and a checkpoint fits one model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.stream.order import Blend
 from moiie_megatron.utils.errors import UserError
 
-# Values by their place in the identity -> what the user knows them as; {} is a name or number.
+# Path of a value in the identity -> its name in messages; {} stands for any key or index.
 _NAMES: Final = {
     "seed": "train.seed",
     "epoch_size": "the number of samples per epoch",
@@ -34,10 +34,10 @@ _NAMES: Final = {
 
 
 def run_identity(config: RunConfig, blend: Blend, steps: int, dp_size: int) -> dict[str, Any]:
-    """The values by name, as checkpoints store them.
+    """The identity of a run, as its checkpoints store it.
 
     Args:
-        blend: The sources' sizes, and how many of their samples an epoch has.
+        blend: Sizes of the sources, and their samples per epoch.
         steps: Optimizer steps of the whole run.
         dp_size: Data-parallel ranks, which energon's order depends on.
     """
@@ -74,7 +74,7 @@ def run_identity(config: RunConfig, blend: Blend, steps: int, dp_size: int) -> d
 
 
 def check_same_run(saved: Mapping[str, Any], present: Mapping[str, Any], checkpoint: Path) -> None:
-    """Refuse to go on from a checkpoint of another run.
+    """Refuse to resume from a checkpoint of another run.
 
     Args:
         saved: The identity in the checkpoint; an older one may lack some of its sections, which
@@ -82,37 +82,37 @@ def check_same_run(saved: Mapping[str, Any], present: Mapping[str, Any], checkpo
         present: The identity of this run.
 
     Raises:
-        UserError: Samples would be repeated and others never seen, the learning rates would
-            jump, or the model is another one.
+        UserError: They differ: samples would be repeated or never seen, the learning rates would
+            jump, or the model has other tensors.
     """
     before = dict(_leaves(saved))
     after = dict(_leaves({name: present.get(name) for name in saved}))
-    for place in [*before, *(place for place in after if place not in before)]:
-        old, new = before.get(place), after.get(place)
+    for path in [*before, *(path for path in after if path not in before)]:
+        old, new = before.get(path), after.get(path)
         if _written(old) == _written(new):
             continue
         raise UserError(
-            f"{_name(place)} is {_shown(new)} but the checkpoint {checkpoint} was saved with "
+            f"{_name(path)} is {_shown(new)} but the checkpoint {checkpoint} was saved with "
             f"{_shown(old)}: restore it, or start a new run in another output directory "
             "(checkpoint.init_from takes the weights)."
         )
 
 
-def _leaves(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that is no section, by its place; a list of sections also counts as a number."""
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and value of every leaf; a list of mappings also gives its length."""
     if isinstance(node, Mapping):
         for name, value in node.items():
-            yield from _leaves(value, f"{place}.{name}" if place else name)
+            yield from _leaves(value, f"{path}.{name}" if path else name)
     elif isinstance(node, list) and node and isinstance(node[0], Mapping):
-        yield place, len(node)
+        yield path, len(node)
         for number, value in enumerate(node):
-            yield from _leaves(value, f"{place}.{number}")
+            yield from _leaves(value, f"{path}.{number}")
     else:
-        yield place, node
+        yield path, node
 
 
 def _written(value: Any) -> Any:
-    """Real numbers to the six digits that older checkpoints have."""
+    """Floats with the six significant digits that checkpoints of format version 1 have."""
     return f"{value:g}" if isinstance(value, float) else value
 
 
@@ -120,13 +120,13 @@ def _shown(value: Any) -> str:
     return "not set" if value is None else str(_written(value))
 
 
-def _name(place: str) -> str:
-    """What the user knows a value as."""
-    words = place.split(".")
+def _name(path: str) -> str:
+    """The name of a value in messages."""
+    words = path.split(".")
     for pattern, name in _NAMES.items():
         parts = pattern.split(".")
         if len(parts) == len(words) and all(
             part in ("{}", word) for part, word in zip(parts, words, strict=True)
         ):
             return name.format(*(w for p, w in zip(parts, words, strict=True) if p == "{}"))
-    return place
+    return path

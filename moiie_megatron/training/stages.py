@@ -1,4 +1,4 @@
-"""What a stage trains: the parts of the model, and which of them are frozen.
+"""The parts of the model, and which of them a stage trains.
 
 A stage is data (``stage:`` in the configuration): parts with a learning rate train, the others
 are frozen.  Stage 1 trains the connector alone, stage 2 everything (paper, section 3).
@@ -18,7 +18,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 
 def part_mark(part: Part) -> str:
-    """Name of the attribute that marks the parameters of a part (for optimizer groups)."""
+    """The attribute that marks the parameters of a part, for the optimizer's groups."""
     return f"moiie_part_{part}"
 
 
@@ -40,15 +40,16 @@ def named_parts(model: MoIIEModel) -> Iterator[tuple[Part, str, torch.nn.Paramet
 
 
 def apply_stage(model: MoIIEModel, stage: StageConfig) -> None:
-    """Freeze what the stage does not train and mark every parameter with its part.
+    """Freeze the parts that the stage does not train, and mark every parameter with its part.
 
-    Must run before the model is wrapped for data parallelism: buffers hold trained weights only.
+    Must run before the model is wrapped for data parallelism, whose gradient buffers cover the
+    parameters that train.
     """
-    behind_features: set[int] = set()
+    after_features: set[int] = set()
     if model.vision_encoder is not None:
         used = {id(p) for p in model.vision_encoder.trainable_parameters()}
-        behind_features = {id(p) for p in model.vision_encoder.parameters()} - used
+        after_features = {id(p) for p in model.vision_encoder.parameters()} - used
     for part, _, parameter in named_parts(model):
         setattr(parameter, part_mark(part), True)
-        trains = part in stage.learning_rates and id(parameter) not in behind_features
+        trains = part in stage.learning_rates and id(parameter) not in after_features
         parameter.requires_grad_(trains)

@@ -13,13 +13,13 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.config import (
     connect_schedules,
     ddp_config,
-    fuse_updates,
     lr_scheduler,
     optimizer_config,
     part_overrides,
 )
 from moiie_megatron.mcore.optimizer import SkipNonFiniteOptimizer
 from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.mcore.patches.adamw import use_fused_adamw
 from moiie_megatron.training.stages import PARTS, apply_stage, part_mark
 from moiie_megatron.vlm.model import MoIIEModel
 
@@ -70,7 +70,7 @@ def prepare_training(
         use_gloo_process_groups=False,
         pg_collection=context.groups,
     )
-    fuse_updates(chained)
+    use_fused_adamw(chained)
     optimizer = SkipNonFiniteOptimizer(chained.chained_optimizers)
     connect_schedules(model, ddp, optimizer)
     return TrainState(model, ddp, optimizer, lr_scheduler(config, optimizer, steps))

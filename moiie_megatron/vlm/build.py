@@ -1,4 +1,4 @@
-"""From a configuration to this rank's model."""
+"""Build this rank's part of the model from a configuration."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build_model(config: RunConfig, context: ParallelContext) -> MoIIEModel:
         share_embeddings_and_output_weights=language.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=language.rotary_base,
-        # Images are merged into the whole sequence first, then it is cut (vlm/model.py).
+        # Images are merged into the whole sequence before it is split (vlm/model.py).
         scatter_embedding_sequence_parallel=False,
         pg_collection=context.groups,
     )
@@ -55,7 +55,7 @@ def build_model(config: RunConfig, context: ParallelContext) -> MoIIEModel:
         connector = Connector(config.vision.hidden_size, connector_size, language.hidden_size)
         for part in (vision_encoder, connector):
             part.to(device=device.torch_device, dtype=torch_dtype(config))
-        _same_on_all_tensor_ranks((vision_encoder, connector), context)
+        _broadcast_over_tensor_ranks((vision_encoder, connector), context)
     model = MoIIEModel(
         mconfig,
         language_model,
@@ -68,10 +68,11 @@ def build_model(config: RunConfig, context: ParallelContext) -> MoIIEModel:
 
 
 def router_settings(config: RunConfig) -> RouterSettings:
-    """The routers' settings, with alpha shared out over the MoE layers.
+    """The routers' settings, with alpha divided by the number of MoE layers.
 
-    The reference adds ``alpha * aux`` once, with ``aux`` on the scale of one layer's loss; the
-    losses of our layers add up, so each gets ``alpha / number of MoE layers``.
+    The reference adds ``alpha * aux`` once, with ``aux`` on the scale of one layer's loss; here
+    the losses of the layers add up, so each gets ``alpha / number of MoE layers``.  The pooled
+    loss counts once and gets alpha itself.
     """
     moe = config.moe
     alphas = {
@@ -79,27 +80,28 @@ def router_settings(config: RunConfig) -> RouterSettings:
         "text": moe.text_aux_loss_coeff,
         "joint": moe.text_aux_loss_coeff,
     }
-    is_pooled = moe.aux_loss == "pooled"
-    layers = 1 if is_pooled else len(config.moe_layers)
+    layers = 1 if moe.aux_loss == "pooled" else len(config.moe_layers)
     return RouterSettings(
         layout=moe.layout,
         aux_loss_coeffs={name: alphas[name] / layers for name in moe.layout.routers},
         init_std=moe.router_init_std,
         seed=config.train.seed,
         z_loss_coeff=moe.z_loss_coeff / len(config.moe_layers),
-        pooled=PooledLoads(config.moe_layers) if is_pooled else None,
     )
 
 
 def moe_module(config: RunConfig, context: ParallelContext) -> ModuleSpec:
-    """What stands in place of the FFN in a layer with experts."""
+    """The specification of the module that replaces the FFN in a layer with experts."""
     placement = config.placement
     return moiie_module(
         router_settings(config),
         context.groups,
+        context.device.torch_device,
         dispatcher=MoIIETokenDispatcher if config.moe.dispatcher == "moiie" else None,
-        order=None if placement.is_identity else placement.physical_to_logical,
+        physical_to_logical=None if placement.is_identity else placement.physical_to_logical,
         experts=_te_experts() if has_transformer_engine(context.device) else None,
+        # One object per model: it holds the loads of all layers on one micro-batch.
+        pooled_loads=PooledLoads(config.moe_layers) if config.moe.aux_loss == "pooled" else None,
     )
 
 
@@ -110,10 +112,10 @@ def _te_experts() -> ModuleSpec:
     return get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True).submodules.experts
 
 
-def _same_on_all_tensor_ranks(
+def _broadcast_over_tensor_ranks(
     modules: tuple[torch.nn.Module, ...], context: ParallelContext
 ) -> None:
-    """Replicas start equal: the seed alone would do so, a broadcast makes it certain."""
+    """Make the replicas on tensor-parallel ranks equal, whatever each has drawn."""
     if context.groups.tp.size() == 1:
         return
     source = torch.distributed.get_global_rank(context.groups.tp, 0)

@@ -1,4 +1,7 @@
-"""The connector: image features into the language model's embedding space."""
+"""The connector: image features into the language model's embedding space.
+
+Shape letters: see ``moe/__init__.py``.
+"""
 
 from __future__ import annotations
 
@@ -15,5 +18,5 @@ class Connector(torch.nn.Module):
         self.linear_2 = torch.nn.Linear(hidden_size, language_size)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map ``(n, p, vision_size)`` to ``(n, p, language_size)``; n images, p patches."""
+        """Map ``(i, p, vision_size)`` to ``(i, p, language_size)``."""
         return self.linear_2(torch.nn.functional.gelu(self.linear_1(features)))

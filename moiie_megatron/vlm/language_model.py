@@ -1,10 +1,10 @@
-"""Megatron's GPTModel, with logits only where there is something to learn.
+"""Megatron's GPTModel, computing logits for tokens with a label only.
 
-Image tokens, questions and padding have no label: most tokens of visual instruction data.  Their
-rows of the output layer, the largest product and the largest activation of a small or
-large-vocabulary model, are left out of training.
+Image tokens, questions and padding have no label: most tokens of visual instruction data.
+Training skips them in the output layer, which is the largest product and the largest activation
+of a small or large-vocabulary model.
 
-Shapes: b batch, s sequence, h hidden, n tokens with a label.
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations
@@ -15,31 +15,36 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from moiie_megatron.mcore.patches.output_layer import expect_gathered_input
+
 
 class LanguageModel(GPTModel):
-    """``forward`` takes the places of the labels, int64 ``(n,)`` in ``(s, b)`` order, as
-    ``loss_mask`` and the labels there as ``(1, n)``; it returns their losses ``(1, n)``.
+    """GPTModel whose argument ``loss_mask`` is not a mask but the positions of the labels.
 
-    Megatron hands ``loss_mask`` through untouched to where the logits are computed (and uses it
-    for multi-token prediction alone).
+    ``forward`` takes them as ``loss_mask``, int64 ``(y,)`` into the flattened ``(s, b)``, and the
+    labels at these positions as ``labels``, ``(1, y)``; it returns their losses, ``(1, y)``.
+    Without ``loss_mask`` it returns logits of all tokens, as GPTModel does.
+
+    Megatron passes ``loss_mask`` unchanged to ``_postprocess``, where the logits are computed,
+    and uses it for multi-token prediction only, which the project does not support.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.post_process and self.output_layer.sequence_parallel:
-            # The sequence is put together before rows are chosen.  What the layer would have
-            # scattered in backward it sums over the tensor-parallel ranks, for fewer rows.
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = True
+            # The sequence is gathered before tokens are selected, so the layer gets them whole.
+            expect_gathered_input(self.output_layer)
 
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, loss_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
+        label_positions = loss_mask
         if self.post_process and self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        if self.post_process and loss_mask is not None:
-            hidden_states = hidden_states.flatten(0, 1).index_select(0, loss_mask).unsqueeze(1)
-        result: Tensor = super()._postprocess(hidden_states, *args, **kwargs)
-        return result
+        if self.post_process and label_positions is not None:
+            labelled_yh = hidden_states.flatten(0, 1).index_select(0, label_positions)
+            hidden_states = labelled_yh.unsqueeze(1)
+        output: Tensor = super()._postprocess(hidden_states, *args, **kwargs)
+        return output

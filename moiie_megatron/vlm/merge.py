@@ -1,9 +1,9 @@
-"""Where image features meet token embeddings.
+"""Put image features in the place of the image tokens' embeddings.
 
-The data side has expanded every placeholder to one id per image token, so the length of a
-sequence never changes here.
+The data pipeline has expanded every image placeholder to one id per image token, so the length
+of a sequence never changes here.
 
-Shapes: b batch, s sequence, h hidden, n images, p image tokens per image.
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ from torch import Tensor
 from moiie_megatron.layout.token_types import IMAGE
 
 
-def merge_images(embeddings_sbh: Tensor, features_nph: Tensor, token_types_bs: Tensor) -> Tensor:
+def merge_images(embeddings_sbh: Tensor, features_iph: Tensor, token_types_bs: Tensor) -> Tensor:
     """Put image features at the image positions, in row-major order of the batch.
+
+    Args:
+        embeddings_sbh: Token embeddings.
+        features_iph: Image features in the language model's embedding space.
+        token_types_bs: int8, see ``layout/token_types.py``.
 
     Returns:
         ``(s, b, h)`` in the dtype of the embeddings.
@@ -22,17 +27,17 @@ def merge_images(embeddings_sbh: Tensor, features_nph: Tensor, token_types_bs: T
     Raises:
         ValueError: The numbers of image positions and of image features differ.
     """
-    n, p, _ = features_nph.shape
+    i, p, _ = features_iph.shape
     is_image_bs = token_types_bs == IMAGE
-    # One host sync per micro-batch, on the first pipeline stage alone.
+    # Device-to-host sync, once per micro-batch, on the first pipeline stage only.
     positions = int(is_image_bs.sum())
-    if positions != n * p:
+    if positions != i * p:
         raise ValueError(
-            f"The tokens hold {positions} image positions, but there are {n} images of {p} image "
-            f"tokens each ({n * p}): every placeholder must be expanded to {p} image ids."
+            f"The tokens hold {positions} image positions, but there are {i} images of {p} image "
+            f"tokens each ({i * p}): every placeholder must be expanded to {p} image ids."
         )
     embeddings_bsh = embeddings_sbh.transpose(0, 1)
     merged_bsh = embeddings_bsh.masked_scatter(
-        is_image_bs.unsqueeze(-1), features_nph.to(embeddings_sbh.dtype)
+        is_image_bs.unsqueeze(-1), features_iph.to(embeddings_sbh.dtype)
     )
     return merged_bsh.transpose(0, 1).contiguous()

@@ -1,6 +1,15 @@
 """The whole model: vision encoder, connector, Megatron's GPTModel with MoIIE layers.
 
-Shapes: b batch, s sequence, h hidden, n images, p image tokens per image, l tokens with a label.
+    tokens (b, s)                     images (i, 3, H, W)          first pipeline stage
+        | embedding                       | vision encoder, connector
+    (s, b, h)                         (i, p, h)
+        +------------- merge -------------+
+                          | split over tensor-parallel ranks
+    token types (b, s) -> Megatron's decoder, as padding_mask      every stage
+                          | select tokens with a label
+    labels (b, s) ------> output layer, cross-entropy              last stage
+
+Shape letters: see ``moe/__init__.py``.
 """
 
 from __future__ import annotations
@@ -18,8 +27,8 @@ from torch import Tensor
 from moiie_megatron.layout.token_types import TEXT
 from moiie_megatron.vlm.connector import Connector
 from moiie_megatron.vlm.language_model import LanguageModel
+from moiie_megatron.vlm.last_image_token import last_image_tokens_as_text
 from moiie_megatron.vlm.merge import merge_images
-from moiie_megatron.vlm.reference_types import reference_types
 from moiie_megatron.vlm.vision import VisionEncoder
 
 
@@ -29,12 +38,12 @@ class MoIIEModel(MegatronModule):
     Vision encoder and connector live on the first stage, replicated over tensor-parallel ranks.
 
     Args:
-        config: Megatron's description of the language model.
+        config: Megatron's configuration of the language model.
         language_model: This stage's part of the decoder.
         vision_encoder: On the first stage; None elsewhere.
         connector: On the first stage; None elsewhere.
         groups: Megatron's process groups.
-        last_image_token_as_text: See ``last_image_token_as_text.py``.
+        last_image_token_as_text: Route as the reference's code does (``last_image_token.py``).
     """
 
     def __init__(
@@ -53,7 +62,7 @@ class MoIIEModel(MegatronModule):
         self.connector = connector
         self.groups = groups
         self.last_image_token_as_text = last_image_token_as_text
-        # Megatron's schedules and gradient reductions ask the outermost module for these.
+        # Megatron's schedules and gradient reductions read these from the outermost module.
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
         self.share_embeddings_and_output_weights = (
@@ -83,38 +92,32 @@ class MoIIEModel(MegatronModule):
         """Run this stage.
 
         Args:
-            tokens: int64 ``(b, s)``; what stands at image positions does not matter.
+            tokens: int64 ``(b, s)``; ids at image positions are ignored.
             position_ids: int64 ``(b, s)``.
             token_types: int8 ``(b, s)``, needed on every stage.
-            images: Normalised ``(n, 3, H, W)``, in the order of their runs in the batch; first
+            images: Normalised ``(i, 3, H, W)``, in the order of their tokens in the batch; first
                 stage only.
             labels: int64 ``(b, s)``, already shifted, -100 where there is none; last stage only.
-            label_positions: int64 ``(l,)``, where the labels are in ``(s, b)`` order; to be looked
-                up in the labels, which waits for the device, if it is not given.
+            label_positions: int64 ``(y,)``, positions of the labels in the flattened ``(s, b)``;
+                default: computed from the labels, which is a host sync.
             inputs_embeds: ``(b, s, h)`` instead of tokens and images (parity tests).
             packed_seq_params: The segments of a packed row (b = 1), needed on every stage;
-                attention and positions begin anew in each.
+                attention and positions start anew in each.
 
         Returns:
             Hidden states on earlier stages; on the last one the loss per token ``(b, s)`` (0
             where there is no label), or without labels the logits ``(b, s, vocabulary)``.
 
         Raises:
-            ValueError: Token types of another shape than the tokens, or a number of image
-                positions that does not match the images.
+            ValueError: The number of image positions does not match the images, or (in a MoE
+                layer) the token types do not match the tokens.
         """
-        if token_types is None or token_types.shape != tokens.shape:
-            got = None if token_types is None else tuple(token_types.shape)
-            raise ValueError(
-                f"The token types have shape {got}, the tokens {tuple(tokens.shape)}: every token "
-                "needs one."
-            )
         decoder_input = None
         if self.pre_process:
             decoder_input = self._embed(tokens, position_ids, token_types, images, inputs_embeds)
-        routed_types = (
-            reference_types(token_types) if self.last_image_token_as_text else token_types
-        )
+        routed_types = token_types
+        if self.last_image_token_as_text:
+            routed_types = last_image_tokens_as_text(token_types)
         if labels is not None:
             labels_sb = labels.t().reshape(-1)
             if label_positions is None:
@@ -126,10 +129,13 @@ class MoIIEModel(MegatronModule):
             attention_mask=None,
             decoder_input=decoder_input,
             labels=labels,
+            # Not a mask: LanguageModel takes the positions of the labels in this argument, the
+            # one that Megatron passes on to _postprocess without touching it.
             loss_mask=label_positions,
-            # See MoIIELayer: Megatron's one per-token slot carries the token types.  GPTModel
-            # does not cut it for sequence parallelism when it gets decoder_input.
-            padding_mask=self._cut_like_hidden_states(routed_types),
+            # Not padding: Megatron's one per-token argument carries the token types to the MoE
+            # layers (see MoIIELayer).  GPTModel does not split it for sequence parallelism when
+            # it gets decoder_input.
+            padding_mask=self._split_like_hidden_states(routed_types),
             runtime_gather_output=labels is None,
             packed_seq_params=packed_seq_params,
         )
@@ -141,7 +147,7 @@ class MoIIEModel(MegatronModule):
         )
         return losses_sb.view(tokens.t().shape).t()
 
-    def _cut_like_hidden_states(self, token_types: Tensor) -> Tensor:
+    def _split_like_hidden_states(self, token_types: Tensor) -> Tensor:
         if not self.config.sequence_parallel:
             return token_types
         return token_types.chunk(self.groups.tp.size(), dim=1)[self.groups.tp.rank()].contiguous()
@@ -154,11 +160,11 @@ class MoIIEModel(MegatronModule):
         images: Tensor | None,
         inputs_embeds: Tensor | None,
     ) -> Tensor:
-        """Embed text, encode images, merge; ``(s, b, h)``, cut for sequence parallelism."""
+        """Embed text, encode images, merge: ``(s, b, h)``, split for sequence parallelism."""
         if inputs_embeds is not None:
             merged = inputs_embeds.transpose(0, 1).contiguous()
         else:
-            # An image id may lie outside the vocabulary: it is never looked up.
+            # The image id may lie outside the vocabulary, so it is never looked up.
             text = torch.where(token_types == TEXT, tokens, 0)
             merged = self.language_model.embedding(input_ids=text, position_ids=position_ids)
             merged = self._add_images(merged, token_types, images)
@@ -174,14 +180,14 @@ class MoIIEModel(MegatronModule):
         assert self.vision_encoder is not None and self.connector is not None
         if images is None or not len(images):
             merge_images(embeddings, embeddings.new_zeros(0, 1, embeddings.shape[2]), token_types)
-            return embeddings + self._idle(embeddings)
+            return embeddings + self._zero_of_vision_weights(embeddings)
         return merge_images(embeddings, self.connector(self.vision_encoder(images)), token_types)
 
-    def _idle(self, like: Tensor) -> Tensor:
-        """A zero that depends on every trained vision weight.
+    def _zero_of_vision_weights(self, like: Tensor) -> Tensor:
+        """A zero that depends on every trained vision weight, so that each gets a gradient.
 
-        Gradient reductions that overlap with the backward pass wait for every parameter: a
-        micro-batch without images must not leave one out.
+        Gradient reductions that overlap with the backward pass wait for every parameter, also in
+        a micro-batch without images.
         """
         modules = [m for m in (self.vision_encoder, self.connector) if m is not None]
         trained = [

@@ -1,4 +1,7 @@
-"""The vision encoder: a tower of transformers, cut after the feature layer."""
+"""The vision encoder: a tower of transformers, up to the feature layer.
+
+Shape letters: see ``moe/__init__.py``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from moiie_megatron.families.registry import vision_family
 class VisionEncoder(torch.nn.Module):
     """Images to one feature per patch: ``hidden_states[feature_layer]`` without a class token.
 
-    Replicated over tensor-parallel ranks: it holds 1 to 3 % of the arithmetic of the system.
+    Replicated over tensor-parallel ranks: 1 to 3 % of the arithmetic of a step.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -30,11 +33,11 @@ class VisionEncoder(torch.nn.Module):
 
     @property
     def _num_layers(self) -> int:
-        """Layers in front of the features; the others are never run."""
+        """Number of layers that the features depend on; later layers are never run."""
         return self.config.num_layers + 1 + self.config.feature_layer
 
     def _unused(self) -> list[torch.nn.Module]:
-        """Layers behind the features: kept for export, never trained."""
+        """Modules after the feature layer: kept for export, never trained."""
         return [*self.model.encoder.layers[self._num_layers :], self.model.post_layernorm]
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
@@ -46,10 +49,10 @@ class VisionEncoder(torch.nn.Module):
         """Encode normalised images.
 
         Args:
-            images: ``(n, 3, image_size, image_size)``, float.
+            images: ``(i, 3, image_size, image_size)``, float.
 
         Returns:
-            ``(n, num_image_tokens, hidden_size)``.
+            ``(i, p, hidden_size)``, with p of ``VisionConfig.num_image_tokens``.
         """
         dtype = next(self.model.parameters()).dtype
         hidden = self.model.embeddings(images.to(dtype))
@@ -66,7 +69,7 @@ class VisionEncoder(torch.nn.Module):
 def build_vision_model(config: VisionConfig) -> torch.nn.Module:
     """A transformers vision model with fresh weights.
 
-    The pooling head is left out: patch features are all that the language model sees.
+    Without the pooling head: the language model sees patch features only.
     """
     model: torch.nn.Module = AutoModel.from_config(vision_to_hf(config))
     return model

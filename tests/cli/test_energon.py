@@ -236,4 +236,4 @@ def test_training_resumes_from_the_checkpoint(
     assert again[-1]["seconds"] != whole[-1]["seconds"]
     (output / "checkpoints" / "latest").write_text("step_0000003\n")
     refused = run(command(TRAIN, [*words, "data.num_workers=2"]), timeout=100)
-    assert_user_error(refused, output, "2 data-parallel", "1 data-parallel", "restore it")
+    assert_user_error(refused, output, "data-parallel ranks is 1", "with 2", "restore it")

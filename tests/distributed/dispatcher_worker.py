@@ -125,7 +125,8 @@ def check_rows_sent(layer: MoIIELayer, context: ParallelContext) -> None:
     pairs = {(t, e * size // experts) for t, e in map_.nonzero().tolist()}
     assert int(destinations(map_, size).sum()) == len(pairs)
     if size > 1:
-        assert len(rows) == len(row_probs) == sum(dispatcher.plan.send) == len(pairs)
+        sent = sum(dispatcher.dispatched.splits.input_splits)
+        assert len(rows) == len(row_probs) == sent == len(pairs)
         assert len(pairs) < map_.sum(), "no token has two experts on one rank"
 
 
@@ -138,7 +139,7 @@ def check_golden(
     device = context.device.torch_device
     layer.to(device)
     rank, first = context.rank, context.groups.ep.rank() * layer.num_local_experts
-    places = layer.order or range(layer.config.num_moe_experts)
+    places = layer.physical_to_logical or range(layer.config.num_moe_experts)
     here = places[first : first + layer.num_local_experts]  # logical experts of this rank
     names = reference_names(layer)
     with torch.no_grad():

@@ -21,7 +21,7 @@ def _ours(logits: Tensor, mask: Tensor, top_k: int) -> tuple[Tensor, Tensor, Ten
     chosen = torch.topk(probs, top_k, dim=-1).indices
     routing_map = torch.zeros_like(probs, dtype=torch.bool).scatter(1, chosen, True)
     candidates = torch.tensor([float(logits.shape[1])])
-    loss = balance_losses(probs, routing_map, mask.unsqueeze(1), candidates).loss_R.squeeze(0)
+    loss = balance_losses(probs, routing_map, mask.unsqueeze(1), candidates).loss_G.squeeze(0)
     return loss, probs, routing_map
 
 

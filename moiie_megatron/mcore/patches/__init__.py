@@ -1,1 +1,1 @@
-"""Every patch of Megatron-Core, one subject per file."""
+"""Every patch of Megatron-Core and torch, one subject per file, declared in ``registry.py``."""

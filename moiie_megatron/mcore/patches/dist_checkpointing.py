@@ -1,4 +1,7 @@
-"""What Megatron-Core needs to save and load checkpoints in every situation of ours."""
+"""Saving and loading Megatron-Core's distributed checkpoints.
+
+In a run that may be killed, with stages that train nothing, and with torch's AdamW.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,16 @@ from typing import Any, Final
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from moiie_megatron.mcore.patches.patch import Patch
+
 _IDLE: Final = "idle"
 
 
 class _ResultsFile:
-    """A queue of one value through a file without a name, which a forked process shares.
+    """A queue of one value in an unnamed file, which a forked process shares.
 
-    Megatron's writers report what they wrote where to the process that trains.  Megatron itself
-    starts a ``multiprocessing`` manager for that: it costs seconds on the first save and, when
-    the run is killed, lives on and keeps the run's output open (a pipe behind torchrun would
-    never end).  A pipe would block writers of many tensors until somebody reads.
+    Megatron's writers report to the training process which tensor they wrote where.  A pipe
+    would block the writers of many tensors until somebody reads.
     """
 
     def __init__(self) -> None:
@@ -49,7 +52,7 @@ class _ResultsFile:
 
 
 def use_file_results_queue() -> None:
-    """Let Megatron-Core's writers report through a file (``_ResultsFile``), not a manager.
+    """Let Megatron-Core's checkpoint writers report through a file, not through a manager process.
 
     One save at a time may be under way.  Repeated calls change nothing.
     """
@@ -60,16 +63,15 @@ def use_file_results_queue() -> None:
 
 @contextmanager
 def add_dummy_step_state(optimizer: Any, step: int) -> Iterator[None]:
-    """Within it, optimizers without any parameter can be saved and loaded like the others.
+    """Give optimizers without parameters a step count, so that they can be saved and loaded.
 
-    Megatron's distributed optimizer reads the number of steps from the state of a parameter and
-    asserts that there is one.  A pipeline stage in which everything is frozen has none (stage 1
-    trains the connector, which lives on the first stage); here it gets an entry without a
-    parameter.  Transformer Engine's optimizer keeps the steps elsewhere and ignores it.
+    A pipeline stage in which everything is frozen has such an optimizer (stage 1 trains the
+    connector, which lives on the first stage).  Transformer Engine's optimizer keeps the step
+    count elsewhere and ignores the entry.
 
     Args:
         optimizer: Megatron's optimizer, chained or not.
-        step: Steps that the optimizer has made.
+        step: Number of updates so far.
     """
     idle = [
         inner
@@ -88,12 +90,11 @@ def add_dummy_step_state(optimizer: Any, step: int) -> Iterator[None]:
 
 @contextmanager
 def patch_optimizer_loading(optimizer: Any) -> Iterator[None]:
-    """Within it, a checkpoint can be loaded into a fresh distributed optimizer on torch's AdamW.
+    """Allow loading a checkpoint into a fresh distributed optimizer on torch's AdamW.
 
-    Megatron-Core 0.16 trips there three times: it asserts that a fresh optimizer has state, it
-    looks for a ``step`` among the loaded tensors (which it left out itself), and it gives all
-    parameters one and the same ``step`` tensor, which every update then advances once per
-    parameter.  Transformer Engine's optimizer keeps the steps elsewhere; nothing changes for it.
+    Initialises the optimizer's state, adds the ``step`` that the loaded tensors lack, and at the
+    end gives every parameter a ``step`` tensor of its own.  Transformer Engine's optimizer keeps
+    the step count elsewhere; nothing changes for it.
     """
     parts = [
         part
@@ -116,7 +117,37 @@ def patch_optimizer_loading(optimizer: Any) -> Iterator[None]:
 
 def _set_with_step(part: Any, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
     """Megatron's method of that name, with the step that ``load_state_dict`` has already set."""
-    group, place = part.model_param_group_index_map[model_param]
-    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
-    own = {"step": state["step"]} if "step" in state else {}
-    type(part)._set_main_param_and_optimizer_states(part, model_param, {**own, **tensors})
+    group, index = part.model_param_group_index_map[model_param]
+    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][index]]
+    step = {"step": state["step"]} if "step" in state else {}
+    type(part)._set_main_param_and_optimizer_states(part, model_param, {**step, **tensors})
+
+
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+PATCHES: Final = (
+    Patch(
+        name="results queue",
+        targets=("megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue",),
+        reason="Megatron-Core starts a multiprocessing manager for it: that takes seconds on the "
+        "first save, and when the run is killed the manager lives on and keeps the run's output "
+        "open (a pipe behind torchrun would never end).",
+    ),
+    Patch(
+        name="optimizer without parameters",
+        targets=(f"{_OPTIMIZER}.state_dict", f"{_OPTIMIZER}.load_state_dict"),
+        reason="Both read the number of steps from the state of a parameter and assert that there "
+        "is exactly one; a stage in which everything is frozen has none.",
+    ),
+    Patch(
+        name="optimizer loading",
+        targets=(
+            f"{_OPTIMIZER}._set_main_param_and_optimizer_states",
+            f"{_OPTIMIZER}._init_optimizer_states_with_dummy_values",
+        ),
+        reason="With torch's AdamW loading fails three times: a fresh optimizer is asserted to "
+        "have state, a step is looked up among the loaded tensors, where saving has left it out, "
+        "and all parameters get one and the same step tensor, which every update then advances "
+        "once per parameter.",
+        versions="megatron-core 0.16.1",
+    ),
+)

@@ -1,19 +1,31 @@
-"""Silences warnings of Megatron-Core that are wrong or expected in this project."""
+"""Warnings and log records of Megatron-Core that are wrong or expected in this project."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import dataclass
+from typing import Final
 
-# Logger, and the start of the message that it is not to print.
-_EXPECTED = (
-    # MoIIELayer is a MoELayer; it gets its process groups from its own specification.
-    ("megatron.core.transformer.transformer_layer", "Unknown MLP type"),
-    # On the CPU the tracker's generator *is* the CPU generator.
-    ("megatron.core.tensor_parallel.random", "CPU RNG state changed"),
+from moiie_megatron.mcore.patches.patch import Patch
+
+
+@dataclass(frozen=True)
+class ExpectedLog:
+    """A log record that is not printed: the logger and the start of the message."""
+
+    logger: str
+    start: str
+
+
+EXPECTED_LOGS: Final = (
+    # MoIIELayer is a MoELayer; its specification passes the process groups.
+    ExpectedLog("megatron.core.transformer.transformer_layer", "Unknown MLP type"),
+    # On the CPU the tracker's generator is the CPU generator.
+    ExpectedLog("megatron.core.tensor_parallel.random", "CPU RNG state changed"),
 )
 
-_EXPECTED_WARNINGS = (
+EXPECTED_WARNINGS: Final = (
     # Neither is needed on the CPU; on GPUs the container brings both.
     ".*Apex (is|are) not installed.*",
     ".*full scope is deprecated.*",  # a default of Megatron's own configuration
@@ -24,7 +36,7 @@ _EXPECTED_WARNINGS = (
 )
 
 
-class _StartsWith(logging.Filter):
+class _StartFilter(logging.Filter):
     def __init__(self, start: str) -> None:
         super().__init__()
         self.start = start
@@ -34,10 +46,27 @@ class _StartsWith(logging.Filter):
 
 
 def filter_megatron_warnings() -> None:
-    """Install the filters; repeated calls add nothing."""
-    for name, start in _EXPECTED:
-        logger = logging.getLogger(name)
-        if not any(isinstance(f, _StartsWith) for f in logger.filters):
-            logger.addFilter(_StartsWith(start))
-    for message in _EXPECTED_WARNINGS:
+    """Install the filters for this process; repeated calls add nothing."""
+    for expected in EXPECTED_LOGS:
+        logger = logging.getLogger(expected.logger)
+        if not any(isinstance(f, _StartFilter) for f in logger.filters):
+            logger.addFilter(_StartFilter(expected.start))
+    for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+PATCHES: Final = (
+    Patch(
+        name="expected logs",
+        targets=tuple(log.logger for log in EXPECTED_LOGS),
+        reason="Wrong for this project (MoIIELayer gets its process groups) or on the CPU (one "
+        "generator serves both), and printed for every layer.",
+        versions="megatron-core 0.16.1; 0.19.2 logs the second alone",
+    ),
+    Patch(
+        name="expected warnings",
+        targets=("warnings.filterwarnings",),
+        reason="Deprecations inside Megatron-Core that a user cannot act on.",
+        need_not_shown="Most come from torch, at calls inside Megatron-Core that need a run.",
+    ),
+)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from moiie_megatron.layout.experts import ExpertLayout
-from moiie_megatron.layout.placement import balanced, contiguous, expected_loads
+from moiie_megatron.layout.placement import balanced, contiguous, expected_loads, place_experts
 from tests.helpers.user_errors import user_error
 
 FOUR, EIGHT = ExpertLayout(1, 2, 1), ExpertLayout(2, 4, 2)
@@ -70,3 +70,11 @@ def test_errors() -> None:
         balanced(FOUR, 3)
     with pytest.raises(ValueError, match="2 loads for 4 experts"):
         balanced(FOUR, 2, loads=[1.0, 2.0])
+
+
+def test_a_placement_is_computed_once() -> None:
+    layout = ExpertLayout(2, 4, 2)
+    found = place_experts("balanced", layout, 2, 0.7, None)
+    assert found == balanced(layout, 2, image_fraction=0.7)
+    assert place_experts("balanced", layout, 2, 0.7, None) is found
+    assert place_experts("contiguous", layout, 2, 0.7, None) == contiguous(layout, 2, 0.7)

@@ -10,7 +10,7 @@ from torch import Tensor
 from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.token_types import IMAGE, PADDING, TEXT
 from moiie_megatron.mcore.parallel import ParallelContext
-from moiie_megatron.moe.router import ModalityRouter, RouterSettings
+from moiie_megatron.moe.router import ModalityRouter, RouterSettings, recording
 
 HIDDEN, TOKENS = 32, 50
 LAYOUT = ExpertLayout.from_variant("moiie")
@@ -35,7 +35,16 @@ def router(
     )
     coeffs = {"vision": alpha, "text": alpha}
     settings = RouterSettings(LAYOUT, coeffs, init_std=0.5, z_loss_coeff=z_loss)
-    return ModalityRouter(config, context.groups, settings)
+    return ModalityRouter(config, context.groups, settings, device=torch.device("cpu"))
+
+
+def small_router(context: ParallelContext, layout: ExpertLayout = LAYOUT) -> ModalityRouter:
+    """Hidden size 3, for examples by hand."""
+    config = TransformerConfig(
+        num_layers=1, hidden_size=3, num_attention_heads=1, moe_router_dtype="fp32"
+    )
+    settings = RouterSettings(layout, dict.fromkeys(layout.routers, 0.0), init_std=0.5)
+    return ModalityRouter(config, context.groups, settings, device=torch.device("cpu"))
 
 
 def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -65,6 +74,63 @@ def test_top_two_of_the_own_router_renormalised(context: ParallelContext) -> Non
         wanted[top.indices + first] = top.values / top.values.sum()
         assert torch.allclose(probs[token], wanted, atol=1e-6)
         assert torch.equal(chosen[token], wanted > 0)
+
+
+def test_three_tokens_by_hand(context: ParallelContext) -> None:
+    """The example in the head of ``moe/router.py``.
+
+    Hidden states are unit vectors, so that the score of a token is one column of its gate:
+
+                   a image  b text  c padding               a     b     c
+        vision  V     1        9       9        text  S     9     0     3
+                S     0        9       9              S     9     1     0
+                S     2        9       9              T     9    0.5    3
+
+    A 9 would be chosen if a token were scored by the other gate.
+    """
+    module = small_router(context).eval()
+    types = torch.tensor([[IMAGE], [TEXT], [PADDING]], dtype=torch.int8)
+    with torch.no_grad():
+        module.gates["vision"].copy_(torch.tensor([[1.0, 9, 9], [0, 9, 9], [2, 9, 9]]))
+        module.gates["text"].copy_(torch.tensor([[9.0, 0, 3], [9, 1, 0], [9, 0.5, 3]]))
+        hidden = torch.eye(3).unsqueeze(1)
+        scores = module.scores(hidden.squeeze(1), types.flatten())
+        probs, chosen = module(hidden, types)
+    no = float("-inf")
+    assert scores.tolist() == [[1, 0, 2, no], [no, 0, 1, 0.5], [no, 3, 0, 3]]
+    assert chosen.int().tolist() == [[1, 0, 1, 0], [0, 0, 1, 1], [0, 1, 0, 1]]
+    by_hand = [[0.2689, 0, 0.7311, 0], [0, 0, 0.6225, 0.3775], [0, 0.5, 0, 0.5]]
+    assert torch.allclose(probs, torch.tensor(by_hand), atol=1e-4)
+
+
+def test_one_joint_gate_scores_every_token(context: ParallelContext) -> None:
+    """Vanilla MoE: the type of a token does not matter."""
+    module = small_router(context, ExpertLayout.from_variant("vanilla")).eval()
+    hidden = torch.eye(3).unsqueeze(1)
+    image = module(hidden, torch.full((3, 1), IMAGE, dtype=torch.int8))
+    text = module(hidden, torch.full((3, 1), TEXT, dtype=torch.int8))
+    assert torch.equal(image[0], text[0]) and torch.equal(image[1], text[1])
+    wanted = torch.softmax(module.gates["joint"].t(), dim=-1).topk(2)
+    assert torch.allclose(image[0].topk(2).values, wanted.values / wanted.values.sum(1, True))
+
+
+def test_recording_counts_in_evaluation_mode_within_the_block(context: ParallelContext) -> None:
+    module = router(context).eval()
+    hidden, types = tokens()
+    module(hidden, types)
+    assert not module.stats.tokens_M.any()
+    with recording(module):
+        assert module.is_counting
+        module(hidden, types)
+    counted = [int((types == IMAGE).sum()), int((types == TEXT).sum())]
+    assert module.stats.tokens_M.tolist() == counted and not module.is_counting
+
+
+def test_recording_ends_with_an_exception(context: ParallelContext) -> None:
+    module = router(context).eval()
+    with pytest.raises(KeyError), recording(module):
+        raise KeyError
+    assert not module.records_in_eval
 
 
 def test_z_loss_and_its_gradient(context: ParallelContext) -> None:

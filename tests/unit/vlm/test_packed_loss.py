@@ -96,7 +96,7 @@ def test_loss_and_gradients_by_sample(context: ParallelContext, recompute: str) 
     # The balance losses belong to micro-batches, which are other ones here.
     for layer in model.language_model.decoder.layers:
         if hasattr(layer.mlp, "router"):
-            layer.mlp.router.coeffs_R.zero_()
+            layer.mlp.router.coeffs_G.zero_()
     torch.manual_seed(5)
     examples = [example(name) for name in PARTS]
     shape = PackingSpec(96, 48, IMAGE_TOKENS, pad_id=0, multiple_of=8)

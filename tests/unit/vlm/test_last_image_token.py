@@ -1,4 +1,4 @@
-"""The reference's rule for token types, by hand; whole models are in tests/parity."""
+"""The routing rule of the reference's code, by hand; whole models are in tests/parity."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moiie_megatron.layout.token_types import IMAGE, PADDING, TEXT
-from moiie_megatron.vlm.reference_types import reference_types
+from moiie_megatron.vlm.last_image_token import last_image_tokens_as_text
 
 T, I, P = TEXT, IMAGE, PADDING  # noqa: E741
 
@@ -24,7 +24,7 @@ T, I, P = TEXT, IMAGE, PADDING  # noqa: E741
 def test_by_hand(row: list[int], expected: list[int]) -> None:
     other = [T, T, I, I, T, T]  # rows do not touch each other
     types = torch.tensor([other, row, other], dtype=torch.int8)
-    result = reference_types(types)
+    result = last_image_tokens_as_text(types)
     assert result.dtype == torch.int8
     assert result[1].tolist() == expected
     assert result[0].tolist() == result[2].tolist() == [T, T, I, T, T, T]

@@ -1,0 +1,62 @@
+"""Methods of Megatron-Core that are overridden, and private names that are used elsewhere."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from moiie_megatron.mcore.patches.patch import Patch
+
+_GPT = "megatron.core.models.gpt.gpt_model.GPTModel"
+_MOE = "megatron.core.transformer.moe.moe_layer.MoELayer"
+_CHAINED = "megatron.core.optimizer.optimizer.ChainedOptimizer"
+_NO_CHECK = "A name that is used, not a gap that is mended."
+
+PATCHES: Final = (
+    Patch(
+        name="logits of labelled tokens",
+        kind="override",
+        targets=(f"{_GPT}._postprocess",),
+        reason="vlm/language_model.py selects the labelled tokens there: between the decoder and "
+        "the output layer GPTModel calls nothing else.  Their positions arrive as loss_mask.",
+        need_not_shown=_NO_CHECK,
+    ),
+    Patch(
+        name="token types",
+        kind="override",
+        targets=(f"{_MOE}.forward",),
+        reason="moe/layer.py receives token types as padding_mask; MoELayer.forward of 0.19 "
+        "would turn them into booleans.",
+        need_not_shown=_NO_CHECK,
+    ),
+    Patch(
+        name="skipped updates",
+        kind="override",
+        targets=(f"{_CHAINED}.get_grad_norm", f"{_CHAINED}.step_with_ready_grads"),
+        reason="mcore/optimizer.py: ChainedOptimizer.step calls the first before the second, so "
+        "that a gradient which is not finite is seen before any weight changes.",
+        need_not_shown=_NO_CHECK,
+    ),
+    Patch(
+        name="scaled RoPE",
+        kind="override",
+        targets=(
+            "megatron.core.models.common.embeddings.rotary_pos_embedding."
+            "RotaryEmbedding.get_freqs_non_repeated",
+        ),
+        reason="mcore/rope.py gives frequencies of its own to everything that RotaryEmbedding "
+        "makes of them.",
+        need_not_shown=_NO_CHECK,
+    ),
+    Patch(
+        name="checkpoint entries",
+        kind="private name",
+        targets=(
+            "torch.distributed.checkpoint.filesystem._StorageInfo",
+            "torch._utils._rebuild_tensor_v2",
+            "torch._utils._rebuild_parameter",
+        ),
+        reason="convert/dcp/ reads and writes the files of torch's distributed checkpoints tensor "
+        "by tensor, which torch's own reader and writer cannot.",
+        need_not_shown=_NO_CHECK,
+    ),
+)

@@ -1,0 +1,30 @@
+"""All patches of Megatron-Core and torch, and all private names that the project uses."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from moiie_megatron.mcore.patches import (
+    adamw,
+    cpu_devices,
+    cpu_gloo,
+    cpu_torch,
+    dist_checkpointing,
+    moe_utils,
+    output_layer,
+    private_names,
+    warning_filters,
+)
+from moiie_megatron.mcore.patches.patch import Patch
+
+PATCHES: Final[tuple[Patch, ...]] = (
+    *cpu_torch.PATCHES,
+    *cpu_devices.PATCHES,
+    *cpu_gloo.PATCHES,
+    *moe_utils.PATCHES,
+    *output_layer.PATCHES,
+    *adamw.PATCHES,
+    *dist_checkpointing.PATCHES,
+    *warning_filters.PATCHES,
+    *private_names.PATCHES,
+)

@@ -1,0 +1,221 @@
+"""What Megatron-Core and torch do without the patches; run as a program, in a process of its own.
+
+One check per patch, by its name in ``moiie_megatron/mcore/patches/registry.py``.  A check raises
+AssertionError once its patch is no longer needed.  Prints a JSON object: the failed checks and
+their messages.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core import jit
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer
+from megatron.core.tensor_parallel import layers, mappings, random
+from megatron.core.transformer.moe import moe_utils
+
+from moiie_megatron.mcore.patches import cpu_devices, cpu_torch, warning_filters
+
+IS_FIRST_VERSION = megatron.core.__version__.startswith("0.16.")
+
+
+def fails(function: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a call raises; what it raises depends on the build of torch."""
+    try:
+        function(*arguments)
+    except (AssertionError, AttributeError, NameError, RuntimeError, TypeError, ValueError):
+        return True
+    return False
+
+
+def source(module: str) -> str:
+    """The source of a module."""
+    return inspect.getsource(importlib.import_module(module))
+
+
+def compiler() -> None:
+    assert jit.jit_fuser in (torch.compile, torch.jit.script), jit.jit_fuser
+
+
+def cuda_functions() -> None:
+    arguments = {"set_device": (0,)}
+    silent = ("manual_seed", "set_rng_state", "stream")
+    for name in set(cpu_torch.CUDA_FUNCTIONS) - set(silent):
+        assert fails(getattr(torch.cuda, name), *arguments.get(name, ())), name
+    before = torch.get_rng_state()
+    torch.cuda.manual_seed(17)
+    torch.cuda.set_rng_state(torch.Generator().manual_seed(5).get_state())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def nvtx() -> None:
+    for name, arguments in (("range_push", ("a",)), ("range_pop", ()), ("mark", ("a",))):
+        assert name in cpu_torch.NVTX_FUNCTIONS
+        assert fails(getattr(torch.cuda.nvtx, name), *arguments), name
+
+
+def tensors_on_cuda() -> None:
+    assert fails(torch.zeros(1).cuda)
+    assert fails(torch.nn.Linear(1, 1).cuda)
+
+
+def type_strings() -> None:
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+    assert "'torch.cuda.FloatTensor'" in inspect.getsource(distrib_optimizer)
+
+
+def rng_tracker() -> None:
+    assert fails(random._get_cuda_rng_state)
+    before = torch.get_rng_state()
+    random._set_cuda_rng_state(torch.Generator().manual_seed(5).get_state())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def literal_devices() -> None:
+    literal = re.compile(r"""["']cuda["':]""")
+    modules = cpu_devices.MODULES_WITH_LITERAL_DEVICE
+    without = [name for name in modules if not literal.search(source(name))]
+    # Newer versions of Megatron-Core have fewer.
+    assert not without if IS_FIRST_VERSION else len(without) < len(modules), without
+
+
+def split_sizes() -> None:
+    assert torch.is_tensor(moe_utils.maybe_move_tensor_to_cpu(torch.zeros(1), as_numpy=True))
+
+
+def uneven_parts() -> None:
+    """Two processes gather one and two rows."""
+    assert "torch.distributed.all_gather(" in inspect.getsource(mappings._gather_along_first_dim)
+    with tempfile.TemporaryDirectory() as folder:
+        pids = [os.fork() or _gather(rank, Path(folder)) for rank in range(2)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert codes == [3, 3], codes
+
+
+def _gather(rank: int, folder: Path) -> int:
+    code = 1
+    try:
+        store = dist.FileStore(str(folder / "store"), 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        outputs = [torch.zeros(1, 2), torch.zeros(2, 2)]
+        code = 3 if fails(dist.all_gather, outputs, outputs[rank].clone()) else 0
+    finally:
+        os._exit(code)
+
+
+def te_general_gemm() -> None:
+    assert fails(
+        moe_utils.router_gating_linear, torch.ones(2, 4), torch.ones(3, 4), None, torch.float32
+    )
+
+
+def aux_loss_scale() -> None:
+    output, loss = torch.ones(2, requires_grad=True), torch.ones((), requires_grad=True)
+    moe_utils.te_general_gemm = None
+    moe_utils.MoEAuxLossAutoScaler.apply(output, loss).sum().backward()
+    assert fails(moe_utils.MoEAuxLossAutoScaler.set_loss_scale, torch.ones(1))
+
+
+def output_layer() -> None:
+    init = inspect.getsource(layers.ColumnParallelLinear.__init__)
+    assert "self.sequence_parallel = config.sequence_parallel" in init
+    assert "self.allreduce_dgrad = " in init
+    assert "tensor_parallel.ColumnParallelLinear(" in inspect.getsource(GPTModel.__init__)
+
+
+def fused_adamw() -> None:
+    default = torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).param_groups[0]["fused"]
+    assert not default
+    assert not any("fused" in name for name in OptimizerConfig.__dataclass_fields__)
+
+
+def results_queue() -> None:
+    assert filesystem_async._results_queue is None
+    assert "Manager().Queue()" in inspect.getsource(filesystem_async)
+
+
+def optimizer_without_parameters() -> None:
+    for method in (
+        distrib_optimizer.DistributedOptimizer.state_dict,
+        distrib_optimizer.DistributedOptimizer.load_state_dict,
+    ):
+        assert "assert len(steps) == 1" in inspect.getsource(method)
+
+
+def optimizer_loading() -> None:
+    """The loaded tensors have no step, which torch's AdamW keeps beside the moments."""
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(1)
+    optimizer.step()
+    part = SimpleNamespace(
+        optimizer=optimizer,
+        model_param_group_index_map={parameter: (0, 0)},
+        config=SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=False),
+    )
+    loaded = {name: torch.zeros(1) for name in ("param", "exp_avg", "exp_avg_sq")}
+    method = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
+    try:
+        with torch.no_grad():
+            method(part, parameter, loaded)
+    except KeyError as error:
+        assert error.args == ("step",), error
+    else:
+        raise AssertionError("it loads without a step")
+
+
+def expected_logs() -> None:
+    logs = warning_filters.EXPECTED_LOGS
+    gone = [log.start for log in logs if log.start not in source(log.logger)]
+    assert not gone if IS_FIRST_VERSION else len(gone) < len(logs), gone
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "compiler": compiler,
+    "cuda functions": cuda_functions,
+    "nvtx": nvtx,
+    "tensor.cuda()": tensors_on_cuda,
+    "type strings": type_strings,
+    "rng tracker": rng_tracker,
+    "literal devices": literal_devices,
+    "split sizes": split_sizes,
+    "uneven parts": uneven_parts,
+    "te_general_gemm": te_general_gemm,
+    "aux loss scale": aux_loss_scale,
+    "output layer": output_layer,
+    "fused AdamW": fused_adamw,
+    "results queue": results_queue,
+    "optimizer without parameters": optimizer_without_parameters,
+    "optimizer loading": optimizer_loading,
+    "expected logs": expected_logs,
+}
+
+
+def main() -> None:
+    assert not cpu_torch.is_applied()
+    failed = {}
+    for name, check in CHECKS.items():
+        try:
+            check()
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+    print(json.dumps(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

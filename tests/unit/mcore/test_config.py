@@ -1,0 +1,110 @@
+"""From the configuration of a run to Megatron-Core's configuration objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from moiie_megatron.config.schema import MoEConfig, ParallelConfig, RunConfig
+from moiie_megatron.mcore.config import (
+    OWNED_FIELDS,
+    ddp_config,
+    optimizer_config,
+    transformer_config,
+)
+from moiie_megatron.mcore.device import Device
+from tests.helpers.user_errors import user_error
+from tests.parity import tiny
+
+CPU = Device("cpu", "gloo")
+FIELDS = {field.name for field in dataclasses.fields(TransformerConfig)}
+
+
+def run(moe: MoEConfig | None = None, **sections: Any) -> RunConfig:
+    return tiny.run_config(tiny.language("llama"), moe, **sections)
+
+
+def test_sizes_and_dtypes() -> None:
+    config = transformer_config(run(), CPU)
+    sizes = (config.num_layers, config.hidden_size, config.ffn_hidden_size, config.kv_channels)
+    assert sizes == (4, 64, 128, 16)
+    assert config.params_dtype == torch.float32 and not config.bf16
+    assert config.num_moe_experts is None and config.use_cpu_initialization
+
+
+def test_interleaved_experts_are_in_layers_1_and_3() -> None:
+    """Megatron's own ``moe_layer_freq=2`` would choose 0 and 2."""
+    config = transformer_config(run(MoEConfig()), CPU)
+    assert config.moe_layer_freq == [0, 1, 0, 1]
+    assert (config.num_moe_experts, config.moe_router_topk) == (4, 2)
+    assert config.moe_router_load_balancing_type == "none"
+    assert config.moe_token_dispatcher_type == "alltoall"  # replaced by MoIIELayer
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_megatrons_dispatchers_are_passed_on(dispatcher: str) -> None:
+    config = transformer_config(run(MoEConfig(dispatcher=dispatcher)), CPU)
+    assert config.moe_token_dispatcher_type == dispatcher
+
+
+def test_a_sliding_window_includes_the_token_itself() -> None:
+    config = tiny.run_config(tiny.language("phi3", sliding_window=5))
+    assert transformer_config(config, CPU).window_size == (4, 0)
+
+
+def test_longrope_scales_the_scores_twice() -> None:
+    longrope = {
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 16,
+        "factor": 4.0,
+    }
+    attention_factor = math.sqrt(1 + math.log(4) / math.log(16))
+    config = tiny.run_config(tiny.language("phi3", longrope=longrope))
+    assert transformer_config(config, CPU).softmax_scale == pytest.approx(
+        attention_factor**2 / math.sqrt(16)
+    )
+
+
+def test_lengths_vary_only_between_pipeline_stages() -> None:
+    for stages, varies in ((1, False), (2, True)):
+        config = run(parallel=ParallelConfig(pipeline=stages))
+        config = config.model_copy(
+            update={"data": config.data.model_copy(update={"padding": "longest"})}
+        )
+        assert transformer_config(config, CPU).variable_seq_lengths == varies
+
+
+def test_the_megatron_section_is_passed_on_with_its_types() -> None:
+    config = run(megatron={"recompute_modules": ["core_attn"], "init_method_std": "0.5"})
+    megatron = transformer_config(config, CPU)
+    assert megatron.recompute_modules == ["core_attn"] and megatron.init_method_std == 0.5
+
+
+def test_the_megatron_section_by_mistake() -> None:
+    with user_error("megatron.hidden_size", "32", "language.hidden_size"):
+        transformer_config(run(megatron={"hidden_size": 32}), CPU)
+    with user_error("megatron.init_method_std", "wide"):
+        transformer_config(run(megatron={"init_method_std": "wide"}), CPU)
+    with user_error("megatron.recompute_granularty", "recompute_granularity"):
+        transformer_config(run(megatron={"recompute_granularty": "full"}), CPU)
+    with user_error("recompute_granularity", "everything"):
+        transformer_config(run(megatron={"recompute_granularity": "everything"}), CPU)
+
+
+@pytest.mark.parametrize("name", sorted(set(OWNED_FIELDS) & FIELDS))
+def test_owned_fields_are_refused(name: str) -> None:
+    with user_error(f"megatron.{name}"):
+        transformer_config(run(megatron={name: 1}), CPU)
+
+
+def test_optimizer_and_gradients() -> None:
+    optimizer = optimizer_config(run())
+    assert optimizer.lr == 1e-3 and not optimizer.bf16
+    ddp = ddp_config(run(), CPU)
+    assert ddp.grad_reduce_in_fp32 and not ddp.overlap_grad_reduce
