@@ -10,10 +10,12 @@ from typing import Any, Final
 _HERE: Final = Path(__file__).parent
 
 REMOTE_FILES: Final = (
+    "cache_moiie.py",
     "configuration_moiie.py",
     "language_moiie.py",
     "modeling_moiie.py",
     "processing_moiie.py",
+    "version_moiie.py",
 )
 AUTO_MAP: Final = {
     "AutoConfig": "configuration_moiie.MoiieConfig",

@@ -1,8 +1,12 @@
-"""The ``config.json`` of an exported MoIIE model.  Needs transformers 5.23 or newer."""
+"""The ``config.json`` of an exported MoIIE model."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
+
+from .version_moiie import TESTED_VERSIONS  # noqa: F401  # first: older versions lack names below
+
+# isort: split
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec

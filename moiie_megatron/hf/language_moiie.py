@@ -12,6 +12,10 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
+from .version_moiie import TESTED_VERSIONS  # noqa: F401  # first: older versions lack names below
+
+# isort: split
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +32,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .cache_moiie import CACHE, check_takes_cache
 from .configuration_moiie import MoiieConfig
 
 # Experts are stored one by one and computed together.
@@ -69,6 +74,7 @@ class DecoderParts(NamedTuple):
         Raises:
             ValueError: A decoder of another architecture than a norm, attention, a norm and a
                 gated FFN in every layer.
+            RuntimeError: An attention that would ignore the cache.
         """
         kind = type(config)
         module = importlib.import_module(kind.__module__.replace("configuration_", "modeling_"))
@@ -80,6 +86,7 @@ class DecoderParts(NamedTuple):
             with torch.device("meta"):
                 inside = {name.split(".")[0] for name, _ in layer(config, 0).named_parameters()}
             if inside == _LAYER_PARTS:
+                check_takes_cache(parts[0].forward)
                 return cls(*parts)
         raise ValueError(
             f"text_config.model_type is {config.model_type}, whose layers are not a norm, "
@@ -203,7 +210,7 @@ class MoiiePreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoiieDecoderLayer"]  # the vision tower adds its own
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.head\."]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -276,8 +283,8 @@ class MoiieLanguageModel(MoiiePreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: past_key_values},
         )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -287,11 +294,11 @@ class MoiieLanguageModel(MoiiePreTrainedModel):
                 is_image=is_image,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
         return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values}
         )

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .version_moiie import TESTED_VERSIONS  # noqa: F401  # first: older versions lack names below
+
+# isort: split
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +26,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import torch_compilable_check
 
+from .cache_moiie import CACHE, check_covers, one_cache, take_cache
 from .configuration_moiie import MoiieConfig
 from .language_moiie import MoiieLanguageModel, MoiiePreTrainedModel
 
@@ -92,6 +97,7 @@ class MoiieModel(MoiiePreTrainedModel):
         Args:
             input_ids: ``(B, S)``; what stands at image positions does not matter.
             pixel_values: ``(n, 3, height, width)`` in the order of their runs in the batch.
+            past_key_values: May also be passed as ``cache``, its name from transformers 5.24 on.
             inputs_embeds: ``(B, S, H)`` instead of ``input_ids``.
             mm_token_type_ids: ``(B, S)``, 1 at image positions and 0 elsewhere.  Left out, the
                 image positions are those of ``image_token_id``, until there is a cache: what is
@@ -102,7 +108,10 @@ class MoiieModel(MoiiePreTrainedModel):
         Raises:
             ValueError: Both or none of two exclusive inputs, or numbers of image positions and
                 of image tokens that differ.
+            RuntimeError: ``attention_mask`` has positions that neither this step nor the cache
+                has, or a cache comes under an unknown name.
         """
+        past_key_values = take_cache(past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         encoded = (mm_encoder_outputs or {}).get("image")
@@ -119,6 +128,8 @@ class MoiieModel(MoiiePreTrainedModel):
             inputs_embeds = _merge(inputs_embeds, encoded.pooler_output, is_image)
         elif input_ids is not None and input_ids.shape[1] > 1:
             _check_positions(is_image, 0)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            check_covers(past_key_values, inputs_embeds.shape[1], attention_mask.shape[1])
         if self.config.last_image_token_as_text:
             is_image = is_image & F.pad(is_image[:, 1:], (0, 1), value=False)
         return self.language_model(
@@ -140,7 +151,7 @@ class MoiieModel(MoiiePreTrainedModel):
                 "inputs_embeds do not tell which positions are image tokens: pass "
                 "mm_token_type_ids (1 image, 0 text) with them."
             )
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if isinstance(past_key_values, Cache) and past_key_values.get_seq_length() > 0:
             return torch.zeros_like(input_ids, dtype=torch.bool)
         return input_ids == self.config.image_token_id
 
@@ -211,7 +222,7 @@ class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -222,6 +233,7 @@ class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
@@ -229,15 +241,22 @@ class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
         """Inputs of a step; a longrope model that outgrows its original context starts again.
 
         Its rotary frequencies then change for all positions, so that the cache is useless.
+
+        Raises:
+            ValueError: Two caches.
+            RuntimeError: Positions that are not passed again are not in the cache either.
         """
+        past_key_values = one_cache(past_key_values, cache)
         if self._outgrows_cache(input_ids, past_key_values, attention_mask):
             past_key_values, next_sequence_length, is_first_iteration = None, None, True
+        elif next_sequence_length is not None:
+            check_covers(past_key_values, next_sequence_length, input_ids.shape[1])
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             is_first_iteration=is_first_iteration,
+            **{CACHE: past_key_values},
             **kwargs,
         )
 

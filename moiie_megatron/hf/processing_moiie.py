@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from .version_moiie import TESTED_VERSIONS  # noqa: F401  # first: older versions lack names below
+
+# isort: split
+
 import numpy as np
 import transformers
 from PIL import Image, ImageOps
