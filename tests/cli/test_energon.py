@@ -125,15 +125,16 @@ def test_samples_are_those_of_the_plain_loader(
     assert seen <= set(examples) and len(seen) > 60
 
 
-def test_an_epoch_is_the_training_part(shards: dict[str, Path], tmp_path: Path) -> None:
-    from moiie_megatron.data.stream.energon import _num_samples
-
+def test_an_epoch_is_the_training_part(
+    shards: dict[str, Path], digits: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(shards["good"], tmp_path / "good")
     split = folder / ".nv-meta" / "split.yaml"
     parts = yaml.safe_load(split.read_text())
     parts["split_parts"] = {"train": ["shard_00000.tar"], "val": ["shard_00001.tar"], "test": []}
     split.write_text(yaml.safe_dump(parts))
-    assert _num_samples(str(folder)) == 30
+    values = values_of({"good": folder}, digits, tmp_path / "run", "good")
+    assert build_dataset(load(tmp_path, values)).blend.sizes == (30,)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def _write(directory: Path, settings: DigitSettings) -> None:
         "test": _write_lines(directory / "test.jsonl", _test_questions(pictures["test"], rng)),
         "text": _write_lines(directory / "text.jsonl", _texts(settings.train, rng)),
     }
-    tokenizer, vocab_size = _train_tokenizer()
+    tokenizer, vocab_size = train_tokenizer()
     (directory / "tokenizer.model").write_bytes(tokenizer)
     manifest = {"settings": asdict(settings), "records": counts, "vocab_size": vocab_size}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -248,7 +248,7 @@ def _write_lines(file: Path, records: Iterable[dict[str, Any]]) -> int:
     return len(lines)
 
 
-def _train_tokenizer() -> tuple[bytes, int]:
+def train_tokenizer() -> tuple[bytes, int]:
     """A SentencePiece model over the question language, at most 256 pieces; deterministic."""
     from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 

@@ -27,8 +27,10 @@ import numpy as np
 from moiie_megatron.utils.errors import UserError
 
 CACHED_FROM: Final = 16 << 20  # bytes; smaller files are scanned in a fraction of a second
-_CHUNK = 4 << 20
-_LONGEST_RECORD = 64 << 20  # characters; what is longer is taken for a missing bracket or quote
+CHUNK: Final = 4 << 20  # bytes read at a time
+LONGEST_RECORD: Final = (
+    64 << 20
+)  # characters; what is longer is taken for a missing bracket or quote
 _BYTE_ORDER_MARK = "\ufeff"
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -212,14 +214,14 @@ class _Window:
                     self.advance(end - self._cursor)
                     return
             except json.JSONDecodeError:
-                if self._ended or len(self._text) - self._cursor > _LONGEST_RECORD:
+                if self._ended or len(self._text) - self._cursor > LONGEST_RECORD:
                     raise
             self._read_more()
 
     def _read_more(self) -> None:
         """Drop the text before the cursor and at least double the rest: few retries per value."""
         left = self._text[self._cursor :]
-        piece = self._file.read(max(_CHUNK, len(left)))
+        piece = self._file.read(max(CHUNK, len(left)))
         self._ended = not piece
         self._text = left + self._decode(piece, final=self._ended)
         self._cursor = 0

@@ -85,7 +85,6 @@ def build_dataset(config: RunConfig) -> LlavaDataset | EnergonDataset:
             [(source.records, source.weight, source.name or "") for source in config.data.sources],
             encoding,
             ImageDecoder(*_image_options(config)),
-            config.data.num_workers,
         )
     return LlavaDataset(build_sources(config), encoding)
 

@@ -63,10 +63,6 @@ class LlavaDataset:
         """One line for the log: the number of samples of every source in an epoch."""
         return self.blend.describe_epoch([source.label for source in self.sources])
 
-    def describe_order(self, dp_size: int) -> str:
-        """What the order depends on besides the seed: not on the number of ranks."""
-        return self.blend.describe()
-
     @property
     def num_image_tokens(self) -> int:
         return self.encoding.num_image_tokens

@@ -66,7 +66,6 @@ class EnergonDataset:
         sources: Directory (or ``msc://`` address) of the shards, weight and name of each source.
         encoding: Records to token ids.
         images: Image files to pixels.
-        num_workers: Processes per rank that read ahead.
 
     Raises:
         UserError: A directory holds no shards that energon has indexed.
@@ -77,12 +76,10 @@ class EnergonDataset:
         sources: Sequence[tuple[str, float, str]],
         encoding: Encoding,
         images: ImageDecoder,
-        num_workers: int,
     ) -> None:
         self.sources = tuple(sources)
         self.encoding = encoding
         self.images = images
-        self.num_workers = num_workers
         self.blend = Blend.weighted(
             [_num_samples(path) for path, _, _ in sources], [weight for _, weight, _ in sources]
         )
@@ -99,13 +96,6 @@ class EnergonDataset:
         """One line for the log: the samples of every source in an epoch, on average."""
         names = [name or Path(path).name for path, _, name in self.sources]
         return self.blend.describe_epoch(names) + " (energon draws them at random)"
-
-    def describe_order(self, dp_size: int) -> str:
-        """What the order depends on besides the seed."""
-        return (
-            f"{self.blend.describe()} by energon on {dp_size} data-parallel ranks x "
-            f"{self.num_workers} workers"
-        )
 
     def write_blend(self, path: Path) -> None:
         """Write energon's description of the blend (a MetadatasetV2)."""

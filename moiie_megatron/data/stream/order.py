@@ -38,10 +38,6 @@ class Blend:
         """Number of samples of an epoch."""
         return sum(self.counts)
 
-    def describe(self) -> str:
-        """Everything that the order depends on besides the seed, as ``40 of 40, 20 of 41``."""
-        return ", ".join(f"{n} of {size}" for n, size in zip(self.counts, self.sizes, strict=True))
-
     def describe_epoch(self, names: Sequence[str]) -> str:
         """One line for the log, with the names of the sources."""
         parts = [

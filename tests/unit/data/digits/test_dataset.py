@@ -186,7 +186,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def fail() -> None:
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("moiie_megatron.data.digits.dataset._train_tokenizer", fail)
+    monkeypatch.setattr("moiie_megatron.data.digits.dataset.train_tokenizer", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         write_digits(tmp_path / "d", train=4, test=2)
     assert list(tmp_path.iterdir()) == []

@@ -30,7 +30,7 @@ def test_pieces_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, indent: int | None
 ) -> None:
     """Values, characters of several bytes and numbers are cut anywhere."""
-    monkeypatch.setattr(record_index, "_CHUNK", chunk)
+    monkeypatch.setattr(record_index, "CHUNK", chunk)
     path = tmp_path / "a.json"
     text = "\ufeff \n" + json.dumps(VALUES, ensure_ascii=False, indent=indent) + " \n"
     path.write_text(text, encoding="utf-8")
@@ -39,8 +39,8 @@ def test_pieces_of_any_size(
 
 
 def test_an_endless_record_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_index, "_CHUNK", 8)
-    monkeypatch.setattr(record_index, "_LONGEST_RECORD", 100)
+    monkeypatch.setattr(record_index, "CHUNK", 8)
+    monkeypatch.setattr(record_index, "LONGEST_RECORD", 100)
     path = tmp_path / "a.json"
     path.write_text('[1, "' + "x" * 100_000)
     with user_error(path, "after 1 records (byte 4, Unterminated string"):

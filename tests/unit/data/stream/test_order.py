@@ -79,7 +79,9 @@ def test_counts_are_rounded_and_never_zero() -> None:
     blend = Blend.weighted([10, 10, 10, 3], [1.0, 0.26, 2.0, 0.01])
     assert blend.counts == (10, 3, 20, 1)
     assert blend.epoch_size == 34
-    assert blend.describe() == "10 of 10, 3 of 10, 20 of 10, 1 of 3"
+    assert blend.describe_epoch(["a", "b", "c", "d"]) == (
+        "34 samples per epoch: a 10, b 3 (of 10), c 20 (of 10), d 1 (of 3)"
+    )
 
 
 def test_weights_of_one_change_nothing() -> None:
