@@ -15,6 +15,8 @@ import pytest
 from tests.helpers.fork_server import ForkServer
 from tests.helpers.launch import FORKS, ROOT, environment, fork_of, is_running, python, run
 
+pytestmark = pytest.mark.slow  # the server imports everything
+
 PROGRAM = """
 import os, sys, time
 print(sys.argv[1:], os.getcwd(), sys.path[0], __name__)
@@ -102,7 +104,6 @@ def test_a_second_start_changes_nothing() -> None:
     assert (server.directory / "pid").read_text() == pid and is_running(int(pid))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("is_killed", [False, True], ids=["stopped", "killed"])
 def test_it_ends_with_its_owner(is_killed: bool, tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"]) as owner:
