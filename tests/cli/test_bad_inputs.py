@@ -148,5 +148,4 @@ def test_bad_data_on_one_rank_alone(digits: Path, tmp_path: Path) -> None:
         tmp_path, write_config(tmp_path / "run.yaml", values), "data.max_skipped_fraction=0.2"
     )
     assert finished.code != 0
-    assert_one_error("
-".join(errors), "data.max_skipped_fraction", "no.png")
+    assert_one_error("\n".join(errors), "data.max_skipped_fraction", "no.png")
