@@ -7,12 +7,13 @@ SCRIPTS := $(filter-out examples/pretrain_%,$(wildcard examples/*.sh examples/sl
 # One thread per process: tests and the demonstration start more processes than cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test check
+.PHONY: help install demo test test-fast check
 
 help:
 	@echo "make install  .venv with all packages (also done on first use by the others)"
 	@echo "make demo     train and ask a tiny model on the CPU"
 	@echo "make test     all tests"
+	@echo "make test-fast  those that take less than ten seconds each, on one process"
 	@echo "make check    style and types, shell scripts, Dockerfile"
 
 install: $(STAMP)
@@ -26,8 +27,14 @@ $(STAMP): requirements.txt pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
+# Processes that tests start are forks of one that has imported everything
+# (tests/helpers/fork_server.py), but for those that kill processes or send them signals.
+test: export MOIIE_TEST_FORKS = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not distributed"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

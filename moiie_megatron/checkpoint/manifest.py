@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moiie_megatron.utils.digest import file_digest
+from moiie_megatron.utils.digest import ALGORITHMS, SHA256, file_digest
 from moiie_megatron.utils.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
@@ -58,7 +58,7 @@ def sync(path: Path) -> None:
 
 def _entry(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
-    return {"bytes": size} | ({"sha256": file_digest(path)} if size <= _DIGEST_UP_TO else {})
+    return {"bytes": size} | ({SHA256: file_digest(path)} if size <= _DIGEST_UP_TO else {})
 
 
 def _fault(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
@@ -69,7 +69,9 @@ def _fault(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
     if size != entry["bytes"]:
         return f"{name} has {size} bytes instead of {entry['bytes']}"
     try:
-        changed = "sha256" in entry and file_digest(path) != entry["sha256"]
+        # A digest is listed under the name of its algorithm.
+        algorithms = ALGORITHMS.keys() & entry.keys()
+        changed = any(file_digest(path, kind) != entry[kind] for kind in algorithms)
     except UserError:
         return f"{name} cannot be read"
     return f"{name} is not what was written" if changed else None

@@ -22,7 +22,9 @@ from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.utils.digest import tensor_bytes
 from moiie_megatron.utils.errors import UserError
 
-BLOCK: Final = 1 << 19  # bytes that are read, hashed and written at a time
+# Bytes that are read, hashed and written at a time: as many as cp takes.  They stay in the cache of
+# the processor; with 512 kB the kernel took longer to find memory for what is written.
+BLOCK: Final = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,14 @@ class TensorBytes:
             self._digest = digest.hexdigest()
         return self._digest
 
-    def write_to(self, stream: IO[bytes]) -> None:
-        """Append the bytes to ``stream``; the first time they are hashed on the way."""
-        digest = xxh3_128() if self._digest is None else None
+    def write_to(self, stream: IO[bytes], *, is_hashed: bool) -> None:
+        """Append the bytes to ``stream``.
+
+        Args:
+            is_hashed: Hash them on the way if they have not been yet: ``digest`` then need not
+                read them.
+        """
+        digest = xxh3_128() if is_hashed and self._digest is None else None
         for block in self.blocks():
             stream.write(block)
             if digest is not None:

@@ -50,7 +50,7 @@ def run_sequentially(
     body: Callable[[RunConfig, ParallelContext], Any],
     should_continue: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Call ``body`` for every run, each in process groups of its own degrees of parallelism.
+    """Call ``body`` for every run, each in new process groups with the run's parallel degrees.
 
     Args:
         configs: The runs, in order.

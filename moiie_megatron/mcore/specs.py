@@ -78,8 +78,8 @@ def _with_mlp(dense: ModuleSpec, mlp: ModuleSpec, device: Device) -> ModuleSpec:
     spec = copy.deepcopy(dense)
     spec.submodules.mlp = mlp
     spec.submodules.pre_mlp_layernorm = _norm(device)
-    # That norm has a checkpoint name of its own, as in Megatron's MoE specs for Transformer
-    # Engine.
+    # It is stored under its own name, not as part of linear_fc1, as in Megatron's MoE specs for
+    # Transformer Engine.
     spec.submodules.sharded_state_dict_keys_map = {
         source: target
         for source, target in spec.submodules.sharded_state_dict_keys_map.items()

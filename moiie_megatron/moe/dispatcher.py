@@ -57,7 +57,7 @@ class DispatchSplits:
 
 @dataclass
 class Dispatched:
-    """What combining needs to know of the dispatch before it.
+    """State that dispatch leaves for combine.
 
     Attributes:
         hidden_shape: Shape of the hidden states that were dispatched.

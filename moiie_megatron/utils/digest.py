@@ -22,7 +22,7 @@ SHA256: Final = "sha256"
 XXH3_128: Final = "xxh3_128"
 
 
-_ALGORITHMS: Final[dict[str, Callable[[], Any]]] = {
+ALGORITHMS: Final[dict[str, Callable[[], Any]]] = {
     SHA256: hashlib.sha256,
     XXH3_128: xxhash.xxh3_128,
 }
@@ -39,7 +39,7 @@ def file_digest(file: Path, algorithm: str = SHA256) -> str:
     """
     try:
         with file.open("rb") as stream:
-            return hashlib.file_digest(stream, _ALGORITHMS[algorithm]).hexdigest()
+            return hashlib.file_digest(stream, ALGORITHMS[algorithm]).hexdigest()
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error}): copy it again.") from error
 

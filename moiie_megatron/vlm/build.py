@@ -115,7 +115,7 @@ def _te_experts() -> ModuleSpec:
 def _broadcast_over_tensor_ranks(
     modules: tuple[torch.nn.Module, ...], context: ParallelContext
 ) -> None:
-    """Make the replicas on tensor-parallel ranks equal, whatever each has drawn."""
+    """Copy the weights of tensor-parallel rank 0 to the replicas on the other ranks."""
     if context.groups.tp.size() == 1:
         return
     source = torch.distributed.get_global_rank(context.groups.tp, 0)

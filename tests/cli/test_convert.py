@@ -121,6 +121,7 @@ def test_training_starts_from_a_converted_checkpoint(
     assert len(tokenizer["model"]["vocab"]) > 100
 
 
+@pytest.mark.slow
 def test_no_process_group_and_no_megatron() -> None:
     """A machine without Megatron-Core's dependencies converts, too."""
     program = (
@@ -145,6 +146,7 @@ def _slowly(convert: _Convert, *words: str | Path) -> None:
     convert(*words)
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_that_looks_finished(
     convert: _Convert, tmp_path: Path
 ) -> None:

@@ -73,7 +73,7 @@ def test_a_difference_is_named(models: Path, tmp_path: Path) -> None:
 def test_errors_are_one_sentence(models: Path, tmp_path: Path) -> None:
     checkpoint, export = str(models / "checkpoint"), str(models / "export")
     cases = [
-        (["verify", checkpoint, str(tmp_path / "none")], (tmp_path / "none", "no folder")),
+        (["verify", checkpoint, str(tmp_path / "none")], (tmp_path / "none", "There is no")),
         (["verify", checkpoint, export, "--tolerance", "-1"], ("--tolerance", "-1.0")),
         (
             ["reshard", checkpoint, "--tp", "3", "--out", str(tmp_path / "out")],

@@ -104,6 +104,7 @@ def job(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
             kill_group(process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to_everything", [False, True])
 def test_signals_reach_the_workers(
     job: subprocess.Popen[str], to_everything: bool, tmp_path: Path
@@ -125,6 +126,7 @@ def test_signals_reach_the_workers(
     assert len(list(tmp_path.glob("saved*"))) == 2
 
 
+@pytest.mark.slow
 def test_a_failed_worker_fails_the_script(tmp_path: Path) -> None:
     result = subprocess.run(
         [*SCRIPT, "--no-python", "bash", "-c", "exit 3"],

@@ -36,14 +36,15 @@ def test_the_rules_themselves(tmp_path: Path) -> None:
         "# A page, with a title\n\n[good](#a-page-with-a-title) [bad](#no) [bad](no.md)\n"
         "`moe/router.py` `moe/no.py` `routing.jsonl` `no.jsonl` `layout/` `nowhere/`\n"
         "`moe.top_k` `moe.topk=2` `megatron.num_moe_experts` `megatron.no` `stage.preset`\n"
-        "`ExpertLayout.name` `ExpertLayuot.name` `padding_mask` `padding_maks` `OUTPUT/no.py`\n"
+        "`ExpertLayout.name` `ExpertLayuot.name` `Batch.tokns`\n"
+        "`padding_mask` `padding_maks` `OUTPUT/no.py`\n"
     )
     assert {rule.__name__: list(rule(page)) for rule in RULES} == {
         "broken_links": ["#no", "no.md"],
         "missing_files": ["moe/no.py"],
         "never_written": ["no.jsonl", "nowhere/"],
         "unknown_keys": ["moe.topk=2", "megatron.no"],
-        "unknown_names": ["ExpertLayuot", "padding_maks"],
+        "unknown_names": ["ExpertLayuot", "Batch.tokns", "padding_maks"],
     }
 
 
@@ -92,6 +93,11 @@ def unknown_names(page: Path) -> Iterator[str]:
         if not _NAME.fullmatch(code) or _FILE.fullmatch(code) or _KEY.fullmatch(code):
             continue
         parts = [part for part in code.split(".") if re.search(r"_|[a-z][A-Z]|^[A-Z][a-z]", part)]
+        owner, _, member = code.partition(".")
+        if owner in _classes() and member:
+            if not re.search(rf"\b{member}\b", _classes()[owner]):
+                yield code
+            continue
         known = _words() | megatron_fields() | _ELSEWHERE
         yield from (part for part in parts if part not in known)
 
@@ -130,3 +136,10 @@ def _text(*directories: str) -> str:
 @cache
 def _words() -> frozenset[str]:
     return frozenset(re.findall(r"\w+", _text(*SOURCES)))
+
+
+@cache
+def _classes() -> dict[str, str]:
+    """Classes of the package, each with the source of its file."""
+    sources = [p.read_text(encoding="utf-8") for p in (ROOT / "moiie_megatron").rglob("*.py")]
+    return {found: s for s in sources for found in re.findall(r"^class (\w+)", s, re.MULTILINE)}

@@ -119,3 +119,16 @@ def test_every_patch_is_described() -> None:
     ]
     assert len(names) > 20
     assert [name for name in names if name not in " ".join(page.split())] == []
+
+
+def test_the_levels_of_packages_are_those_of_the_rule() -> None:
+    rules = ast.parse((ROOT / "tests/design/test_rules.py").read_text(encoding="utf-8"))
+    (levels,) = (
+        ast.literal_eval(node.value)
+        for node in rules.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LEVELS"
+    )
+    page = (ROOT / "docs/architecture.md").read_text()
+    rows = dict(re.findall(r"^\| (\d+) \| ([^|]+) \|", page, re.MULTILINE))
+    found = [sorted(re.findall(r"(\w+)/", rows[str(level)])) for level in range(len(rows))]
+    assert found == [sorted(row) for row in levels]

@@ -27,7 +27,7 @@ def _inputs(counts: list[int], dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)], ids=["fp32", "bf16"]
 )
 def test_output_and_gradients(counts: list[int], dtype: torch.dtype, tolerance: float) -> None:
     rows = torch.tensor(counts)
@@ -36,9 +36,10 @@ def test_output_and_gradients(counts: list[int], dtype: torch.dtype, tolerance: 
     on_gpu = [tensor.cuda().requires_grad_() for tensor in inputs]
     wanted = looped_ffn(*on_cpu, rows, F.silu)
     found = expert_ffn(*on_gpu, rows, F.silu)
-    upstream = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(wanted.shape, generator=generator).to(dtype)
     wanted_all = [wanted, *torch.autograd.grad(wanted, on_cpu, upstream.double())]
-    found_all = [found, *torch.autograd.grad(found, on_gpu, upstream.to(dtype).cuda())]
+    found_all = [found, *torch.autograd.grad(found, on_gpu, upstream.cuda())]
     for got, want in zip(found_all, wanted_all, strict=True):
         assert got.is_cuda and got.dtype == dtype
         allowed = tolerance * float(want.abs().max().clamp(min=1e-6))

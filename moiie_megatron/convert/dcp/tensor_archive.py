@@ -62,7 +62,7 @@ def write_piece(
         torch.save(stand_in, cast(IO[bytes], recorder))
     for content in recorder.written:
         if content is None:
-            data.write_to(stream)
+            data.write_to(stream, is_hashed=True)
         else:
             stream.write(content)
     return offset, stream.tell() - offset

@@ -81,7 +81,7 @@ class SafetensorsWriter:
         file, expected = next(self._waiting)
         assert name == expected, (name, expected)
         assert data.info == self.files[file][name], name
-        data.write_to(self._stream(file))
+        data.write_to(self._stream(file), is_hashed=False)
 
     def _stream(self, file: str) -> IO[bytes]:
         """The file to append to, with its header."""

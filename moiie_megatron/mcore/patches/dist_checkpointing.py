@@ -148,6 +148,5 @@ PATCHES: Final = (
         "have state, a step is looked up among the loaded tensors, where saving has left it out, "
         "and all parameters get one and the same step tensor, which every update then advances "
         "once per parameter.",
-        versions="megatron-core 0.16.1",
     ),
 )

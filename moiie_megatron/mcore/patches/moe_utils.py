@@ -28,6 +28,7 @@ PATCHES: Final = (
         reason="router_gating_linear reads it, and without Transformer Engine it is an undefined "
         "name (NameError).",
         creates=True,
+        versions=("0.16",),
     ),
     Patch(
         name="aux loss scale",

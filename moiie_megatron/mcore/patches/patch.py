@@ -9,10 +9,10 @@ needed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-# Versions that the project has been run with.
-TESTED = "megatron-core 0.16.1 and 0.19.2"
+# Minor versions of Megatron-Core whose last release was examined: 0.16.1 and 0.19.2.
+EXAMINED: Final = ("0.16", "0.19")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Patch:
             and relies on when Megatron calls them, ``private name`` uses names that Megatron or
             torch may rename in any release.
         creates: The targets do not exist before the patch.
-        versions: Where it is known to be needed.
+        versions: Minor versions of Megatron-Core that are known to need it.
         need_not_shown: Why no test on the CPU can show that it is needed; empty where one does.
     """
 
@@ -36,5 +36,10 @@ class Patch:
     reason: str
     kind: Literal["patch", "override", "private name"] = "patch"
     creates: bool = False
-    versions: str = TESTED
+    versions: tuple[str, ...] = EXAMINED
     need_not_shown: str = ""
+
+    def is_needed_in(self, version: str) -> bool:
+        """Whether a version of Megatron-Core needs it; unknown versions count as needing it."""
+        minor = ".".join(version.split(".")[:2])
+        return minor in self.versions or minor not in EXAMINED

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.config.validate import check_config, check_megatron_section, check_paths
+from moiie_megatron.config.validate import check_config, check_megatron_section
 from tests.helpers.user_errors import user_error
 from tests.unit.config.minimal import load_minimal
 
@@ -343,40 +342,6 @@ def test_impossible_world(
 def test_possible_world(tmp_path: Path, overrides: list[str], world_size: int) -> None:
     config = load_minimal(tmp_path, overrides)
     check_config(config, world_size=world_size)
-
-
-def test_paths(tmp_path: Path) -> None:
-    def config(*overrides: str) -> RunConfig:
-        return load_minimal(
-            tmp_path,
-            [
-                f"data.sources=[{{records: {tmp_path}/r.json, images: {tmp_path}/images}}]",
-                f"data.tokenizer={tmp_path}/tokenizer.model",
-                *overrides,
-            ],
-        )
-
-    def refuses(*parts: object, overrides: tuple[str, ...] = ()) -> None:
-        with user_error(*parts):
-            check_paths(config(*overrides))
-
-    refuses("data.sources", "empty", "at least one", overrides=("data.sources=[]",))
-    tokenizer = tmp_path / "tokenizer.model"
-    refuses("data.tokenizer", tokenizer, "does not exist")
-    tokenizer.touch()
-    records = tmp_path / "r.json"
-    refuses("data.sources.0.records", records, "does not exist")
-    records.mkdir()
-    refuses("data.sources.0.records", records, "not a file")
-    records.rmdir()
-    records.touch()
-    refuses("data.sources.0.images", tmp_path / "images", "does not exist")
-    (tmp_path / "images").mkdir()
-    check_paths(config())
-    for key in ("language.pretrained", "vision.pretrained", "checkpoint.init_from"):
-        refuses(key, tmp_path / "w", "does not exist", overrides=(f"{key}={tmp_path}/w",))
-        refuses(key, tokenizer, "not a directory", overrides=(f"{key}={tokenizer}",))
-        check_paths(config(f"{key}={tmp_path}/images"))
 
 
 @pytest.mark.parametrize(

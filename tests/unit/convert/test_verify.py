@@ -230,7 +230,7 @@ def test_what_cannot_be_opened(llama: Path, tmp_path: Path) -> None:
         with user_error(*parts):
             open_weights(path)
 
-    refused(tmp_path / "none", tmp_path / "none", "no folder")
+    refused(tmp_path / "none", tmp_path / "none", "There is no")
     refused(tmp_path, tmp_path, "config.json", "run.yaml")
     refused(llama / "vision", "model_type", "'siglip_vision_model'")
     spoilt = Path(shutil.copytree(llama / "checkpoint", tmp_path / "spoilt"))

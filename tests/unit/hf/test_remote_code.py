@@ -65,6 +65,7 @@ def export(directory: Path, processor: MoiieProcessor) -> Path:
     return export
 
 
+@pytest.mark.slow
 def test_loads_and_runs_alone(export: Path, directory: Path, processor: MoiieProcessor) -> None:
     output, again = directory / "output.safetensors", directory / "again"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -49,6 +49,47 @@ def test_torch_reads_what_is_written(bytes_per_file: int, tmp_path: Path) -> Non
         assert torch.equal(state[name], tensor)
 
 
+def test_reads_what_torch_writes(tmp_path: Path) -> None:
+    """The version gate, the other way round."""
+    state = PLAIN | {"experts": EXPERTS}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    torch.save(COMMON, tmp_path / "common.pt")
+    (tmp_path / "metadata.json").write_text("{}")
+    (tmp_path / CONFIG_FILE).touch()
+    reader = CheckpointReader(tmp_path)
+    assert reader.tensors.keys() == state.keys() and not reader.objects
+    for name, tensor in state.items():
+        assert torch.equal(reader.get(name), tensor)
+        assert torch.equal(reader.get_bytes(name).tensor(), tensor)
+    assert torch.equal(reader.get_bytes("experts", 2).tensor(), EXPERTS[2])
+
+
+def test_metadata_is_torchs_own(tmp_path: Path) -> None:
+    """Of the installed version: no field is missing, none has another type."""
+    dcp.save(PLAIN, checkpoint_id=tmp_path / "torch", no_dist=True)
+    with CheckpointWriter(_made(tmp_path / "ours")) as writer:
+        for name, tensor in PLAIN.items():
+            writer.write(name, tensor)
+        writer.finish(COMMON)
+    theirs, ours = (
+        pickle.loads((tmp_path / name / ".metadata").read_bytes()) for name in ("torch", "ours")
+    )
+    assert vars(ours).keys() == vars(theirs).keys() and ours.version == theirs.version
+    assert ours.storage_data.keys() == theirs.storage_data.keys()
+    for index, place in theirs.storage_data.items():
+        mine = vars(ours.storage_data[index])
+        assert {k: type(v) for k, v in mine.items()} == {k: type(v) for k, v in vars(place).items()}
+    for name, entry in theirs.state_dict_metadata.items():
+        mine = ours.state_dict_metadata[name]
+        assert (mine.size, mine.chunks) == (entry.size, entry.chunks)
+        assert mine.properties.dtype == entry.properties.dtype
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
 def test_reads_what_is_written(tmp_path: Path) -> None:
     reader = CheckpointReader(_write(tmp_path))
     assert set(reader.tensors) == {*PLAIN, "experts"} and reader.common == COMMON

@@ -53,6 +53,13 @@ def test_names_are_unique_and_reasons_are_given() -> None:
     assert all(patch.targets and patch.reason and patch.versions for patch in PATCHES)
 
 
+def test_versions_that_need_a_patch() -> None:
+    """A version that nobody has examined is assumed to need everything."""
+    patch = Patch("a", ("torch",), "because", versions=("0.16",))
+    needed = {version: patch.is_needed_in(version) for version in ("0.16.1", "0.19.2", "0.20.0")}
+    assert needed == {"0.16.1": True, "0.19.2": False, "0.20.0": True}
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="what a CPU build of torch refuses")
 def test_every_patch_is_still_needed() -> None:
     """In a process without patches; the registry says where need cannot be shown."""

@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel import layers, mappings, random
 from megatron.core.transformer.moe import moe_utils
 
 from moiie_megatron.mcore.patches import cpu_devices, cpu_torch, warning_filters
+from moiie_megatron.mcore.patches.registry import PATCHES
 
 IS_FIRST_VERSION = megatron.core.__version__.startswith("0.16.")
 
@@ -135,7 +136,7 @@ def output_layer() -> None:
     init = inspect.getsource(layers.ColumnParallelLinear.__init__)
     assert "self.sequence_parallel = config.sequence_parallel" in init
     assert "self.allreduce_dgrad = " in init
-    assert "tensor_parallel.ColumnParallelLinear(" in inspect.getsource(GPTModel.__init__)
+    assert "tensor_parallel.ColumnParallelLinear" in inspect.getsource(GPTModel.__init__)
 
 
 def fused_adamw() -> None:
@@ -209,11 +210,13 @@ CHECKS: dict[str, Callable[[], None]] = {
 def main() -> None:
     assert not cpu_torch.is_applied()
     failed = {}
-    for name, check in CHECKS.items():
+    for patch in PATCHES:
+        if patch.need_not_shown or not patch.is_needed_in(megatron.core.__version__):
+            continue
         try:
-            check()
+            CHECKS[patch.name]()
         except Exception as error:
-            failed[name] = f"{type(error).__name__}: {error}"
+            failed[patch.name] = f"{type(error).__name__}: {error}"
     print(json.dumps(failed))
 
 
