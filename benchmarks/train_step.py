@@ -100,7 +100,7 @@ def run_config(
 
 
 def example(generator: torch.Generator, text: int, images: int, config: RunConfig) -> Example:
-    """Random ids behind random pictures; all text is learnt."""
+    """Random ids behind random pictures; all text is trained on."""
     vision, front = config.vision, images * config.vision.num_image_tokens
     tokens = torch.randint(config.language.vocab_size, (front + text,), generator=generator)
     types = torch.full(tokens.shape, TEXT, dtype=torch.int8)

@@ -27,7 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         os.environ[FORKS] = str(directory)  # also in the environment of xdist's workers
         stack.callback(os.environ.pop, FORKS)
-        stack.callback(ForkServer(directory).stop)
+        server = ForkServer(directory)
+        server.own()
+        stack.callback(server.stop)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -203,8 +203,7 @@ def _plain_source(records: str, images: str, mode: Any) -> Source:
     from moiie_megatron.data.stream.dataset import Source
 
     # Images are decoded only to find unusable ones: the size of the result does not matter.
-    grey = (0.5, 0.5, 0.5)
-    loader = ImageLoader(images, 32, mode, mean=grey, std=grey)
+    loader = ImageLoader(images, 32, mode, mean=(0.5, 0.5, 0.5))
     return Source(RecordFile(records), loader)
 
 

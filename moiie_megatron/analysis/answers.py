@@ -122,7 +122,7 @@ def _thumbnail(root: str, path: str) -> str:
     Raises:
         UserError: The directory or the image cannot be read.
     """
-    loader = ImageLoader(root, _SIDE, "pad", _WHITE, _WHITE)
+    loader = ImageLoader(root, _SIDE, "pad", _WHITE)
     image = Image.fromarray(loader.load(path).permute(1, 2, 0).numpy())
     stream = io.BytesIO()
     image.quantize(64).save(stream, format="PNG", optimize=True)

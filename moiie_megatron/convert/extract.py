@@ -1,6 +1,6 @@
 """Extract: one expert of every MoE layer becomes the FFN of a dense Hugging Face model.
 
-The paper's analysis of what single experts have learnt: attention, embeddings, vision tower and
+The paper's analysis of what single experts have learned: attention, embeddings, vision tower and
 connector stay, routers and all other experts are left out.
 """
 

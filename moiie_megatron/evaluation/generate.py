@@ -106,9 +106,8 @@ class Generator:
 
     def image_loader(self, root: str | Path) -> ImageLoader:
         """A loader of images below ``root`` that processes them as in training."""
-        mean, std = self.statistics.mean, self.statistics.std
-        size = self.config.vision.image_size
-        return ImageLoader(root, size, self.config.stage.image_mode, mean, std)
+        size, mode = self.config.vision.image_size, self.config.stage.image_mode
+        return ImageLoader(root, size, mode, self.statistics.mean)
 
     def prompt(self, turns: Sequence[Turn], images: Sequence[Tensor]) -> Prompt:
         """Encode a conversation that ends with a user turn.

@@ -67,8 +67,8 @@ def record_step(
     train_state = prepare_training(config, context, model, steps=10)
     labels, *_ = count_tokens(batches, context)
     scale = len(batches) * context.dp_size / max(labels, 1)
-    losses_M = run_schedule(config, context, train_state.ddp, batches, loss_scale=scale)
-    loss = losses_M.sum() / max(labels, 1)
+    micro_batch_losses = run_schedule(config, context, train_state.ddp, batches, loss_scale=scale)
+    loss = micro_batch_losses.sum() / max(labels, 1)
     for group in (context.groups.dp, context.groups.pp):
         dist.all_reduce(loss, group=group)
     counters = RoutingCounters(config, context, model)

@@ -84,7 +84,7 @@ class ChatFormat:
     Args:
         name: As in ``stage.template``.
         header: In front of a turn; ``{role}`` is user, assistant or system.
-        end: Ends a turn and is learnt after an assistant turn.
+        end: Ends a turn; trained on after an assistant turn.
         markers: Tokens that the vocabulary must have.
         begin: In front of the conversation.
         gap: Between the end of a turn and the next header.

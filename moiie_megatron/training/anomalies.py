@@ -128,7 +128,7 @@ class AnomalyMonitor:
                     "label_tokens": batch.num_label_tokens,
                     "loss": loss / max(batch.num_label_tokens, 1),
                 }
-                for batch, loss in zip(batches, result.losses_M.tolist(), strict=True)
+                for batch, loss in zip(batches, result.micro_batch_losses.tolist(), strict=True)
             ]
         ranks: list[Any] = [None] * context.size
         dist.all_gather_object(ranks, own)

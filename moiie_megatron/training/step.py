@@ -25,7 +25,7 @@ from moiie_megatron.vlm.model import MoIIEModel
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; equal on every rank but for ``losses_M``.
+    """What a step did; equal on every rank but for ``micro_batch_losses``.
 
     Attributes:
         lm_loss: Cross-entropy averaged over the label tokens of the global batch.
@@ -37,8 +37,8 @@ class StepResult:
         positions: Tokens of the global batch, with padding.
         updated: False if loss or gradient was not finite: the step has changed nothing.
         also_summed: The sums over all ranks of ``also_sum`` (see ``train_step``).
-        losses_M: fp32 ``(M,)``, the summed token losses of each of this rank's M micro-batches,
-            0 before the last stage.
+        micro_batch_losses: fp32, the summed token losses of each of this rank's micro-batches, 0
+            before the last stage.
     """
 
     lm_loss: float
@@ -50,7 +50,7 @@ class StepResult:
     positions: int
     updated: bool
     also_summed: list[float]
-    losses_M: Tensor
+    micro_batch_losses: Tensor
 
 
 def forward_inputs(config: RunConfig, batch: Batch, context: ParallelContext) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def run_schedule(
         loss_scale: Factor on the summed token losses of every micro-batch.
 
     Returns:
-        fp32 ``(M,)``, the summed token losses of each of this rank's M micro-batches (0 before
+        fp32, the summed token losses of each of this rank's micro-batches (0 before
         the last stage).
     """
 
@@ -165,7 +165,7 @@ def train_step(
     labels, tokens, image_tokens, positions = count_tokens(batches, context)
     train_state.ddp.zero_grad_buffer()
     train_state.optimizer.zero_grad()
-    losses_M = run_schedule(
+    micro_batch_losses = run_schedule(
         config,
         context,
         train_state.ddp,
@@ -173,7 +173,7 @@ def train_step(
         loss_scale=len(batches) * context.dp_size / max(labels, 1),
     )
     # Started before the optimizer step, read after it has synced for the gradient norm anyway.
-    sums = _sum_over_ranks(losses_M, also_sum(), context)
+    sums = _sum_over_ranks(micro_batch_losses, also_sum(), context)
     updated, grad_norm = train_state.optimizer.step_if(lambda: bool(sums[0].isfinite()))
     if updated:
         train_state.scheduler.step(increment=1)
@@ -188,7 +188,7 @@ def train_step(
         positions=positions,
         updated=updated,
         also_summed=also_summed,
-        losses_M=losses_M,
+        micro_batch_losses=micro_batch_losses,
     )
 
 
@@ -200,14 +200,18 @@ def evaluate_loss(
     labels, *_ = count_tokens(batches, context)
     was_training = model.training
     model.eval()
-    losses_M = run_schedule(config, context, model, batches, loss_scale=1.0, forward_only=True)
+    micro_batch_losses = run_schedule(
+        config, context, model, batches, loss_scale=1.0, forward_only=True
+    )
     model.train(was_training)
-    return float(_sum_over_ranks(losses_M, [], context)) / max(labels, 1)
+    return float(_sum_over_ranks(micro_batch_losses, [], context)) / max(labels, 1)
 
 
-def _sum_over_ranks(losses_M: Tensor, others: list[float], context: ParallelContext) -> Tensor:
+def _sum_over_ranks(
+    micro_batch_losses: Tensor, others: list[float], context: ParallelContext
+) -> Tensor:
     """fp64 ``(1 + len(others),)``: the loss summed over the global batch, then the others."""
-    total = losses_M.double().sum()  # 0 before the last stage
+    total = micro_batch_losses.double().sum()  # 0 before the last stage
     if context.groups.tp.rank() != 0:  # tensor-parallel ranks hold the same losses
         total = torch.zeros_like(total)
     sums = torch.cat([total.reshape(1), total.new_tensor(others)])

@@ -70,6 +70,7 @@ def test_import_then_extract(trained: Path, tmp_path: Path) -> None:
     assert result.stdout.split("\n")[0] == "[] 3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

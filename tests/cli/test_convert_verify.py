@@ -54,6 +54,7 @@ def test_reshard_and_verify(models: Path, tmp_path: Path) -> None:
     assert "tensors: 39 compared, 39 equal" in finished.stdout
 
 
+@pytest.mark.slow
 def test_a_difference_is_named(models: Path, tmp_path: Path) -> None:
     other = write_language(tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
@@ -70,6 +71,7 @@ def test_a_difference_is_named(models: Path, tmp_path: Path) -> None:
     assert finished.stdout.endswith("\nDIFFERENT: 4 tensors differ\n")
 
 
+@pytest.mark.slow
 def test_errors_are_one_sentence(models: Path, tmp_path: Path) -> None:
     checkpoint, export = str(models / "checkpoint"), str(models / "export")
     cases = [

@@ -39,7 +39,7 @@ def test_perplexity(
         model.lm_head.weight.mul_(3.0)
     other = _model(tmp_path / "other", seed=1)
     model.save_pretrained(other)
-    with pytest.raises(SystemExit, match=r"perplexity.py: they differ by more than 0.001"):
+    with pytest.raises(SystemExit, match=r"0\.001"):
         _run(one, other, patch=monkeypatch)
-    with pytest.raises(SystemExit, match=r"nowhere holds no config.json"):
+    with pytest.raises(SystemExit, match=r"nowhere.*config.json"):
         _run(tmp_path / "nowhere", patch=monkeypatch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def _python_files(*folders: str) -> list[Path]:
     )
 
 
+@functools.cache
 def _imports(path: Path, source: str) -> list[str]:
     """Full names of the modules that a file imports anywhere in it; ``from a import b`` gives
     ``a.b``, whether b is a module or not."""

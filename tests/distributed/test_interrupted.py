@@ -294,7 +294,11 @@ def test_nothing_outlives_a_killed_launcher(tmp_path: Path, whole: Path) -> None
         assert len(ranks) == 2 and len(family) >= 2 + 2 * DATA["num_workers"]
         job.kill()
         job.wait(10)
-        wait_until(lambda: not any(map(is_running, family)), log.read_text, timeout=10)
+        try:
+            wait_until(lambda: not any(map(is_running, family)), log.read_text, timeout=10)
+        finally:
+            for pid in filter(is_running, family):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _workers(launcher: int) -> dict[int, int]:

@@ -29,17 +29,17 @@ def in_a_step(rank: int, only_rank: str = "") -> None:
 
 
 def in_the_data(rank: int, only_rank: str = "") -> None:
-    """Encoding a sample fails after some have worked, wherever samples are read."""
-    from moiie_megatron.data.stream import dataset
+    """Reading a sample fails after some have worked, in whichever process it is read."""
+    from moiie_megatron.data.stream.dataset import LlavaDataset
 
-    original, calls = dataset.encode, 0
+    original, calls = LlavaDataset.__getitem__, 0
 
-    def encode(*args: Any) -> Any:
+    def read(self: LlavaDataset, i: int) -> Any:
         nonlocal calls
         calls += 1
         if calls == 10:
             _bug()
-        return original(*args)
+        return original(self, i)
 
     if only_rank in ("", str(rank)):
-        dataset.encode = encode
+        LlavaDataset.__getitem__ = read  # type: ignore[method-assign]

@@ -50,6 +50,8 @@ SHARED = (
 class ForkServer:
     """The server of a directory: any process of a test session may start it, one does.
 
+    It ends with the process that has made the directory its own (``own``), however that ends.
+
     Attributes:
         executable: What to use as Python.
     """
@@ -57,6 +59,10 @@ class ForkServer:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.executable = directory / "python"
+
+    def own(self) -> None:
+        """Make this process the owner; before the first ``start``."""
+        (self.directory / "owner").write_text(str(os.getpid()))
 
     def start(self, environment: dict[str, str]) -> None:
         """Start the server, unless it runs already."""
@@ -78,6 +84,7 @@ class ForkServer:
             listener.bind(str(address))
             listener.listen(100)
             words = [sys.executable, __file__, str(listener.fileno()), str(self.executable)]
+            words.append((self.directory / "owner").read_text())
             return subprocess.Popen(
                 words,
                 env=environment,
@@ -96,15 +103,17 @@ class ForkServer:
 class _Server:
     """Clients and their forks; one thread, because a process with several cannot fork."""
 
-    def __init__(self, listener: socket.socket, executable: Path) -> None:
+    def __init__(self, listener: socket.socket, executable: Path, owner: int) -> None:
         self.listener = listener
         self.executable = executable
         self.forks: dict[int, tuple[int, socket.socket]] = {}  # by pid: descriptor and client
         self.selector = selectors.DefaultSelector()
         self.selector.register(listener, selectors.EVENT_READ, self.accept)
+        self.owner = os.pidfd_open(owner)  # readable when it has ended
+        self.selector.register(self.owner, selectors.EVENT_READ, sys.exit)
 
     def serve(self) -> None:
-        """Until SIGTERM, which no fork survives."""
+        """Until SIGTERM or the owner's end, which no fork survives."""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         try:
             while True:
@@ -171,6 +180,7 @@ class _Server:
         """Close what a fork has inherited."""
         self.selector.close()
         self.listener.close()
+        os.close(self.owner)
         for descriptor, client in self.forks.values():
             os.close(descriptor)
             client.close()
@@ -227,7 +237,7 @@ def main() -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the collector would touch, and so copy, every page in every fork
-    _Server(listener, Path(sys.argv[2])).serve()
+    _Server(listener, Path(sys.argv[2]), int(sys.argv[3])).serve()
 
 
 if __name__ == "__main__":

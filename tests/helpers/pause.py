@@ -20,6 +20,7 @@ from typing import Any
 from tests.helpers.ranks import wait_until
 
 _EVERY = 0.005  # seconds between two looks
+_AT_MOST = 300  # seconds
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ def _wait(rank: int, directory: Path) -> None:
         if callable(signal.getsignal(number)):
             before[number] = signal.signal(number, note)
     (directory / f"paused-{attempt}-{rank}").touch()
+    deadline = time.monotonic() + _AT_MOST
     while not any((directory / name).exists() for name in ("go", f"go-{attempt}")):
+        if time.monotonic() > deadline:  # the test is gone
+            os._exit(1)
         time.sleep(_EVERY)
     for number, handler in before.items():
         signal.signal(number, handler)

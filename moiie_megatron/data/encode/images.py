@@ -51,7 +51,6 @@ class ImageDecoder:
         mode: ``square`` stretches to S x S; ``pad`` first pastes the image into the centre of a
             square of the mean colour (LLaVA's ``image_aspect_ratio: pad``).
         mean: Mean per channel, 0..1: the colour of the padding.
-        std: Standard deviation per channel, for ``normalize``.
         max_pixels: Larger images are refused before they are decoded; in ``pad`` mode the pixels
             of the padded square count.
     """
@@ -61,13 +60,11 @@ class ImageDecoder:
         image_size: int,
         mode: Literal["square", "pad"],
         mean: tuple[float, float, float],
-        std: tuple[float, float, float],
         max_pixels: int = 2**26,
     ) -> None:
         self.image_size = image_size
         self.mode = mode
         self.mean = mean
-        self.std = std
         self.max_pixels = max_pixels
 
     def decode(self, file: Path | BinaryIO, name: str) -> Tensor:
@@ -153,7 +150,6 @@ class ImageLoader(ImageDecoder):
         image_size: int,
         mode: Literal["square", "pad"],
         mean: tuple[float, float, float],
-        std: tuple[float, float, float],
         max_pixels: int = 2**26,
     ) -> None:
         self.root = Path(root).resolve()
@@ -161,7 +157,7 @@ class ImageLoader(ImageDecoder):
             raise UserError(
                 f"The image directory {root} does not exist or is no directory: correct the path."
             )
-        super().__init__(image_size, mode, mean, std, max_pixels)
+        super().__init__(image_size, mode, mean, max_pixels)
 
     def load(self, path: str) -> Tensor:
         """The image at ``path`` (relative to the root): uint8 (3, S, S), RGB, upright.
@@ -200,6 +196,7 @@ class ImageLoader(ImageDecoder):
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
+    # hf/processing_moiie.py repeats this and the padding: exported code cannot import the package.
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers without a known range")
     if image.mode.startswith("I"):  # 16 bits per pixel: PIL's own conversion clips at 255

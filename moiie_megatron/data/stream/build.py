@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.encode.encoding import Encoding
@@ -37,16 +37,16 @@ def build_sources(config: RunConfig) -> list[Source]:
     sources = []
     for source in config.data.sources:
         assert source.images is not None  # checked with the configuration
-        images = ImageLoader(Path(source.images), *_image_options(config))
+        images = ImageLoader(
+            Path(source.images), config.vision.image_size, config.stage.image_mode, _mean(config)
+        )
         sources.append(Source(RecordFile(source.records), images, source.weight, source.name or ""))
     return sources
 
 
-def _image_options(config: RunConfig) -> tuple[Any, ...]:
-    """The arguments of ``ImageDecoder``."""
-    statistics = vision_family(config.vision.family).statistics
-    size, mode = config.vision.image_size, config.stage.image_mode
-    return size, mode, statistics.mean, statistics.std
+def _mean(config: RunConfig) -> tuple[float, float, float]:
+    """The mean colour of the vision encoder's preprocessor."""
+    return vision_family(config.vision.family).statistics.mean
 
 
 def build_encoding(config: RunConfig) -> Encoding:
@@ -84,7 +84,7 @@ def build_dataset(config: RunConfig) -> LlavaDataset | EnergonDataset:
         return EnergonDataset(
             [(source.records, source.weight, source.name or "") for source in config.data.sources],
             encoding,
-            ImageDecoder(*_image_options(config)),
+            ImageDecoder(config.vision.image_size, config.stage.image_mode, _mean(config)),
         )
     return LlavaDataset(build_sources(config), encoding)
 

@@ -102,7 +102,7 @@ def corpus(tmp_path: Path) -> Path:
 @pytest.fixture
 def dataset(corpus: Path, phi3: Tokenizer) -> LlavaDataset:
     half = (0.5, 0.5, 0.5)
-    images = ImageLoader(corpus / "images", 8, "square", half, half)
+    images = ImageLoader(corpus / "images", 8, "square", half)
     source = Source(RecordFile(corpus / "records.jsonl"), images)
     return LlavaDataset([source], Encoding(phi3, load_template("phi3", phi3), 4, 64))
 

@@ -15,6 +15,8 @@ import pytest
 from tests.helpers.fork_server import ForkServer
 from tests.helpers.launch import FORKS, ROOT, environment, fork_of, is_running, python, run
 
+pytestmark = pytest.mark.slow  # the server imports everything
+
 PROGRAM = """
 import os, sys, time
 print(sys.argv[1:], os.getcwd(), sys.path[0], __name__)
@@ -37,6 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
         return
     directory = tmp_path_factory.mktemp("forks")
+    ForkServer(directory).own()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FORKS, str(directory))
         yield
@@ -101,13 +104,18 @@ def test_a_second_start_changes_nothing() -> None:
     assert (server.directory / "pid").read_text() == pid and is_running(int(pid))
 
 
-def test_it_ends_with_the_session(tmp_path: Path) -> None:
-    server = ForkServer(tmp_path)
-    server.start(environment())
-    pid = int((tmp_path / "pid").read_text())
-    assert is_running(pid)
-    server.stop()
-    deadline = time.monotonic() + 20
+@pytest.mark.parametrize("is_killed", [False, True], ids=["stopped", "killed"])
+def test_it_ends_with_its_owner(is_killed: bool, tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as owner:
+        (tmp_path / "owner").write_text(str(owner.pid))
+        server = ForkServer(tmp_path)
+        server.start(environment())
+        pid = int((tmp_path / "pid").read_text())
+        assert is_running(pid)
+        if not is_killed:
+            server.stop()
+        owner.kill()
+    deadline = time.monotonic() + 60  # it may still be importing
     while is_running(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -48,7 +48,7 @@ def pictures(directory: Path) -> Path:
 def test_pixels_equal_training(family: Any, mode: Any, pictures: Path, tmp_path: Path) -> None:
     processor = tiny.processor(tmp_path, family, mode)
     mean, std = vision_family(family).statistics.mean, vision_family(family).statistics.std
-    loader = ImageLoader(pictures, 28, mode, mean, std)
+    loader = ImageLoader(pictures, 28, mode, mean)
     names = sorted(path.name for path in pictures.iterdir())
     assert len(names) == 6
     want = torch.stack([loader.load(name) for name in names])

@@ -77,6 +77,7 @@ def test_another_run_is_refused(
         train(saved_config(folder, override), context)
 
 
+@pytest.mark.slow
 def test_it_converts(folder: Path) -> None:
     out = folder / "exported"
     checkpoint = folder / "output" / "checkpoints" / f"step_000000{STEP}"

@@ -41,7 +41,7 @@ def test_every_broken_record_is_named(
     monkeypatch.setattr("moiie_megatron.data.audit.audit.PORTION", 7)  # several for each process
     data = write_damaged(tmp_path / "d", samples=48, bad=16)
     half = (0.5, 0.5, 0.5)
-    source = Source(RecordFile(data.records), ImageLoader(data.images, 8, "square", half, half))
+    source = Source(RecordFile(data.records), ImageLoader(data.images, 8, "square", half))
     seen: list[tuple[int, int]] = []
     found = audit(
         source, dataset.encoding, workers=workers, progress=lambda *step: seen.append(step)

@@ -27,7 +27,7 @@ def measured(dataset: LlavaDataset) -> Audit:
 def test_skipped_samples_are_counted_and_listed(tmp_path: Path, dataset: LlavaDataset) -> None:
     data = write_damaged(tmp_path / "d", samples=48, bad=16)
     half = (0.5, 0.5, 0.5)
-    source = Source(RecordFile(data.records), ImageLoader(data.images, 8, "square", half, half))
+    source = Source(RecordFile(data.records), ImageLoader(data.images, 8, "square", half))
     summary = summarize(audit(source, dataset.encoding), dataset.encoding)
     assert (summary["samples"], summary["skipped"]) == (48, 16)
     assert summary["skipped_fraction"] == 1 / 3

@@ -20,7 +20,7 @@ MEAN = (0.5, 0.25, 0.75)
 
 
 def loader(root: Path, size: int = 8, mode: str = "square", **options: int) -> ImageLoader:
-    return ImageLoader(root, size, mode, MEAN, (0.5, 0.5, 0.5), **options)  # type: ignore[arg-type]
+    return ImageLoader(root, size, mode, MEAN, **options)  # type: ignore[arg-type]
 
 
 def photo(height: int, width: int) -> np.ndarray:

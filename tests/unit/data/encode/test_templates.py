@@ -1,4 +1,4 @@
-"""Templates: the text of every format, and which of it is learnt, written out by hand."""
+"""Templates: the text of every format, and which of it is trained on, written out by hand."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ QWEN3_ALWAYS = QWEN3.replace("enable_thinking is defined and enable_thinking is 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3-always", "mistral"])
 def test_templates_of_families_without_an_own_one(family: str, llama3: Tokenizer) -> None:
-    """As their tokenizers write conversations: both answers learnt, and the token behind each."""
+    """As their tokenizers write conversations: both answers and their ends are trained on."""
     texts = {"qwen2": QWEN2, "qwen3": QWEN3, "qwen3-always": QWEN3_ALWAYS, "mistral": MISTRAL}
     text = texts[family]
     template = load_template("tokenizer", with_template(llama3, text))

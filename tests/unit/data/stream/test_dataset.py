@@ -25,7 +25,7 @@ def test_sources_are_concatenated(dataset: LlavaDataset, corpus: Path) -> None:
     with user_error("data.sources"):
         LlavaDataset([], dataset.encoding)
     half = (0.5, 0.5, 0.5)
-    large = Source(one.records, ImageLoader(corpus / "images", 16, "pad", half, half))
+    large = Source(one.records, ImageLoader(corpus / "images", 16, "pad", half))
     with user_error("image sizes", 8, 16):
         LlavaDataset([one, large], dataset.encoding)
 

@@ -31,7 +31,10 @@ def test_any_number_of_ranks(dataset: LlavaDataset, dp_size: int) -> None:
     assert_same_stream(run(dataset, dp_size), run(dataset))
 
 
-@pytest.mark.parametrize(("num_workers", "start_method"), [(1, "fork"), (2, "fork"), (2, "spawn")])
+@pytest.mark.parametrize(
+    ("num_workers", "start_method"),
+    [(1, "fork"), (2, "fork"), pytest.param(2, "spawn", marks=pytest.mark.slow)],
+)
 def test_any_number_of_workers(dataset: LlavaDataset, num_workers: int, start_method: str) -> None:
     got = list(stream(dataset, num_workers=num_workers, start_method=start_method))
     assert_same_stream(got, run(dataset))

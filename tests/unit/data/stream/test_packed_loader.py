@@ -65,7 +65,9 @@ def test_every_step_has_the_samples_of_the_plain_stream(
     )
 
 
-@pytest.mark.parametrize(("num_workers", "start_method"), [(1, "fork"), (2, "spawn")])
+@pytest.mark.parametrize(
+    ("num_workers", "start_method"), [(1, "fork"), pytest.param(2, "spawn", marks=pytest.mark.slow)]
+)
 def test_any_number_of_workers(damaged: LlavaDataset, num_workers: int, start_method: str) -> None:
     got = stream(damaged, num_workers=num_workers, start_method=start_method)
     assert_same_steps(got, stream(damaged))

@@ -28,7 +28,7 @@ RESULT = StepResult(
     positions=125,
     updated=True,
     also_summed=[],
-    losses_M=torch.zeros(1),
+    micro_batch_losses=torch.zeros(1),
 )
 LOSSES = RouterLosses({"vision": 2.25, "text": 2.0})
 ROUTES = {k: v for k, v in record(0, [10, 10, 0, 0], [0, 5, 5, 10]).items() if k != "step"}
