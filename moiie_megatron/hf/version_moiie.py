@@ -17,8 +17,8 @@ def check_version(installed: str) -> None:
     """Refuse a transformers that is too old and warn about one that has not been tested.
 
     Raises:
-        ImportError: ``installed`` is older than the oldest tested version, which generates wrong
-            tokens or lacks names that are imported here.
+        ImportError: ``installed`` is older than the oldest tested version.  5.22 does not mark
+            image tokens, much older versions lack names that are imported here.
     """
     version = Version(installed)
     if version < OLDEST:

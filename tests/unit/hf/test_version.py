@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
 import transformers
+from packaging.requirements import Requirement
 
 from moiie_megatron.hf.auto_files import REMOTE_FILES, write_remote_code
 from moiie_megatron.hf.version_moiie import NEWEST, OLDEST, check_version
@@ -31,6 +33,14 @@ def test_older_versions_are_refused(version: str) -> None:
 def test_untested_versions_warn(version: str) -> None:
     with pytest.warns(UserWarning, match=f"{OLDEST} to {NEWEST}, but {version} is installed"):
         check_version(version)
+
+
+def test_the_package_accepts_the_versions_of_its_exports() -> None:
+    pyproject = Path(__file__).parents[3] / "pyproject.toml"
+    lines = tomllib.loads(pyproject.read_text("utf-8"))["project"]["dependencies"]
+    (accepted,) = [r.specifier for r in map(Requirement, lines) if r.name == "transformers"]
+    assert str(OLDEST) in accepted and f"{NEWEST}.9" in accepted
+    assert f"5.{OLDEST.minor - 1}.9" not in accepted and f"5.{NEWEST.minor + 1}" not in accepted
 
 
 @pytest.mark.parametrize("file", REMOTE_FILES)
