@@ -31,10 +31,10 @@ demo: $(STAMP)
 # (tests/helpers/fork_server.py), but for those that kill processes or send them signals.
 test: export MOIIE_TEST_FORKS = 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 -m "not slow and not distributed"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not distributed"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
