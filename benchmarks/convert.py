@@ -136,6 +136,9 @@ def size(folder: Path) -> int:
 
 def run_step(step: str, folder: Path, sizes: argparse.Namespace) -> dict[str, float]:
     """In the process of the step: imports first, then the clock."""
+    # transformers imports its modules when a class is first asked for.
+    from transformers import AutoModelForImageTextToText, LlamaConfig, SiglipVisionConfig  # noqa: F401
+
     from moiie_megatron.convert.export import export_checkpoint
     from moiie_megatron.convert.upcycle import upcycle_checkpoint
 
