@@ -96,6 +96,14 @@ def data(d: Drawing) -> None:
     d.text(872, 96, "token types (b, s)", size=11, font=MONO, color=TYPES, bold=True)
 
 
+def inputs(d: Drawing) -> None:
+    """What MoIIEModel takes of a batch besides the token types."""
+    d.arrow((768, 86), (180, 86), (180, 194))
+    d.arrow((768, 98), (234, 98), (234, 332), (222, 332))
+    for x, y, words in ((744, 81, "images"), (744, 112, "tokens")):
+        d.text(x, y, words, size=11, color=GREY, font=MONO, anchor="end")
+
+
 def megatron(d: Drawing) -> None:
     """Megatron's modules, each inside the one that calls it."""
     modules = (
@@ -153,7 +161,7 @@ def model(d: Drawing) -> None:
     d.arrow((220, 345), (300, 345))
     d.arrow((402, 345), (450, 345))
     d.arrow((843, 370), (843, 384), (918, 384), (918, 448), (843, 448), (843, 454))
-    d.text(256, 336, "(s, b, h)", size=11, color=GREY, font=MONO)
+    d.text(257, 362, "(s, b, h)", size=11, color=GREY, font=MONO)
 
 
 def results(d: Drawing) -> None:
@@ -196,7 +204,7 @@ def main() -> None:
 def picture() -> str:
     """The SVG."""
     drawing = Drawing()
-    for part in (data, model, results, token_types, legend):
+    for part in (data, model, inputs, results, token_types, legend):
         part(drawing)
     return drawing.svg()
 
