@@ -178,6 +178,11 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda if there is a GPU, else cpu"
     )
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto",
+        description="modules of the language model: Transformer Engine's or Megatron-Core's local "
+        "ones; auto: Transformer Engine's on GPUs where it is installed",
+    )
     exit_after_minutes: PositiveFloat | None = Field(
         None, description="save and exit after the step in which the program has run this long"
     )

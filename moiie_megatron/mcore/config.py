@@ -26,7 +26,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate import check_megatron_section
-from moiie_megatron.mcore.device import Device, has_transformer_engine
+from moiie_megatron.mcore.device import Device
 from moiie_megatron.utils.errors import UserError
 
 _ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
@@ -81,7 +81,7 @@ OWNED_FIELDS = {
     "mtp_num_layers": _NOT_SUPPORTED,
     "context_parallel_size": _NOT_SUPPORTED,
     "calculate_per_token_loss": "the training step (the loss is a mean over the global batch)",
-    "transformer_impl": "the machine (Transformer Engine where it is installed)",
+    "transformer_impl": "train.transformer_impl",
 }
 
 
@@ -151,7 +151,7 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         "bias_activation_fusion": device.is_cuda,
         # Megatron's own rotary embedding of packed rows would wait for their lengths in every
         # layer, when they are on the GPU.
-        "apply_rope_fusion": config.data.packing and has_transformer_engine(device),
+        "apply_rope_fusion": config.data.packing and device.transformer_engine,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": device.is_cuda and _has_fused_accumulation(),
         "batch_p2p_comm": device.is_cuda,

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from moiie_megatron.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Device:
-    """Device type and the library for collectives.
+    """Device type, the library for collectives, and whose modules the model is built of.
 
     Attributes:
         type: ``cpu`` or ``cuda``.
         collectives: ``gloo`` or ``nccl``.
+        transformer_engine: Whether Transformer Engine's modules are used, else local ones.
     """
 
     type: str
     collectives: str
+    transformer_engine: bool = False
 
     @property
     def torch_device(self) -> torch.device:
@@ -34,20 +38,18 @@ class Device:
         return self.type == "cuda"
 
 
-def has_transformer_engine(device: Device) -> bool:
-    """Whether Transformer Engine's modules are used: it is installed and the device is a GPU."""
-    return device.is_cuda and importlib.util.find_spec("transformer_engine") is not None
-
-
-def choose_device(wanted: str, local_rank: int) -> Device:
+def choose_device(wanted: str, local_rank: int, transformer_impl: str = "auto") -> Device:
     """Choose CPU or GPU and bind this process to it; for the CPU, patch Megatron-Core.
 
     Args:
         wanted: ``auto``, ``cpu`` or ``cuda`` (``train.device`` of the configuration).
         local_rank: Rank of this process on its node.
+        transformer_impl: ``auto``, ``local`` or ``transformer_engine``
+            (``train.transformer_impl`` of the configuration).
 
     Raises:
-        UserError: The node has fewer GPUs than processes.
+        UserError: The node has fewer GPUs than processes, or Transformer Engine is asked for and
+            cannot be used.
     """
     # Does not create a CUDA context.
     num_gpus = torch.cuda.device_count()
@@ -55,7 +57,7 @@ def choose_device(wanted: str, local_rank: int) -> Device:
         from moiie_megatron.mcore.patches.cpu import apply_cpu_patches
 
         apply_cpu_patches()
-        return Device("cpu", "gloo")
+        return Device("cpu", "gloo", _use_transformer_engine("cpu", transformer_impl))
     if local_rank >= num_gpus:
         raise UserError(
             f"train.device is {wanted} and this is process {local_rank} of its node, but the node "
@@ -63,4 +65,25 @@ def choose_device(wanted: str, local_rank: int) -> Device:
             "train.device=cpu."
         )
     torch.cuda.set_device(local_rank)
-    return Device("cuda", "nccl")
+    return Device("cuda", "nccl", _use_transformer_engine("cuda", transformer_impl))
+
+
+def _use_transformer_engine(device: str, wanted: str) -> bool:
+    if wanted == "local":
+        return False
+    can_run = _can_run_transformer_engine(device)
+    if wanted == "transformer_engine" and not can_run:
+        raise UserError(
+            f"train.transformer_impl is transformer_engine, which needs a GPU and an installed "
+            f"Transformer Engine (device: {device}, importable: {HAVE_TE}): use the image of "
+            "docker/, or train.transformer_impl=local."
+        )
+    if device == "cuda" and not HAVE_TE and importlib.util.find_spec("transformer_engine"):
+        logging.getLogger(__name__).warning(
+            "Transformer Engine is installed but cannot be imported; the model uses local modules."
+        )
+    return can_run
+
+
+def _can_run_transformer_engine(device: str) -> bool:
+    return HAVE_TE and device == "cuda"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from moiie_megatron.mcore.device import Device, has_transformer_engine
+from moiie_megatron.mcore.device import Device
 
 
 @dataclass
@@ -35,7 +35,7 @@ def segments_of(cu_seqlens: Tensor, device: Device) -> Segments:
         device: Where the model runs.
     """
     lengths = tuple(cu_seqlens.diff().tolist())
-    if has_transformer_engine(device):
+    if device.transformer_engine:
         cu_seqlens = cu_seqlens.to(device.torch_device, non_blocking=True)
     longest = max(lengths)
     return Segments(

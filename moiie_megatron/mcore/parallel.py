@@ -62,6 +62,7 @@ def init_parallel(
     dist_env: DistEnv,
     *,
     device: str = "auto",
+    transformer_impl: str = "auto",
     seed: int = 1234,
     timeout: timedelta = timedelta(minutes=10),
     store: dist.Store | None = None,
@@ -69,6 +70,8 @@ def init_parallel(
     """Initialise torch.distributed, Megatron's process groups and its RNG tracker.
 
     Args:
+        device: ``train.device`` of the configuration.
+        transformer_impl: ``train.transformer_impl`` of the configuration.
         timeout: Longest wait of a collective, and for all processes to arrive.
         store: Key-value store in which the processes find each other; default
             ``connect_store``.  A process that calls this several times in a row must pass stores
@@ -77,7 +80,7 @@ def init_parallel(
     Raises:
         UserError: No GPU although one was asked for (see ``choose_device``).
     """
-    chosen = choose_device(device, dist_env.local_rank)
+    chosen = choose_device(device, dist_env.local_rank, transformer_impl)
     if not dist.is_initialized():
         dist.init_process_group(
             chosen.collectives,

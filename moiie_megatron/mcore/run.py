@@ -37,6 +37,7 @@ def run_distributed(
         config.active_parallel,
         dist_env,
         device=config.train.device,
+        transformer_impl=config.train.transformer_impl,
         seed=config.train.seed,
         store=store,
     )

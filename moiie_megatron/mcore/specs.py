@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from moiie_megatron.mcore.attention import SDPACoreAttention
-from moiie_megatron.mcore.device import Device, has_transformer_engine
+from moiie_megatron.mcore.device import Device
 from moiie_megatron.mcore.norm import RMSNorm
 
 
@@ -50,7 +50,7 @@ def decoder_spec(
 
 
 def _norm(device: Device) -> Any:
-    if has_transformer_engine(device):
+    if device.transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
@@ -58,7 +58,7 @@ def _norm(device: Device) -> Any:
 
 
 def _dense_layer(config: TransformerConfig, device: Device) -> ModuleSpec:
-    if has_transformer_engine(device):
+    if device.transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     spec.submodules.input_layernorm = RMSNorm

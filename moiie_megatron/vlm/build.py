@@ -7,7 +7,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.config import torch_dtype, transformer_config
-from moiie_megatron.mcore.device import has_transformer_engine
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.rope import scaled_rotary_embedding
 from moiie_megatron.mcore.specs import decoder_spec
@@ -99,7 +98,7 @@ def moe_module(config: RunConfig, context: ParallelContext) -> ModuleSpec:
         context.device.torch_device,
         dispatcher=MoIIETokenDispatcher if config.moe.dispatcher == "moiie" else None,
         physical_to_logical=None if placement.is_identity else placement.physical_to_logical,
-        experts=_te_experts() if has_transformer_engine(context.device) else None,
+        experts=_te_experts() if context.device.transformer_engine else None,
         # One object per model: it holds the loads of all layers on one micro-batch.
         pooled_loads=PooledLoads(config.moe_layers) if config.moe.aux_loss == "pooled" else None,
     )
