@@ -7,13 +7,19 @@ SCRIPTS := $(filter-out examples/pretrain_%,$(wildcard examples/*.sh examples/sl
 # One thread per process: tests and the demonstration start more processes than cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test test-fast check
+# An environment with another Megatron-Core and, behind it, the packages of .venv.
+NEWEST_CORE := .venv/newest-core
+NEWEST_CORE_STAMP := $(NEWEST_CORE)/.installed
+PRINT_SITE := import site; print(site.getsitepackages()[0])
+
+.PHONY: help install demo test test-fast test-newest-core check
 
 help:
 	@echo "make install  .venv with all packages (also done on first use by the others)"
 	@echo "make demo     train and ask a tiny model on the CPU"
 	@echo "make test     all tests"
 	@echo "make test-fast  those that take less than ten seconds each, on one process"
+	@echo "make test-newest-core  all tests with the newest Megatron-Core that is accepted"
 	@echo "make check    style and types, shell scripts, Dockerfile"
 
 install: $(STAMP)
@@ -35,6 +41,20 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not distributed"
+
+# It also declares a newer Python than it needs.
+$(NEWEST_CORE_STAMP): requirements-newest-core.txt $(STAMP)
+	$(BIN)/python -m venv --clear --without-pip $(NEWEST_CORE)
+	$(BIN)/python -m pip --python $(NEWEST_CORE) install --quiet --no-deps \
+		--ignore-requires-python --requirement requirements-newest-core.txt
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(PRINT_SITE)')')" \
+		> "$$($(NEWEST_CORE)/bin/python -c '$(PRINT_SITE)')/packages.pth"
+	@touch $@
+
+test-newest-core: export MOIIE_TEST_FORKS = 1
+test-newest-core: export MOIIE_TEST_CORE = $(shell sed -n 's/^megatron-core==//p' requirements-newest-core.txt)
+test-newest-core: $(NEWEST_CORE_STAMP)
+	$(NEWEST_CORE)/bin/python -m pytest -q -n 2 --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -32,6 +32,7 @@ from moiie_megatron.config.schema import ParallelConfig
 from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.mcore.parallel import DistEnv, destroy_parallel, init_parallel
+from moiie_megatron.mcore.specs import submodules_of
 from moiie_megatron.moe.layer import MoIIELayer, moiie_module
 from moiie_megatron.moe.router import RouterSettings
 
@@ -115,7 +116,7 @@ def megatron(
     """Megatron-Core's MoELayer with its sequential experts (one router for all tokens)."""
     spec = get_moe_module_spec(use_te=False, num_experts=LAYOUT.num_experts)
     case.config.moe_token_dispatcher_type = dispatcher
-    layer = MoELayer(case.config, spec.submodules, layer_number=1, pg_collection=groups)
+    layer = MoELayer(case.config, submodules_of(spec), layer_number=1, pg_collection=groups)
     return lambda hidden: layer(hidden)[0]
 
 

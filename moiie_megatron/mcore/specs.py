@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -47,6 +48,14 @@ def decoder_spec(
     first = get_transformer_layer_offset(config, pp_rank=pp_rank)
     here = layers[first : first + get_num_layers_to_build(config, pp_rank=pp_rank)]
     return TransformerBlockSubmodules(layer_specs=here, layer_norm=_norm(device))
+
+
+def submodules_of(spec: Any) -> Any:
+    """The submodules of a specification of Megatron's own.
+
+    Those of MoE layers are a ``ModuleSpec`` in 0.16 and a ``functools.partial`` in later versions.
+    """
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
 
 
 def _norm(device: Device) -> Any:

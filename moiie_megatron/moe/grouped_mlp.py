@@ -40,6 +40,7 @@ class GroupedExperts(MegatronModule):
         config: Megatron's configuration of the language model.
         pg_collection: Megatron's process groups.
         device: Where the weights live.
+        name: Passed from Megatron-Core 0.18 on, for settings by module name; not used.
 
     Attributes:
         weight_fc1: ``(L, 2 F, D)``, gate in the first half, up in the second.
@@ -53,6 +54,7 @@ class GroupedExperts(MegatronModule):
         pg_collection: ProcessGroupCollection,
         *,
         device: torch.device,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
         assert config.gated_linear_unit and not config.add_bias_linear

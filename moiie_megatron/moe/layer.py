@@ -49,7 +49,7 @@ class MoIIELayer(MoELayer):
        b. ``token_combine`` (``combine``): all-to-all back.
        c. ``combine_postprocess`` (``postprocess``): add up what came back for each token.
 
-    Token types arrive in the argument ``padding_mask``: in Megatron-Core 0.16 that is the one
+    Token types arrive in the argument ``padding_mask``: in Megatron-Core that is the one
     per-token tensor that travels from ``GPTModel.forward`` to every MoE layer, and it is an
     input of the recompute checkpoint, so a replayed layer sees the types of its own
     micro-batch.  Dense layers ignore it.
@@ -58,9 +58,12 @@ class MoIIELayer(MoELayer):
         config: Megatron's configuration of the language model.
         submodules: Router and experts, see ``moiie_module``.
         layer_number: Counts from 1; Megatron's ``TransformerLayer`` sets it later.
-        pg_collection: Megatron's process groups.
+        groups: Megatron's process groups.
         dispatcher: Replaces the dispatcher that ``config`` names; None keeps it.
         physical_to_logical: Logical expert by physical index; None for the logical order.
+        passed: What the installed version's ``TransformerLayer`` passes besides to ``MoELayer``.
+            ``groups`` take the place of a ``pg_collection`` among it, which 0.16 passes only to
+            the layer classes that it knows.
 
     Raises:
         ValueError: Tensor parallelism without sequence parallelism: every rank would compute
@@ -72,11 +75,13 @@ class MoIIELayer(MoELayer):
         config: TransformerConfig,
         submodules: MoESubmodules,
         layer_number: int | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        groups: ProcessGroupCollection,
         dispatcher: type[MoETokenDispatcher] | None = None,
         physical_to_logical: tuple[int, ...] | None = None,
+        **passed: Any,
     ) -> None:
-        super().__init__(config, submodules, layer_number, pg_collection)
+        super().__init__(config, submodules, layer_number, **(passed | {"pg_collection": groups}))
         if self.attn_tp_group.size() > 1 and not config.sequence_parallel:
             raise ValueError(
                 f"parallel.tensor is {self.attn_tp_group.size()} without sequence parallelism: "
@@ -89,7 +94,7 @@ class MoIIELayer(MoELayer):
         self.dispatcher_kind = "moiie" if dispatcher else config.moe_token_dispatcher_type
         if dispatcher is not None:
             self.token_dispatcher = dispatcher(
-                self.num_local_experts, self.local_expert_indices, config, pg_collection
+                self.num_local_experts, self.local_expert_indices, config, groups
             )
         for parameter in self.experts.parameters():
             # Megatron's mark of parameters that are reduced over the expert data-parallel group.
@@ -198,20 +203,19 @@ def moiie_module(
     *,
     dispatcher: type[MoETokenDispatcher] | None = MoIIETokenDispatcher,
     physical_to_logical: tuple[int, ...] | None = None,
-    experts: ModuleSpec | type | None = None,
+    experts: Any = None,
     pooled_loads: PooledLoads | None = None,
 ) -> ModuleSpec:
     """The MoIIE layer as the ``mlp`` of a Megatron layer specification.
 
     Args:
         settings: Settings of the routers of all layers.
-        groups: Megatron's process groups.  They are part of the specification because
-            ``TransformerLayer`` passes them only to the layer classes that it knows.
+        groups: Megatron's process groups.
         device: Where the weights live.
         dispatcher: The token dispatcher; None for the one that the Megatron configuration names.
         physical_to_logical: Logical expert by physical index (``Placement.order`` in
             ``layout/placement.py``); default the logical order.
-        experts: The experts module; default ``GroupedExperts``.
+        experts: The specification of the experts module; default ``GroupedExperts``.
         pooled_loads: For the reference's pooled balance loss, one object for all layers.
     """
     submodules = MoESubmodules(
@@ -221,7 +225,7 @@ def moiie_module(
     return ModuleSpec(
         module=MoIIELayer,
         params={
-            "pg_collection": groups,
+            "groups": groups,
             "dispatcher": dispatcher,
             "physical_to_logical": physical_to_logical,
         },

@@ -70,6 +70,7 @@ class ModalityRouter(MegatronModule):
         settings: What all routers share.
         device: Where the weights live.
         pooled_loads: For the reference's pooled balance loss; None for the loss of each layer.
+        is_mtp_layer: Passed from Megatron-Core 0.17 on; multi-token prediction is not supported.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class ModalityRouter(MegatronModule):
         *,
         device: torch.device,
         pooled_loads: PooledLoads | None = None,
+        is_mtp_layer: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.settings = settings

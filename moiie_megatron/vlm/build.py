@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -9,7 +11,7 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.config import torch_dtype, transformer_config
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.rope import scaled_rotary_embedding
-from moiie_megatron.mcore.specs import decoder_spec
+from moiie_megatron.mcore.specs import decoder_spec, submodules_of
 from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
 from moiie_megatron.moe.layer import moiie_module
 from moiie_megatron.moe.reference_aux_loss import PooledLoads
@@ -104,11 +106,12 @@ def moe_module(config: RunConfig, context: ParallelContext) -> ModuleSpec:
     )
 
 
-def _te_experts() -> ModuleSpec:
+def _te_experts() -> Any:
     """Transformer Engine's grouped experts, as Megatron's own MoE specification has them."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 
-    return get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True).submodules.experts
+    spec = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True)
+    return submodules_of(spec).experts
 
 
 def _broadcast_over_tensor_ranks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -26,7 +27,12 @@ def config(**changes: Any) -> TransformerConfig:
 
 
 def mlps(spec: Any) -> list[type]:
-    return [layer.submodules.mlp.module for layer in spec.layer_specs]
+    return [built_class(layer.submodules.mlp) for layer in spec.layer_specs]
+
+
+def built_class(mlp: Any) -> type:
+    """Of a ``ModuleSpec`` or, for the FFN from 0.18 on, a partial of ``MLP.as_mlp_submodule``."""
+    return mlp.func.__self__ if isinstance(mlp, functools.partial) else mlp.module
 
 
 def test_a_dense_decoder() -> None:
