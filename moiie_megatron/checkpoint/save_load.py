@@ -27,7 +27,7 @@ from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.patches.dist_checkpointing import (
     add_dummy_step_state,
     patch_optimizer_loading,
-    use_file_results_queue,
+    plan_save,
 )
 from moiie_megatron.utils.errors import UserError
 
@@ -67,12 +67,7 @@ def request_save(
         checkpoint.mkdir(parents=True)
     dist.barrier()
     stored = {k: v for k, v in metadata.items() if k != "dp_cp_group"}
-    use_file_results_queue()
-    request = dist_checkpointing.save(
-        state, str(checkpoint), content_metadata=stored, async_sharded_save=True
-    )
-    assert request is not None
-    return request
+    return plan_save(state, checkpoint, stored)
 
 
 def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str, Any]) -> None:

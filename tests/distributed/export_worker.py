@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION
 from moiie_megatron.checkpoint.load_weights import load_weights
 from moiie_megatron.checkpoint.save_load import sharding_metadata
 from moiie_megatron.config.load import load_config
 from moiie_megatron.mcore.parallel import DistEnv, destroy_parallel, init_parallel
-from moiie_megatron.mcore.patches.dist_checkpointing import use_file_results_queue
+from moiie_megatron.mcore.patches.dist_checkpointing import plan_save
 from moiie_megatron.vlm.build import build_model
 
 LAYOUTS = {
@@ -43,8 +43,7 @@ def main() -> None:
             "format_version": FORMAT_VERSION,
             "progress": {"step": 1},
         }
-        use_file_results_queue()
-        dist_checkpointing.save(state, str(folder))
+        plan_save(state, folder, {}).execute_sync()
         if launch.rank == 0:
             for file in (CONFIG_FILE, "tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(source / file, folder / file)

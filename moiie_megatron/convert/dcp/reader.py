@@ -49,7 +49,12 @@ class CheckpointReader:
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self.objects = [n for n in metadata.state_dict_metadata if n not in self._tensors]
+        # Megatron-Core 0.19 writes the common state as one of them too.
+        self.objects = [
+            name
+            for name in metadata.state_dict_metadata
+            if name not in self._tensors and not name.startswith("common_state/")
+        ]
         # Experts are the leading axis of a tensor.
         self.tensors = {
             name: TensorInfo(tuple(entry.size), entry.properties.dtype)

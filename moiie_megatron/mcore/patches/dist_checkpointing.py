@@ -5,19 +5,24 @@ In a run that may be killed, with stages that train nothing, and with torch's Ad
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import queue
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from moiie_megatron.mcore.patches.patch import Patch
 
+COMMON_FILE: Final = "common.pt"
 _IDLE: Final = "idle"
 
 
@@ -59,6 +64,45 @@ def use_file_results_queue() -> None:
     # None until the first save; versions without this name start no manager.
     if getattr(filesystem_async, "_results_queue", queue) is None:
         filesystem_async._results_queue = _ResultsFile()
+
+
+def plan_save(
+    state: dict[str, Any], directory: Path, metadata: dict[str, Any], strategy: Any = None
+) -> AsyncRequest:
+    """Plan a save and return its request; every rank calls this.
+
+    The state that is not cut into shards is in ``common.pt``, which every version reads.  0.16 to
+    0.18 write it, 0.19 writes an object among the shards instead, which earlier ones do not read.
+
+    Args:
+        directory: Exists and is empty.
+        metadata: Says what the checkpoint holds; stored with it.
+        strategy: How Megatron-Core writes the shards; None for its default.
+    """
+    use_file_results_queue()
+    common: dict[str, Any] = {}
+
+    def keep(found: dict[str, Any]) -> dict[str, Any]:
+        common.update(found)
+        return found
+
+    options: dict[str, Any] = {}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        # The default is a package of its own with another kind of request.
+        options["async_strategy"] = "mcore"
+    request = dist_checkpointing.save(
+        state,
+        str(directory),
+        strategy,
+        async_sharded_save=True,
+        preprocess_common_before_consistancy_check=keep,
+        content_metadata=metadata,
+        **options,
+    )
+    assert request is not None
+    if torch.distributed.get_rank() == 0 and not (directory / COMMON_FILE).exists():
+        torch.save(common, directory / COMMON_FILE)
+    return request
 
 
 @contextmanager
@@ -124,7 +168,15 @@ def _set_with_step(part: Any, model_param: torch.nn.Parameter, tensors: dict[str
 
 
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+_SERIALIZATION = "megatron.core.dist_checkpointing.serialization"
 PATCHES: Final = (
+    Patch(
+        name="common state",
+        targets=(f"{_SERIALIZATION}.save", f"{_SERIALIZATION}.load_common_state_dict"),
+        reason="0.19 writes no common.pt, which earlier versions cannot do without, but reads it. "
+        "From 0.17 on saving needs the package nvidia-resiliency-ext unless told otherwise.",
+        versions=("0.17", "0.18", "0.19"),
+    ),
     Patch(
         name="results queue",
         targets=("megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue",),

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, Phi3Config, SiglipVisionConfig
@@ -25,6 +24,7 @@ from moiie_megatron.convert.hf.safetensors_writer import INDEX, SafetensorsWrite
 from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
 from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.mcore.patches.dist_checkpointing import plan_save
 from moiie_megatron.vlm.build import build_model
 from tests.helpers.tiny_hf import write_language, write_vision
 from tests.helpers.user_errors import user_error
@@ -107,7 +107,7 @@ def test_a_checkpoint_that_megatron_wrote(
         "format_version": FORMAT_VERSION,
         "progress": {"step": 5},
     }
-    dist_checkpointing.save(state, str(folder))
+    plan_save(state, folder, {}).execute_sync()
     (folder / "run.yaml").write_text(dump_config(config))
 
     got = _read(export_checkpoint(folder, tmp_path / "out"))

@@ -22,7 +22,7 @@ from typing import Any
 import megatron.core
 import torch
 import torch.distributed as dist
-from megatron.core import jit
+from megatron.core import dist_checkpointing, jit
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer
@@ -150,6 +150,11 @@ def results_queue() -> None:
     assert "Manager().Queue()" in inspect.getsource(filesystem_async)
 
 
+def common_state() -> None:
+    parameters = inspect.signature(dist_checkpointing.save).parameters
+    assert parameters["async_strategy"].default == "nvrx"
+
+
 def optimizer_without_parameters() -> None:
     for method in (
         distrib_optimizer.DistributedOptimizer.state_dict,
@@ -201,6 +206,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "output layer": output_layer,
     "fused AdamW": fused_adamw,
     "results queue": results_queue,
+    "common state": common_state,
     "optimizer without parameters": optimizer_without_parameters,
     "optimizer loading": optimizer_loading,
     "expected logs": expected_logs,
