@@ -7,9 +7,14 @@ SCRIPTS := $(filter-out examples/pretrain_%,$(wildcard examples/*.sh examples/sl
 # One thread per process: tests and the demonstration start more processes than cores.
 export OMP_NUM_THREADS ?= 1
 
-# An environment with another Megatron-Core and, behind it, the packages of .venv.
-NEWEST_CORE := .venv/newest-core
-NEWEST_CORE_STAMP := $(NEWEST_CORE)/.installed
+# The newest Megatron-Core that pyproject.toml accepts, and triton, which it imports without
+# declaring it, of the version that belongs to torch.
+NEWEST_CORE := 0.19.2
+TRITON := 3.7.1
+# An environment with the Megatron-Core that is named here and, behind it, the packages of .venv.
+CORE ?= $(NEWEST_CORE)
+CORE_ENVIRONMENT := .venv/core-$(CORE)
+CORE_STAMP := $(CORE_ENVIRONMENT)/.installed
 PRINT_SITE := import site; print(site.getsitepackages()[0])
 
 .PHONY: help install demo test test-fast test-newest-core check
@@ -42,19 +47,19 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not distributed"
 
-# It also declares a newer Python than it needs.
-$(NEWEST_CORE_STAMP): requirements-newest-core.txt $(STAMP)
-	$(BIN)/python -m venv --clear --without-pip $(NEWEST_CORE)
-	$(BIN)/python -m pip --python $(NEWEST_CORE) install --quiet --no-deps \
-		--ignore-requires-python --requirement requirements-newest-core.txt
+# It declares a newer Python than it needs.
+$(CORE_STAMP): $(STAMP)
+	$(BIN)/python -m venv --clear --without-pip $(CORE_ENVIRONMENT)
+	$(BIN)/python -m pip --python $(CORE_ENVIRONMENT) install --quiet --no-deps \
+		--ignore-requires-python megatron-core==$(CORE) triton==$(TRITON)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(PRINT_SITE)')')" \
-		> "$$($(NEWEST_CORE)/bin/python -c '$(PRINT_SITE)')/packages.pth"
+		> "$$($(CORE_ENVIRONMENT)/bin/python -c '$(PRINT_SITE)')/packages.pth"
 	@touch $@
 
 test-newest-core: export MOIIE_TEST_FORKS = 1
-test-newest-core: export MOIIE_TEST_CORE = $(shell sed -n 's/^megatron-core==//p' requirements-newest-core.txt)
-test-newest-core: $(NEWEST_CORE_STAMP)
-	$(NEWEST_CORE)/bin/python -m pytest -q -n 2 --dist worksteal
+test-newest-core: export MOIIE_TEST_CORE = $(CORE)
+test-newest-core: $(CORE_STAMP)
+	$(CORE_ENVIRONMENT)/bin/python -m pytest -q -n 2 --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -155,8 +155,9 @@ def _cut_tensors(checkpoint: Path) -> str:
 
 
 def _lose_tensors(checkpoint: Path) -> str:
-    (checkpoint / "__0_1.distcp").unlink()
-    return "__0_1.distcp is missing"
+    last = sorted(checkpoint.glob("*.distcp"))[-1]
+    last.unlink()
+    return f"{last.name} is missing"
 
 
 def _spoil_metadata(checkpoint: Path) -> str:

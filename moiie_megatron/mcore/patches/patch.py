@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-# Minor versions of Megatron-Core whose last release was examined: 0.16.1 and 0.19.2.
-EXAMINED: Final = ("0.16", "0.19")
+# Minor versions of Megatron-Core whose last release was examined: 0.16.1, 0.17.1, 0.18.2, 0.19.2.
+EXAMINED: Final = ("0.16", "0.17", "0.18", "0.19")
 
 
 @dataclass(frozen=True)
