@@ -16,6 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ENGINE = "transformer-engine"
 # What a minor version of Megatron-Core was released with, where its metadata names no range.
@@ -40,10 +41,8 @@ def engine_range(core: str, requirements: list[str]) -> str:
         requirements: Of its metadata, those of extras included.
     """
     declared = [Requirement(text) for text in requirements]
-    ranges = {str(one.specifier) for one in declared if canonicalize_name(one.name) == ENGINE} - {
-        ""
-    }
-    return min(ranges, default=RELEASED_WITH.get(".".join(core.split(".")[:2]), ""))
+    ranges = (str(one.specifier) for one in declared if canonicalize_name(one.name) == ENGINE)
+    return min(filter(None, ranges), default=RELEASED_WITH.get(".".join(core.split(".")[:2]), ""))
 
 
 def problem(core: str, requirements: list[str], engine: str | None) -> str | None:
@@ -53,8 +52,8 @@ def problem(core: str, requirements: list[str], engine: str | None) -> str | Non
         return "The base has no Transformer Engine: give an image of NVIDIA's PyTorch as BASE."
     if not wanted:
         return f"Nothing says which Transformer Engine megatron-core {core} belongs to."
-    # Builds of NVIDIA's images are pre-releases: 2.12.0.dev0+5671fd3.
-    if not SpecifierSet(wanted).contains(engine, prereleases=True):
+    # NVIDIA's images may have builds from before or after a release: 2.12.0.dev0+5671fd36.
+    if Version(engine).base_version not in SpecifierSet(wanted):
         return (
             f"megatron-core {core} belongs to Transformer Engine {wanted}, the base has {engine}: "
             "give another pair of BASE and CORE."
@@ -134,7 +133,7 @@ def main() -> None:
         raise SystemExit(f"torch {torch.__version__} has no grouped_mm: give a newer BASE.")
     if not options.cpu:
         check_gpu_parts()
-    for module in ("training.loop", "checkpoint.to_hf", "evaluation.generate", "analysis.curves"):
+    for module in ("training.loop", "convert.export", "evaluation.generate", "analysis.curves"):
         importlib.import_module(f"moiie_megatron.{module}")
     print(f"{report()}\n{len(kept)} packages of the base are as they were.")
 
