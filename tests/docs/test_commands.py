@@ -36,6 +36,7 @@ def test_commands_can_be_typed(page: Path) -> None:
     ("line", "problem"),
     [
         ("make tea", "no target tea"),
+        ("make test SUGAR=1", "no target SUGAR="),
         ("python tools/trane.py CONFIG.yaml", "no file tools/trane.py"),
         ("python tools/train.py examples/configs/no.yaml", "no file examples/configs/no.yaml"),
         ("torchrun tools/train.py C.yaml train.setps=3", "no key train.setps"),
@@ -59,8 +60,11 @@ def problems(command: Command) -> list[str]:
 def _problems(command: Command) -> Iterator[str]:
     words = command.words
     if words[0] == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        yield from (f"no target {word}" for word in words[1:] if word not in targets)
+        makefile = (ROOT / "Makefile").read_text()
+        targets = re.findall(r"^([\w-]+):", makefile, re.MULTILINE)
+        targets += [f"{name}=" for name in re.findall(r"^(\w+) \?=", makefile, re.MULTILINE)]
+        asked = [re.sub("=.*", "=", word) for word in words[1:]]  # a target, or a variable
+        yield from (f"no target {word}" for word in asked if word not in targets)
     files = [word.rpartition("=")[2] for word in words]
     missing = [file for file in files if _OURS.fullmatch(file) and not (ROOT / file).exists()]
     yield from (f"no file {file}" for file in missing)

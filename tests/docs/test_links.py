@@ -21,7 +21,11 @@ _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _KEY = re.compile(rf"({'|'.join(SECTIONS)})((\.[a-z_]\w*)+)(=.*|:.*)?", re.DOTALL)
 
 # A field of Kubernetes.
-_ELSEWHERE = {"terminationGracePeriodSeconds"}
+# Of Kubernetes and of newer versions of Megatron-Core.
+_ELSEWHERE = {
+    "terminationGracePeriodSeconds",
+    *("HybridModel", "TransformerBlock", "output_processor"),
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
