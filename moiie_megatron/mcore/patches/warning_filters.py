@@ -38,6 +38,17 @@ EXPECTED_LOGS: Final = (
         "load_common is deprecated",
         ("0.19",),
     ),
+    ExpectedLog(
+        "megatron.core.dist_checkpointing.strategies.torch",
+        "MCore's async save is deprecated",
+        ("0.17", "0.18", "0.19"),
+    ),
+    # It computes the layout itself.
+    ExpectedLog(
+        "megatron.core.distributed.distributed_data_parallel",
+        "DistributedDataParallel: full_param_layout not provided",
+        ("0.18", "0.19"),
+    ),
 )
 
 EXPECTED_WARNINGS: Final = (
@@ -48,6 +59,9 @@ EXPECTED_WARNINGS: Final = (
     ".*torch.distributed.* is deprecated.*",  # newer names, called inside Megatron-Core
     ".*load_state_dict.* is deprecated.*",  # the same, in its distributed checkpoints
     ".*deprecating ShardedTensor.*",
+    ".*argument order of load has been changed.*",  # the same
+    ".*assuming the intent is to load in a single process.*",  # every rank reads by itself
+    ".*is experimental and still under active development.*",  # models that are not used
 )
 
 
