@@ -87,7 +87,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             spec = importlib.util.find_spec(fullname)
             self.searching.discard(fullname)
         if spec is not None:
-            spec.loader = _Followed(spec.loader, _AFTER_IMPORT[fullname])
+            spec.loader = Followed(spec.loader, _AFTER_IMPORT[fullname])
         return spec
 
 
@@ -104,7 +104,7 @@ class _Made(importlib.abc.Loader):
         """It is complete."""
 
 
-class _Followed(importlib.abc.Loader):
+class Followed(importlib.abc.Loader):
     """Loads a module and then calls a function with it."""
 
     def __init__(self, loader: Any, function: str) -> None:

@@ -37,9 +37,12 @@ def reference_kernels(module: Any) -> None:
 
 
 def check_found(module: Any) -> None:
-    """``megatron.core.extensions.transformer_engine``, which goes on without it."""
+    """``megatron.core.extensions.transformer_engine``, which goes on without it.
+
+    Not an ImportError: others would go on then.
+    """
     if not module.HAVE_TE:
-        raise ImportError("Megatron-Core could not import Transformer Engine.")
+        raise RuntimeError("Megatron-Core could not import Transformer Engine.")
 
 
 def use_on_cpu(module: Any) -> None:

@@ -40,7 +40,7 @@ def fused_rope_backward(
     cp_size: int,
     cp_rank: int,
 ) -> Tensor:
-    """The gradient is turned back."""
+    """The gradient is turned back: both halves of the channels have the same angles."""
     return fused_rope_forward(
         output_grads,
         -freqs,
