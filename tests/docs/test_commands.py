@@ -62,7 +62,7 @@ def _problems(command: Command) -> Iterator[str]:
     if words[0] == "make":
         makefile = (ROOT / "Makefile").read_text()
         targets = re.findall(r"^([\w-]+):", makefile, re.MULTILINE)
-        targets += [f"{name}=" for name in re.findall(r"^(\w+) \?=", makefile, re.MULTILINE)]
+        targets += [f"{name}=" for name in re.findall(r"^(\w+) [?:]=", makefile, re.MULTILINE)]
         asked = [re.sub("=.*", "=", word) for word in words[1:]]  # a target, or a variable
         yield from (f"no target {word}" for word in asked if word not in targets)
     files = [word.rpartition("=")[2] for word in words]
