@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import os
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,10 +60,10 @@ def f(x, device="cpu"):
 
 
 def test_absent_packages_stay_absent_for_others() -> None:
-    """torch would compile with a Triton that it finds."""
-    with pytest.raises(ModuleNotFoundError):
-        import triton  # noqa: F401
-    assert torch.utils._triton.has_triton_package() is False
+    """torch would compile with a Triton that it finds; newer Megatron-Cores need the real one."""
+    is_installed = any(distribution.name == "triton" for distribution in distributions())
+    assert (importlib.util.find_spec("triton") is not None) == is_installed
+    assert torch.utils._triton.has_triton_package() is is_installed
 
 
 def test_a_missing_wheel_ends_a_process() -> None:
