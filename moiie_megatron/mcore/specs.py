@@ -53,7 +53,7 @@ def decoder_spec(
 def submodules_of(spec: Any) -> Any:
     """The submodules of a specification of Megatron's own.
 
-    Those of MoE layers are a ``ModuleSpec`` in 0.16 and a ``functools.partial`` in later versions.
+    Those of MoE layers are a ``ModuleSpec`` in 0.16 and 0.17, later a ``functools.partial``.
     """
     return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
 

@@ -24,8 +24,8 @@ PATCHES: Final = (
         name="token types",
         kind="override",
         targets=(f"{_MOE}.forward",),
-        reason="moe/layer.py receives token types as padding_mask; MoELayer.forward of 0.19 "
-        "would turn them into booleans.",
+        reason="moe/layer.py receives token types as padding_mask; MoELayer.forward would turn "
+        "them into booleans.",
         need_not_shown=_NO_CHECK,
     ),
     Patch(

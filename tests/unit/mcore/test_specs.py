@@ -31,7 +31,7 @@ def mlps(spec: Any) -> list[type]:
 
 
 def built_class(mlp: Any) -> type:
-    """Of a ``ModuleSpec`` or, for the FFN from 0.18 on, a partial of ``MLP.as_mlp_submodule``."""
+    """Of a ``ModuleSpec`` or, from 0.18 on, a partial of ``MLP.as_mlp_submodule``."""
     return mlp.func.__self__ if isinstance(mlp, functools.partial) else mlp.module
 
 
