@@ -20,7 +20,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
-    is_main_replica,
 )
 from torch import Tensor
 
@@ -35,34 +34,34 @@ def is_distributed(optimizer: Any) -> bool:
     return all(hasattr(part, "gbuf_ranges") for part in optimizer.chained_optimizers)
 
 
-def optimizer_shards(
-    optimizer: Any, model_state: Mapping[str, Any], *, main_only: bool
-) -> dict[str, ShardedTensor]:
+def optimizer_shards(optimizer: Any, model_state: Mapping[str, Any]) -> dict[str, ShardedTensor]:
     """The optimizer state that this rank owns; the shards are views of it.
 
     Args:
         optimizer: Megatron's chained optimizer, with its state.
         model_state: The model's sharded state, which says how the parameters are sharded.
-        main_only: Leave out what another rank owns, too (parameters that tensor-parallel ranks
-            replicate), and writes.
     """
     entries = {
         id(entry.data): entry
         for entry in nested_values(model_state)
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
-    return {
-        f"{shard.key} {shard.global_offset}": shard
-        for part in optimizer.chained_optimizers
-        for parameter, start, stop in owned_ranges(part)
-        for shard in shards_of_range(
-            entries[id(parameter)],
-            start,
-            stop,
-            part._get_main_param_and_optimizer_states(parameter),
-        )
-        if not main_only or is_main_replica(shard.replica_id)
-    }
+    shards: dict[str, ShardedTensor] = {}
+    for part in optimizer.chained_optimizers:
+        for parameter, start, stop in owned_ranges(part):
+            tensors = part._get_main_param_and_optimizer_states(parameter)
+            for shard in shards_of_range(entries[id(parameter)], start, stop, tensors):
+                shards[f"{shard.key} {shard.global_offset}"] = shard
+    return shards
+
+
+def without_copies(shards: Mapping[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+    """What to write of ``optimizer_shards``: not the state of tied weights on a later stage.
+
+    Its ranges differ from those on the first stage.  Tensor-parallel ranks that replicate a
+    parameter own equal ranges of it, so that either may write them.
+    """
+    return {name: shard for name, shard in shards.items() if shard.replica_id[0] == 0}
 
 
 def owned_ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, int]]:

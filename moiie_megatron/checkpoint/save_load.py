@@ -30,11 +30,15 @@ from moiie_megatron.checkpoint.optimizer_shards import (
     load_optimizer_settings,
     optimizer_settings,
     optimizer_shards,
+    without_copies,
 )
 from moiie_megatron.checkpoint.parallel_io import begin_save, load_strategy
 from moiie_megatron.checkpoint.progress import Progress
 from moiie_megatron.mcore.parallel import ParallelContext
-from moiie_megatron.mcore.patches.dist_checkpointing import add_dummy_step_state
+from moiie_megatron.mcore.patches.dist_checkpointing import (
+    add_dummy_step_state,
+    distinguish_parameter_groups,
+)
 from moiie_megatron.utils.errors import UserError
 
 
@@ -84,6 +88,7 @@ def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str,
     Raises:
         UserError: There is no checkpoint, it is of a newer version, or does not fit the model.
     """
+    distinguish_parameter_groups()
     metadata = sharding_metadata(context)
     common = load_common(checkpoint)
     state = _sharded_state(parts, context, metadata)
@@ -94,7 +99,7 @@ def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str,
     if is_distributed(optimizer):
         updates = Progress.from_state(common["progress"]).updates
         load_optimizer_settings(optimizer, common["optimizer"], updates)
-        shards = optimizer_shards(optimizer, state["model"], main_only=False)
+        shards = optimizer_shards(optimizer, state["model"])
         # The shards are views, and read in place; what is handed over may be changed.
         state["optimizer_shards"] = {name: replace(shard) for name, shard in shards.items()}
     else:
@@ -201,7 +206,7 @@ def _optimizer_state(
         return {"optimizer": optimizer.sharded_state_dict(model_state, metadata=metadata)}
     state = {"optimizer": optimizer_settings(optimizer, updates)}
     # Without one (nothing is trained on this pipeline stage) there is nothing to write.
-    if shards := optimizer_shards(optimizer, model_state, main_only=True):
+    if shards := without_copies(optimizer_shards(optimizer, model_state)):
         state["optimizer_shards"] = shards
     return state
 
