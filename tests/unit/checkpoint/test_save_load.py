@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from moiie_megatron.checkpoint.parallel_io import write_in_turn
 from moiie_megatron.checkpoint.progress import Progress
@@ -75,3 +76,55 @@ def test_training_goes_on_bit_for_bit(
     theirs = dict(whole.model.named_parameters())
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter, theirs[name]), name
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, context: ParallelContext
+) -> tuple[TrainState, Path]:
+    """A state after one update, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    state = make_state(make_config(folder), context, 1)
+    update(state)
+    return state, save(folder / "step", context, state, 1)
+
+
+def test_objects_that_a_checkpoint_lacks_stay(
+    trained: tuple[TrainState, Path],
+    tmp_path: Path,
+    context: ParallelContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Modules of Transformer Engine have an extra state that local modules do not write."""
+    state = make_state(make_config(tmp_path), context, 2)
+    model, loaded = state.model, {}
+    sharded_state_dict = model.sharded_state_dict
+    extra = torch.tensor([1, 2], dtype=torch.uint8)
+
+    def with_extra_state(**options: Any) -> Any:
+        entry = ShardedObject("language_model.norm._extra_state", extra, (1,), (0,), (0, 0, 0))
+        return sharded_state_dict(**options) | {"norm._extra_state": entry}
+
+    monkeypatch.setattr(model, "sharded_state_dict", with_extra_state)
+    monkeypatch.setattr(model, "load_state_dict", loaded.update)
+    load_checkpoint(trained[1], context, state.state_parts())
+    assert loaded["norm._extra_state"] is extra
+    assert loaded.keys() == {*sharded_state_dict(), "norm._extra_state"}
+
+
+def test_another_implementation_of_the_optimizer_goes_on(
+    trained: tuple[TrainState, Path], tmp_path: Path, context: ParallelContext
+) -> None:
+    """Its parameter groups have other keys than those in the checkpoint."""
+    before, checkpoint = trained
+    state = make_state(make_config(tmp_path), context, 2)
+    for part in state.optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            del group["amsgrad"]
+            group["bias_correction"] = True
+    load_checkpoint(checkpoint, context, state.state_parts())
+    for ours, theirs in zip(settings(state), settings(before), strict=True):
+        assert ours.pop("bias_correction") is True
+        assert ours | {"amsgrad": False} == theirs
+    steps = [group["step"] for p in state.optimizer.chained_optimizers for group in p.param_groups]
+    assert set(steps) == {1} and all(isinstance(step, int) for step in steps)
