@@ -55,7 +55,7 @@ def boxes_of_view(view: Tensor, start: int, stop: int) -> Iterator[Box]:
     shape = [view.shape[axis] for axis in order]
     sorted_stride = [stride[axis] for axis in order]
     _check_nested(shape, sorted_stride)
-    first = view.storage_offset()
+    first = int(view.storage_offset())
     begin = _values_before(start - first, shape, sorted_stride)
     end = _values_before(stop - first, shape, sorted_stride)
     for offsets, sizes in boxes_of_range(shape, begin, end):
