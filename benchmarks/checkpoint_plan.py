@@ -168,9 +168,10 @@ def built_stage(
         stack.enter_context(patch.object(dist, "all_gather_object", echo))
         for name in INITIALIZERS:
             stack.enter_context(patch.object(torch.nn.init, name, first))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        model = build_model(config, context)
-        yield context, prepare_training(config, context, model, steps=10)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = build_model(config, context)
+            state = prepare_training(config, context, model, steps=10)
+        yield context, state
 
 
 def first(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
