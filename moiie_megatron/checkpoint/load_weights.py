@@ -53,12 +53,13 @@ def load_weights(
             source = shard if shard.key in present else _dense_shard(shard)
             _check(source, present, checkpoint)
             name = f"{source.key}@{source.global_offset}"
-            wanted.setdefault(name, source)
+            # Reading changes the shape of what it is given: the model's own entry keeps its data.
+            wanted.setdefault(name, replace(source))
             names.append(name)
         if names:
             entries.append((entry, names))
     # Ranks that hold the same expert read the same dense shard: no exclusive owners here.
-    loaded = read_sharded(checkpoint, dict(wanted), validate_access_integrity=False)
+    loaded = read_sharded(checkpoint, dict(wanted), context, validate_access_integrity=False)
     with torch.no_grad():
         for entry, names in entries:
             pieces = [loaded[name] for name in names]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,27 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION
 from moiie_megatron.checkpoint.older_progress import renamed_counters
+from moiie_megatron.checkpoint.optimizer_shards import (
+    is_distributed,
+    keep_settings,
+    load_optimizer_settings,
+    optimizer_settings,
+    optimizer_shards,
+    without_copies,
+)
+from moiie_megatron.checkpoint.parallel_io import begin_save, load_strategy
 from moiie_megatron.checkpoint.progress import Progress
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.patches.dist_checkpointing import (
     add_dummy_step_state,
-    patch_optimizer_loading,
-    plan_save,
+    distinguish_parameter_groups,
 )
 from moiie_megatron.utils.errors import UserError
 
@@ -56,8 +66,10 @@ def request_save(
             ``load_state_dict``, whose state is equal on all ranks.
     """
     metadata = sharding_metadata(context)
+    state = _sharded_state(parts, context, metadata)
     with add_dummy_step_state(parts["optimizer"], progress.updates):
-        state = _sharded_state(parts, context, metadata, is_loading=False)
+        state |= _optimizer_state(parts["optimizer"], state["model"], metadata, progress.updates)
+    state["scheduler"] = parts["scheduler"].state_dict()
     state["progress"] = progress.to_state()
     state["counters"] = {name: part.state_dict() for name, part in _counters(parts)}
     state["format_version"] = FORMAT_VERSION
@@ -67,7 +79,7 @@ def request_save(
         checkpoint.mkdir(parents=True)
     dist.barrier()
     stored = {k: v for k, v in metadata.items() if k != "dp_cp_group"}
-    return plan_save(state, checkpoint, stored)
+    return begin_save(state, checkpoint, stored)
 
 
 def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str, Any]) -> None:
@@ -76,26 +88,32 @@ def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str,
     Raises:
         UserError: There is no checkpoint, it is of a newer version, or does not fit the model.
     """
+    distinguish_parameter_groups()
     metadata = sharding_metadata(context)
     common = load_common(checkpoint)
-    optimizer, progress = parts["optimizer"], Progress.from_state(common["progress"])
-    with add_dummy_step_state(optimizer, progress.updates), patch_optimizer_loading(optimizer):
-        _load_state(checkpoint, context, parts, common, metadata)
-
-
-def _load_state(
-    checkpoint: Path,
-    context: ParallelContext,
-    parts: dict[str, Any],
-    common: dict[str, Any],
-    metadata: dict[str, Any],
-) -> None:
-    state = _sharded_state(parts, context, metadata, is_loading=True)
+    state = _sharded_state(parts, context, metadata)
     if common["world_size"] != context.size:
         del state["rng"]  # one state per rank, meaningless for another number of ranks
-    loaded = read_sharded(checkpoint, state)
+    _keep_absent_objects(state["model"], checkpoint)
+    optimizer, shards = parts["optimizer"], {}
+    if is_distributed(optimizer):
+        updates = Progress.from_state(common["progress"]).updates
+        load_optimizer_settings(optimizer, common["optimizer"], updates)
+        shards = optimizer_shards(optimizer, state["model"])
+        # The shards are views, and read in place; what is handed over may be changed.
+        state["optimizer_shards"] = {name: replace(shard) for name, shard in shards.items()}
+    else:
+        state["optimizer"] = optimizer.sharded_state_dict(
+            state["model"], is_loading=True, metadata=metadata
+        )
+    loaded = read_sharded(checkpoint, state, context)
     parts["model"].load_state_dict(loaded["model"])
-    parts["optimizer"].load_state_dict(loaded["optimizer"])
+    if not is_distributed(optimizer):
+        with keep_settings(optimizer):
+            optimizer.load_state_dict(loaded["optimizer"])
+    for name, shard in shards.items():
+        if loaded["optimizer_shards"][name].data_ptr() != shard.data.data_ptr():
+            shard.data.copy_(loaded["optimizer_shards"][name])
     parts["scheduler"].load_state_dict(loaded["scheduler"])
     if "stream" in parts:
         parts["stream"].restore(loaded["stream"])
@@ -105,6 +123,20 @@ def _load_state(
     for name, part in _counters(parts):
         if name in counters:
             part.load_state_dict(counters[name])
+
+
+def _keep_absent_objects(model_state: dict[str, Any], checkpoint: Path) -> None:
+    """Ask only for those objects of the model that a checkpoint has; the others stay as they are.
+
+    Transformer Engine's modules have an extra state, which is empty but with FP8; checkpoints of
+    local modules have none.
+    """
+    objects = {k: v for k, v in model_state.items() if isinstance(v, ShardedObject)}
+    if objects:
+        present = load_sharded_metadata(str(checkpoint))
+        for name, entry in objects.items():
+            if entry.unique_key not in present:
+                model_state[name] = LocalNonpersistentObject(entry.data)
 
 
 def load_common(checkpoint: Path) -> dict[str, Any]:
@@ -131,14 +163,16 @@ def load_common(checkpoint: Path) -> dict[str, Any]:
     return common
 
 
-def read_sharded(checkpoint: Path, state: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """``dist_checkpointing.load``, with its errors as UserError.
+def read_sharded(
+    checkpoint: Path, state: dict[str, Any], context: ParallelContext, **options: Any
+) -> dict[str, Any]:
+    """``dist_checkpointing.load`` by all ranks together, with its errors as UserError.
 
     Raises:
         UserError: A tensor is missing, or its shape is not that of the model.
     """
     try:
-        return dist_checkpointing.load(state, str(checkpoint), **options)
+        return dist_checkpointing.load(state, str(checkpoint), load_strategy(context), **options)
     except (Exception, CheckpointException) as error:  # the readers raise many types
         # Torch wraps the ranks' errors in a BaseException whose own text only counts them.
         causes = error.failures.values() if isinstance(error, CheckpointException) else ()
@@ -150,19 +184,10 @@ def read_sharded(checkpoint: Path, state: dict[str, Any], **options: Any) -> dic
 
 
 def _sharded_state(
-    parts: dict[str, Any], context: ParallelContext, metadata: dict[str, Any], *, is_loading: bool
+    parts: dict[str, Any], context: ParallelContext, metadata: dict[str, Any]
 ) -> dict[str, Any]:
-    model_state = parts["model"].sharded_state_dict(metadata=metadata)
-    optimizer_state = parts["optimizer"].sharded_state_dict(
-        model_state, is_loading=is_loading, metadata=metadata
-    )
-    if not is_loading and optimizer_state.get("param_state") == {}:
-        # A pipeline stage without trained parameters: Megatron would expect some on rank 0.
-        del optimizer_state["param_state"]
     state = {
-        "model": model_state,
-        "optimizer": optimizer_state,
-        "scheduler": parts["scheduler"].state_dict(),
+        "model": parts["model"].sharded_state_dict(metadata=metadata),
         "rng": ShardedObject("rng", _rng(context), (context.size,), (context.rank,)),
     }
     if "stream" in parts:
@@ -171,6 +196,18 @@ def _sharded_state(
         state["stream"] = ShardedObject(
             "stream", parts["stream"].tensor(), (context.dp_size,), (context.dp_rank,), peer
         )
+    return state
+
+
+def _optimizer_state(
+    optimizer: Any, model_state: dict[str, Any], metadata: dict[str, Any], updates: int
+) -> dict[str, Any]:
+    if not is_distributed(optimizer):
+        return {"optimizer": optimizer.sharded_state_dict(model_state, metadata=metadata)}
+    state = {"optimizer": optimizer_settings(optimizer, updates)}
+    # Without one (nothing is trained on this pipeline stage) there is nothing to write.
+    if shards := without_copies(optimizer_shards(optimizer, model_state)):
+        state["optimizer_shards"] = shards
     return state
 
 

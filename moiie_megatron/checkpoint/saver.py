@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, copy_tokenizer, step_directory
 from moiie_megatron.checkpoint.finalize import finalize, unfinished_directory
+from moiie_megatron.checkpoint.parallel_io import write_in_turn
 from moiie_megatron.checkpoint.progress import Progress
 from moiie_megatron.checkpoint.save_load import request_save
 from moiie_megatron.config.load import dump_config
@@ -70,7 +71,7 @@ class CheckpointSaver:
             if self._config.checkpoint.asynchronous:
                 self._pending.schedule_async_request(request)
             else:
-                request.execute_sync()
+                write_in_turn(request).execute_sync()
 
     def poll(self) -> None:
         """Finish a save whose writers are done on all ranks.

@@ -11,7 +11,6 @@ import queue
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,11 +18,13 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.optimizer import distrib_optimizer, optimizer
 
 from moiie_megatron.mcore.patches.patch import Patch
 
 COMMON_FILE: Final = "common.pt"
 _IDLE: Final = "idle"
+_RATES: Final = ("max_lr", "min_lr")
 
 
 class _ResultsFile:
@@ -106,20 +107,20 @@ def plan_save(
 
 
 @contextmanager
-def add_dummy_step_state(optimizer: Any, step: int) -> Iterator[None]:
-    """Give optimizers without parameters a step count, so that they can be saved and loaded.
+def add_dummy_step_state(chained: Any, step: int) -> Iterator[None]:
+    """Give optimizers without parameters a step count, so that they can be saved.
 
     A pipeline stage in which everything is frozen has such an optimizer (stage 1 trains the
     connector, which lives on the first stage).  Transformer Engine's optimizer keeps the step
     count elsewhere and ignores the entry.
 
     Args:
-        optimizer: Megatron's optimizer, chained or not.
+        chained: Megatron's optimizer, chained or not.
         step: Number of updates so far.
     """
     idle = [
         inner
-        for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        for part in getattr(chained, "chained_optimizers", [chained])
         if (inner := part.optimizer) is not None
         and not any(group["params"] for group in inner.param_groups)
     ]
@@ -132,39 +133,15 @@ def add_dummy_step_state(optimizer: Any, step: int) -> Iterator[None]:
             inner.state.pop(_IDLE, None)
 
 
-@contextmanager
-def patch_optimizer_loading(optimizer: Any) -> Iterator[None]:
-    """Allow loading a checkpoint into a fresh distributed optimizer on torch's AdamW.
+def distinguish_parameter_groups() -> None:
+    """Let Megatron-Core tell parameter groups apart that differ in their learning rates.
 
-    Initialises the optimizer's state, adds the ``step`` that the loaded tensors lack, and at the
-    end gives every parameter a ``step`` tensor of its own.  Transformer Engine's optimizer keeps
-    the step count elsewhere; nothing changes for it.
+    Repeated calls change nothing.
     """
-    parts = [
-        part
-        for part in getattr(optimizer, "chained_optimizers", [optimizer])
-        if hasattr(part, "gbuf_ranges") and part.optimizer is not None
-    ]
-    for part in parts:
-        if not part.optimizer.state:
-            part._init_optimizer_states_with_dummy_values()
-        part._set_main_param_and_optimizer_states = partial(_set_with_step, part)
-    try:
-        yield
-    finally:
-        for part in parts:
-            del part._set_main_param_and_optimizer_states
-            for state in part.optimizer.state.values():
-                if isinstance(state.get("step"), torch.Tensor):
-                    state["step"] = state["step"].clone()
-
-
-def _set_with_step(part: Any, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
-    """Megatron's method of that name, with the step that ``load_state_dict`` has already set."""
-    group, index = part.model_param_group_index_map[model_param]
-    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][index]]
-    step = {"step": state["step"]} if "step" in state else {}
-    type(part)._set_main_param_and_optimizer_states(part, model_param, {**step, **tensors})
+    for module in (optimizer, distrib_optimizer):
+        keys = module.param_group_identifier_keys
+        added = tuple(key for key in _RATES if key not in keys)
+        module.param_group_identifier_keys = (*keys, *added)
 
 
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
@@ -186,19 +163,18 @@ PATCHES: Final = (
     ),
     Patch(
         name="optimizer without parameters",
-        targets=(f"{_OPTIMIZER}.state_dict", f"{_OPTIMIZER}.load_state_dict"),
-        reason="Both read the number of steps from the state of a parameter and assert that there "
+        targets=(f"{_OPTIMIZER}.state_dict",),
+        reason="It reads the number of steps from the state of a parameter and asserts that there "
         "is exactly one; a stage in which everything is frozen has none.",
     ),
     Patch(
-        name="optimizer loading",
-        targets=(
-            f"{_OPTIMIZER}._set_main_param_and_optimizer_states",
-            f"{_OPTIMIZER}._init_optimizer_states_with_dummy_values",
+        name="parameter groups",
+        targets=tuple(
+            f"megatron.core.optimizer.{module}.param_group_identifier_keys"
+            for module in ("optimizer", "distrib_optimizer")
         ),
-        reason="With torch's AdamW loading fails three times: a fresh optimizer is asserted to "
-        "have state, a step is looked up among the loaded tensors, where saving has left it out, "
-        "and all parameters get one and the same step tensor, which every update then advances "
-        "once per parameter.",
+        reason="Groups are looked up in a checkpoint by keys without the learning rate: parts of "
+        "the model with rates of their own get the rate of one of them, or loading fails.",
+        versions=("0.16",),
     ),
 )

@@ -48,6 +48,29 @@ PATCHES: Final = (
         need_not_shown=_NO_CHECK,
     ),
     Patch(
+        name="optimizer state of a rank",
+        kind="private name",
+        targets=(
+            "megatron.core.optimizer.distrib_optimizer."
+            "DistributedOptimizer._get_main_param_and_optimizer_states",
+        ),
+        reason="checkpoint/optimizer_shards.py takes the state of a parameter from it, and the "
+        "range that this rank owns from the attribute gbuf_ranges: no public method gives either "
+        "without a parallel layout or a gather.",
+        need_not_shown=_NO_CHECK,
+    ),
+    Patch(
+        name="files of a rank",
+        kind="private name",
+        targets=(
+            "megatron.core.dist_checkpointing.strategies.filesystem_async."
+            "FileSystemWriterAsync.write_preloaded_data",
+        ),
+        reason="checkpoint/parallel_io.py writes a file with it while the tensors are copied to "
+        "the host one by one; Megatron-Core copies all of them before.",
+        need_not_shown=_NO_CHECK,
+    ),
+    Patch(
         name="checkpoint entries",
         kind="private name",
         targets=(

@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import megatron.core
@@ -25,7 +24,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, jit
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import OptimizerConfig, distrib_optimizer
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, optimizer
 from megatron.core.tensor_parallel import layers, mappings, random
 from megatron.core.transformer.moe import moe_utils
 
@@ -156,33 +155,13 @@ def common_state() -> None:
 
 
 def optimizer_without_parameters() -> None:
-    for method in (
-        distrib_optimizer.DistributedOptimizer.state_dict,
-        distrib_optimizer.DistributedOptimizer.load_state_dict,
-    ):
-        assert "assert len(steps) == 1" in inspect.getsource(method)
+    method = distrib_optimizer.DistributedOptimizer.state_dict
+    assert "assert len(steps) == 1" in inspect.getsource(method)
 
 
-def optimizer_loading() -> None:
-    """The loaded tensors have no step, which torch's AdamW keeps beside the moments."""
-    parameter = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.AdamW([parameter])
-    parameter.grad = torch.ones(1)
-    optimizer.step()
-    part = SimpleNamespace(
-        optimizer=optimizer,
-        model_param_group_index_map={parameter: (0, 0)},
-        config=SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=False),
-    )
-    loaded = {name: torch.zeros(1) for name in ("param", "exp_avg", "exp_avg_sq")}
-    method = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
-    try:
-        with torch.no_grad():
-            method(part, parameter, loaded)
-    except KeyError as error:
-        assert error.args == ("step",), error
-    else:
-        raise AssertionError("it loads without a step")
+def parameter_groups() -> None:
+    for module in (optimizer, distrib_optimizer):
+        assert "max_lr" not in module.param_group_identifier_keys, module
 
 
 def expected_logs() -> None:
@@ -209,7 +188,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "results queue": results_queue,
     "common state": common_state,
     "optimizer without parameters": optimizer_without_parameters,
-    "optimizer loading": optimizer_loading,
+    "parameter groups": parameter_groups,
     "expected logs": expected_logs,
 }
 

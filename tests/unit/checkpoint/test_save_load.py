@@ -1,0 +1,130 @@
+"""One process saves a tiny training state and loads it into a fresh one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from moiie_megatron.checkpoint.parallel_io import write_in_turn
+from moiie_megatron.checkpoint.progress import Progress
+from moiie_megatron.checkpoint.save_load import load_checkpoint, request_save
+from moiie_megatron.config.load import load_config
+from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.mcore.parallel import ParallelContext, seed_everything
+from moiie_megatron.training.state import TrainState, prepare_training
+from moiie_megatron.vlm.build import build_model
+from tests.helpers.tiny_run import tiny_values, write_config
+
+RATES = {"vision": 1e-4, "connector": 3e-3, "language": 1e-3, "moe": 2e-3}
+
+
+def make_config(folder: Path, **sections: Any) -> RunConfig:
+    values = tiny_values(folder, folder / "run")
+    values["language"] = {**values["language"], "num_layers": 2}
+    values["stage"]["learning_rates"] = RATES
+    return load_config(write_config(folder / "run.yaml", values | sections), [])
+
+
+def make_state(config: RunConfig, context: ParallelContext, seed: int) -> TrainState:
+    seed_everything(seed, context.groups)
+    return prepare_training(config, context, build_model(config, context), steps=10)
+
+
+def update(state: TrainState) -> None:
+    for parameter in state.model.parameters():
+        if parameter.requires_grad:
+            parameter.main_grad.copy_(parameter.detach() * 0.5 + 0.01)
+    state.optimizer.step_if(lambda: True)
+    state.scheduler.step(1)
+
+
+def save(folder: Path, context: ParallelContext, state: TrainState, step: int) -> Path:
+    progress = Progress(step=step, consumed_samples=0)
+    write_in_turn(request_save(folder, context, state.state_parts(), progress)).execute_sync()
+    return folder
+
+
+def settings(state: TrainState) -> list[dict[str, Any]]:
+    without = ("params", "step")
+    return [
+        {key: value for key, value in group.items() if key not in without}
+        for part in state.optimizer.chained_optimizers
+        for group in part.optimizer.param_groups
+    ]
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_training_goes_on_bit_for_bit(
+    distributed: bool, tmp_path: Path, context: ParallelContext
+) -> None:
+    """With learning rates that differ from part to part, and the same number of steps."""
+    config = make_config(tmp_path, optimizer={"distributed": distributed})
+    whole = make_state(config, context, 1)
+    update(whole)
+    update(whole)
+    checkpoint = save(tmp_path / "step", context, whole, 2)
+    resumed = make_state(config, context, 2)
+    load_checkpoint(checkpoint, context, resumed.state_parts())
+    assert len({group["max_lr"] for group in settings(resumed)}) == len(RATES)
+    assert settings(resumed) == settings(whole)
+    for state in (whole, resumed):
+        update(state)
+    theirs = dict(whole.model.named_parameters())
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, theirs[name]), name
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, context: ParallelContext
+) -> tuple[TrainState, Path]:
+    """A state after one update, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    state = make_state(make_config(folder), context, 1)
+    update(state)
+    return state, save(folder / "step", context, state, 1)
+
+
+def test_objects_that_a_checkpoint_lacks_stay(
+    trained: tuple[TrainState, Path],
+    tmp_path: Path,
+    context: ParallelContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Modules of Transformer Engine have an extra state that local modules do not write."""
+    state = make_state(make_config(tmp_path), context, 2)
+    model, loaded = state.model, {}
+    sharded_state_dict = model.sharded_state_dict
+    extra = torch.tensor([1, 2], dtype=torch.uint8)
+
+    def with_extra_state(**options: Any) -> Any:
+        entry = ShardedObject("language_model.norm._extra_state", extra, (1,), (0,), (0, 0, 0))
+        return sharded_state_dict(**options) | {"norm._extra_state": entry}
+
+    monkeypatch.setattr(model, "sharded_state_dict", with_extra_state)
+    monkeypatch.setattr(model, "load_state_dict", loaded.update)
+    load_checkpoint(trained[1], context, state.state_parts())
+    assert loaded["norm._extra_state"] is extra
+    assert loaded.keys() == {*sharded_state_dict(), "norm._extra_state"}
+
+
+def test_another_implementation_of_the_optimizer_goes_on(
+    trained: tuple[TrainState, Path], tmp_path: Path, context: ParallelContext
+) -> None:
+    """Its parameter groups have other keys than those in the checkpoint."""
+    before, checkpoint = trained
+    state = make_state(make_config(tmp_path), context, 2)
+    for part in state.optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            del group["amsgrad"]
+            group["bias_correction"] = True
+    load_checkpoint(checkpoint, context, state.state_parts())
+    for ours, theirs in zip(settings(state), settings(before), strict=True):
+        assert ours.pop("bias_correction") is True
+        assert ours | {"amsgrad": False} == theirs
+    steps = [group["step"] for p in state.optimizer.chained_optimizers for group in p.param_groups]
+    assert set(steps) == {1} and all(isinstance(step, int) for step in steps)
