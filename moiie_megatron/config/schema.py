@@ -186,6 +186,11 @@ class TrainConfig(Section):
     exit_after_minutes: PositiveFloat | None = Field(
         None, description="save and exit after the step in which the program has run this long"
     )
+    timeout_minutes: PositiveInt = Field(
+        10,
+        description="longest wait of a collective for the other ranks, also while they write or "
+        "read a checkpoint; then the run fails",
+    )
     max_skipped_steps: PositiveInt = Field(
         3, description="stop after this many consecutive steps with a loss or gradient not finite"
     )

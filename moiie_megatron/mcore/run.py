@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def run_distributed(
         device=config.train.device,
         transformer_impl=config.train.transformer_impl,
         seed=config.train.seed,
+        timeout=timedelta(minutes=config.train.timeout_minutes),
         store=store,
     )
     body(context)
@@ -62,7 +64,8 @@ def run_sequentially(
     import torch
     import torch.distributed as dist
 
-    store = connect_store(dist_env)
+    longest = max(config.train.timeout_minutes for config in configs)
+    store = connect_store(dist_env, timedelta(minutes=longest))
     for number, config in enumerate(configs):
         # One store serves the whole job.  Without a prefix per run the processes would find the
         # addresses of the run before.
