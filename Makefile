@@ -9,6 +9,8 @@ export OMP_NUM_THREADS ?= 1
 
 # Versions of Transformer Engine that tests/te runs with: the one of the image's age, and the newest.
 TE_VERSIONS := 2.12.0 2.20.2
+# The Python of another environment, for instance one with another Megatron-Core.
+TE_PYTHON ?= $(BIN)/python
 TE_TESTS := $(TE_VERSIONS:%=test-te-%)
 
 .PHONY: help install demo test test-fast check test-te $(TE_TESTS)
@@ -44,7 +46,7 @@ test-te: $(TE_TESTS)
 
 $(TE_TESTS): export MOIIE_TEST_FORKS = 1
 $(TE_TESTS): test-te-%: .venv/transformer-engine-%/.installed
-	MOIIE_TEST_TE=$(abspath $(<D)) $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/te
+	MOIIE_TEST_TE=$(abspath $(<D)) $(TE_PYTHON) -m pytest -q -n 2 --dist worksteal tests/te
 
 # The wheel is Python only, and nothing else sees a directory of its own.
 .venv/transformer-engine-%/.installed: | $(STAMP)
