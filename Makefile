@@ -19,6 +19,8 @@ PRINT_SITE := import site; print(site.getsitepackages()[0])
 
 # Versions of Transformer Engine that tests/te runs with: the one of the image's age, and the newest.
 TE_VERSIONS := 2.12.0 2.20.2
+# The Python of another environment, for instance one with another Megatron-Core.
+TE_PYTHON ?= $(BIN)/python
 TE_TESTS := $(TE_VERSIONS:%=test-te-%)
 TE_PYTHON := $(BIN)/python
 

@@ -31,8 +31,11 @@ _MODULES = {
 _AFTER_IMPORT = {
     "transformer_engine.common": "patches:no_shared_libraries",
     "transformer_engine.pytorch": "patches:reference_kernels",
+    "transformer_engine.pytorch.triton.cross_entropy": "patches:cross_entropy",
+    "transformer_engine.pytorch.triton.permutation": "patches:permutation",
     "megatron.core.extensions.transformer_engine": "patches:check_found",
     "moiie_megatron.mcore.device": "patches:use_on_cpu",
+    "moiie_megatron.mcore.patches.cpu_devices": "patches:literal_devices",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -36,6 +37,32 @@ def reference_kernels(module: Any) -> None:
     module.cpp_extensions.__getattr__ = extension.__getattr__
 
 
+def permutation(module: Any) -> None:
+    """``transformer_engine.pytorch.triton.permutation``."""
+    from tests.te.standin.permutation import FUNCTIONS
+
+    for function in FUNCTIONS:
+        assert _same_parameters(function, getattr(module, function.__name__)), function
+        setattr(module, function.__name__, function)
+
+
+def cross_entropy(module: Any) -> None:
+    """``transformer_engine.pytorch.triton.cross_entropy``."""
+    from tests.te.standin.cross_entropy import FORMS
+
+    names = ("cross_entropy_forward", "cross_entropy_backward")
+    for functions in FORMS:
+        pairs = list(zip(names, functions, strict=True))
+        if all(_same_parameters(ours, getattr(module, name)) for name, ours in pairs):
+            module.__dict__.update(pairs)
+            return
+    raise NotImplementedError("This form of the fused cross-entropy has no stand-in.")
+
+
+def _same_parameters(ours: Any, theirs: Any) -> bool:
+    return list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+
+
 def check_found(module: Any) -> None:
     """``megatron.core.extensions.transformer_engine``, which goes on without it.
 
@@ -48,3 +75,8 @@ def check_found(module: Any) -> None:
 def use_on_cpu(module: Any) -> None:
     """``moiie_megatron.mcore.device``: the CPU is as good as a GPU."""
     module._can_run_transformer_engine = lambda device: True
+
+
+def literal_devices(module: Any) -> None:
+    """``moiie_megatron.mcore.patches.cpu_devices``: modules that Transformer Engine leads to."""
+    module.MODULES_WITH_LITERAL_DEVICE += ("megatron.core.transformer.moe.token_dispatcher",)
