@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from moiie_megatron.mcore.patches.output_layer import expect_gathered_input
+from moiie_megatron.mcore.patches.recompute import pass_token_types_to_all_layers
 
 
 class LanguageModel(GPTModel):
@@ -31,6 +32,7 @@ class LanguageModel(GPTModel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        pass_token_types_to_all_layers(self.decoder)
         if self.post_process and self.output_layer.sequence_parallel:
             # The sequence is gathered before tokens are selected, so the layer gets them whole.
             expect_gathered_input(self.output_layer)

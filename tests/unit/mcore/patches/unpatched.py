@@ -28,6 +28,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer
 from megatron.core.tensor_parallel import layers, mappings, random
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.transformer_block import TransformerBlock
 
 from moiie_megatron.mcore.patches import cpu_devices, cpu_torch, warning_filters
 from moiie_megatron.mcore.patches.registry import PATCHES
@@ -139,6 +140,13 @@ def output_layer() -> None:
     assert "tensor_parallel.ColumnParallelLinear" in inspect.getsource(GPTModel.__init__)
 
 
+def token_types_with_block_recompute() -> None:
+    """Only a call with keywords names it, and the one for layers that are kept has none."""
+    forward = inspect.getsource(TransformerBlock._checkpointed_forward)
+    (kept,) = re.findall(r"custom\(layer_idx, layer_idx \+ 1\)\(([^)]*)\)", forward)
+    assert "hidden_states" in kept and "padding_mask" not in kept, kept
+
+
 def fused_adamw() -> None:
     default = torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).param_groups[0]["fused"]
     assert not default
@@ -199,6 +207,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "te_general_gemm": te_general_gemm,
     "aux loss scale": aux_loss_scale,
     "output layer": output_layer,
+    "token types with block recompute": token_types_with_block_recompute,
     "fused AdamW": fused_adamw,
     "results queue": results_queue,
     "optimizer without parameters": optimizer_without_parameters,
