@@ -22,7 +22,7 @@ from moiie_megatron.training.stages import named_parts
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
 from moiie_megatron.vlm.build import build_model
-from tests.distributed.batches import image_batch
+from tests.helpers.batches import image_batch
 
 NOISE = 1e-6
 STEPS = 3

@@ -21,7 +21,7 @@ from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
 from moiie_megatron.vlm.build import build_model
-from tests.distributed.batches import image_batch, text_batch
+from tests.helpers.batches import image_batch, text_batch
 
 # What the micro-batches of rank 0 and rank 1 hold, step by step.
 SCHEDULE = (

@@ -140,6 +140,12 @@ def output_layer() -> None:
     assert "tensor_parallel.ColumnParallelLinear" in inspect.getsource(GPTModel.__init__)
 
 
+def output_layer_without_apex() -> None:
+    init = inspect.getsource(layers.ColumnParallelLinear.__init__)
+    assert "if config.gradient_accumulation_fusion and not _grad_accum_fusion_available" in init
+    assert "self.gradient_accumulation_fusion = config.gradient_accumulation_fusion" in init
+
+
 def token_types_with_block_recompute() -> None:
     """Only a call with keywords names it, and the one for layers that are kept has none."""
     forward = inspect.getsource(TransformerBlock._checkpointed_forward)
@@ -207,6 +213,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "te_general_gemm": te_general_gemm,
     "aux loss scale": aux_loss_scale,
     "output layer": output_layer,
+    "output layer without Apex": output_layer_without_apex,
     "token types with block recompute": token_types_with_block_recompute,
     "fused AdamW": fused_adamw,
     "results queue": results_queue,

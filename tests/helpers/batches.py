@@ -1,4 +1,4 @@
-"""Micro-batches made by hand, for workers that train without a data set."""
+"""Micro-batches made by hand, for the tiny models of ``tests/parity/tiny.py`` and demos."""
 
 from __future__ import annotations
 
