@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 from unittest import mock
 
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from moiie_megatron.config.megatron_section.allowed import ALLOWED
+from moiie_megatron.config.megatron_section.fields import classify
+from moiie_megatron.config.megatron_section.refused import Refused
 from moiie_megatron.config.schema import MoEConfig, RunConfig, StageConfig
 from moiie_megatron.config.validate import check_config
+from moiie_megatron.mcore.device_checks import own_attention_backend
 from moiie_megatron.mcore.parallel import ParallelContext, seed_everything
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
@@ -60,6 +65,11 @@ STAGE_CASES: tuple[Case, ...] = (
 )
 
 
+FIELDS = {field.name: field for field in dataclasses.fields(TransformerConfig)}
+# Fields of the installed Megatron-Core that are refused because they change nothing.
+INERT = [name for name in FIELDS if isinstance(kind := classify(name), Refused) and kind.inert]
+
+
 def needs_experts(case: Case) -> bool:
     """Whether a case has no meaning in a dense model."""
     return any(
@@ -98,7 +108,7 @@ def take_step(
     """
     check_config(config, world_size=context.size)
     seed_everything(3, context.groups)
-    with _forced(forced or {}):
+    with own_attention_backend(), _forced(forced or {}):
         model = build_model(config, context)
     state = prepare_training(config, context, model, steps=2)
     state.ddp.train()
@@ -123,3 +133,29 @@ def largest_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> f
         float((found[name] - want).abs().max() / want.abs().max().clamp(min=1e-3))
         for name, want in wanted.items()
     )
+
+
+def check_case(case: Case, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Losses and gradients differ from those without the field as the table says."""
+    difference = largest_difference(found, wanted)
+    assert all(values.isfinite().all() for values in found.values())
+    losses = ALLOWED[next(iter(case))].losses
+    if losses == "the same":
+        assert difference == 0.0
+    elif losses == "the same up to rounding":
+        assert difference < 1e-5
+    else:
+        assert difference > 1e-4
+
+
+def another_value(name: str) -> Any:
+    """A value of a field's type that is not its default."""
+    kind = get_type_hints(TransformerConfig)[name]
+    kinds = [part for part in get_args(kind) if part is not type(None)] or [kind]
+    default = FIELDS[name].default
+    if get_origin(kind) is None and kind is bool:
+        return not default
+    values: dict[Any, tuple[Any, ...]] = {int: (2, 3), float: (0.5, 0.25), str: ("other",)}
+    values |= {bool: (True,), list[int]: ([1],), list[str]: (["other"],)}
+    literals = [part for part in (*kinds, *get_args(kinds[0])) if isinstance(part, str)]
+    return next(value for value in (*literals, *values.get(kinds[0], (1,))) if value != default)

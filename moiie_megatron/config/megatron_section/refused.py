@@ -185,7 +185,6 @@ REFUSED: Final = (
         "the experts and dispatchers of this project do not read it",
         (
             "moe_input_jitter_eps",
-            "moe_apply_probs_on_input",
             "moe_per_layer_logging",
             "moe_extended_tp",
             "moe_use_legacy_grouped_gemm",
@@ -211,6 +210,7 @@ REFUSED: Final = (
             "moe_ncclep_*",
         ),
     ),
+    Refused("a token has several experts", ("moe_apply_probs_on_input",)),
     Refused("the experts have no latent projection", ("moe_latent_size",)),
     # The model.
     Refused(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moiie_megatron.config.schema import MoEConfig, ParallelConfig, RunConfig
+from moiie_megatron.mcore import config as mcore_config
 from moiie_megatron.mcore.config import (
     ddp_config,
     optimizer_config,
@@ -86,3 +87,19 @@ def test_optimizer_and_gradients() -> None:
     assert optimizer.lr == 1e-3 and not optimizer.bf16
     ddp = ddp_config(run(), CPU)
     assert ddp.grad_reduce_in_fp32 and not ddp.overlap_grad_reduce
+
+
+def test_where_weight_gradients_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs, by Transformer Engine's layers or with Apex."""
+    kinds = {(te, apex): (te or apex) for te in (True, False) for apex in (True, False)}
+    for (te, apex), fused in kinds.items():
+        monkeypatch.setattr(mcore_config, "HAS_APEX_EXTENSION", apex)
+        device = Device("cuda", "nccl", transformer_engine=te)
+        assert mcore_config._fuses_weight_gradients(device) == fused
+    assert not mcore_config._fuses_weight_gradients(Device("cpu", "gloo", True))
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_sent_activations_are_freed(stages: int) -> None:
+    config = transformer_config(run(parallel=ParallelConfig(pipeline=stages)), CPU)
+    assert config.deallocate_pipeline_outputs == (stages > 1)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, get_args, get_origin, get_type_hints
-
 import pytest
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from moiie_megatron.config.megatron_section.allowed import ALLOWED, Allowed
 from moiie_megatron.config.megatron_section.fields import classify
-from moiie_megatron.config.megatron_section.refused import Refused
 from moiie_megatron.mcore.parallel import ParallelContext
 from tests.helpers.megatron_cases import (
     CASES,
+    FIELDS,
+    INERT,
     STAGE_CASES,
     TE_CASES,
     Case,
+    another_value,
+    check_case,
     largest_difference,
     name_of,
     needs_experts,
@@ -25,11 +24,6 @@ from tests.helpers.megatron_cases import (
     tiny_config,
 )
 from tests.helpers.user_errors import user_error
-
-FIELDS = {field.name: field for field in dataclasses.fields(TransformerConfig)}
-INERT = sorted(
-    name for name in FIELDS if isinstance(kind := classify(name), Refused) and kind.inert
-)
 
 
 def test_every_field_is_in_a_table() -> None:
@@ -72,18 +66,6 @@ def test_fields_that_may_be_set(
     check_case(case, take_step(config, context), plain[experts])
 
 
-def check_case(case: Case, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    difference = largest_difference(found, wanted)
-    assert all(values.isfinite().all() for values in found.values())
-    losses = ALLOWED[next(iter(case))].losses
-    if losses == "the same":
-        assert difference == 0.0
-    elif losses == "the same up to rounding":
-        assert difference < 1e-5
-    else:
-        assert difference > 1e-4
-
-
 @pytest.mark.parametrize("case", TE_CASES, ids=name_of)
 def test_fields_that_need_transformer_engine(context: ParallelContext, case: Case) -> None:
     assert not context.device.transformer_engine
@@ -108,16 +90,3 @@ def test_fields_that_change_nothing(
     for experts in (True, False):
         found = take_step(tiny_config(experts), context, {name: another_value(name)})
         assert largest_difference(found, plain[experts]) == 0.0
-
-
-def another_value(name: str) -> Any:
-    """A value of a field's type that is not its default."""
-    kind = get_type_hints(TransformerConfig)[name]
-    kinds = [part for part in get_args(kind) if part is not type(None)] or [kind]
-    default = FIELDS[name].default
-    if get_origin(kind) is None and kind is bool:
-        return not default
-    values: dict[Any, tuple[Any, ...]] = {int: (2, 3), float: (0.5, 0.25), str: ("other",)}
-    values |= {bool: (True,), list[int]: ([1],), list[str]: (["other"],)}
-    literals = [part for part in (*kinds, *get_args(kinds[0])) if isinstance(part, str)]
-    return next(value for value in (*literals, *values.get(kinds[0], (1,))) if value != default)
