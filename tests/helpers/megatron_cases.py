@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, get_args, get_origin, get_type_hints
+import os
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Union, get_args, get_origin, get_type_hints
 from unittest import mock
 
 import torch
@@ -16,7 +19,6 @@ from moiie_megatron.config.megatron_section.fields import classify
 from moiie_megatron.config.megatron_section.refused import Refused
 from moiie_megatron.config.schema import MoEConfig, RunConfig, StageConfig
 from moiie_megatron.config.validate import check_config
-from moiie_megatron.mcore.device_checks import own_attention_backend
 from moiie_megatron.mcore.parallel import ParallelContext, seed_everything
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
@@ -108,13 +110,22 @@ def take_step(
     """
     check_config(config, world_size=context.size)
     seed_everything(3, context.groups)
-    with own_attention_backend(), _forced(forced or {}):
+    with _no_attention_backend(), _forced(forced or {}):
         model = build_model(config, context)
     state = prepare_training(config, context, model, steps=2)
     state.ddp.train()
     result = train_step(config, context, state, [image_batch(0), text_batch(1)])
     found = {f"grad/{n}": p.main_grad for n, p in model.named_parameters() if p.requires_grad}
     return found | {"losses": result.micro_batch_losses, "norm": torch.tensor(result.grad_norm)}
+
+
+@contextmanager
+def _no_attention_backend() -> Iterator[None]:
+    """Without the variables that Megatron has set for models of other tests."""
+    with mock.patch.dict(os.environ):
+        for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+            os.environ.pop(name, None)
+        yield
 
 
 def _forced(fields: Mapping[str, Any]) -> Any:
@@ -151,11 +162,12 @@ def check_case(case: Case, found: dict[str, Tensor], wanted: dict[str, Tensor]) 
 def another_value(name: str) -> Any:
     """A value of a field's type that is not its default."""
     kind = get_type_hints(TransformerConfig)[name]
-    kinds = [part for part in get_args(kind) if part is not type(None)] or [kind]
+    is_union = get_origin(kind) in (Union, types.UnionType)
+    kinds = [part for part in get_args(kind) if part is not type(None)] if is_union else [kind]
     default = FIELDS[name].default
-    if get_origin(kind) is None and kind is bool:
+    if kind is bool:
         return not default
     values: dict[Any, tuple[Any, ...]] = {int: (2, 3), float: (0.5, 0.25), str: ("other",)}
     values |= {bool: (True,), list[int]: ([1],), list[str]: (["other"],)}
-    literals = [part for part in (*kinds, *get_args(kinds[0])) if isinstance(part, str)]
+    literals = [part for part in get_args(kinds[0]) if isinstance(part, str)]
     return next(value for value in (*literals, *values.get(kinds[0], (1,))) if value != default)
