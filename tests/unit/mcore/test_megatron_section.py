@@ -66,6 +66,19 @@ def test_fields_that_may_be_set(
     check_case(case, take_step(config, context), plain[experts])
 
 
+@pytest.mark.parametrize(
+    "recompute",
+    [case for case in CASES if "recompute_granularity" in case],
+    ids=name_of,
+)
+def test_dropout_is_replayed(context: ParallelContext, recompute: Case) -> None:
+    dropout = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
+    plain, replayed = (
+        take_step(tiny_config(True, **dropout, **case), context) for case in ({}, recompute)
+    )
+    assert largest_difference(replayed, plain) == 0.0
+
+
 @pytest.mark.parametrize("case", TE_CASES, ids=name_of)
 def test_fields_that_need_transformer_engine(context: ParallelContext, case: Case) -> None:
     assert not context.device.transformer_engine

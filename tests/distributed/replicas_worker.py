@@ -1,4 +1,4 @@
-"""Worker of test_vision_drift.py: steps in which one rank's gradients of the vision are inexact.
+"""Worker of test_replicas.py: steps in which one rank's gradients of the vision are inexact.
 
 Arguments: configuration, folder for the results (``rank0.json``, ...), and overrides.
 """
@@ -29,8 +29,13 @@ STEPS = 3
 
 
 def steps(config: RunConfig, context: ParallelContext) -> dict[str, object]:
-    """Train with noise on rank 1; how far trained weights of the vision are then apart."""
+    """Train with noise on rank 1; how far replicas of weights are then apart."""
     model = build_model(config, context)
+    replicas = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not getattr(parameter, "tensor_model_parallel", False)
+    }
     vision = {n: p for part, n, p in named_parts(model) if part in ("vision", "connector")}
     start = {name: parameter.detach().clone() for name, parameter in vision.items()}
     train_state = prepare_training(config, context, model, STEPS)
@@ -51,7 +56,7 @@ def steps(config: RunConfig, context: ParallelContext) -> dict[str, object]:
         for seed in range(STEPS)
     ]
     apart = {}
-    for name, parameter in vision.items():
+    for name, parameter in replicas.items():
         of_rank_0 = parameter.detach().clone()
         dist.broadcast(of_rank_0, 0, group=context.groups.tp)
         apart[name] = float((parameter.detach() - of_rank_0).abs().max())
@@ -69,9 +74,12 @@ def main() -> None:
     dist_env = dist_env_from(os.environ)
     everything = load_config(file, overrides)
     alone = load_config(file, [*overrides, "stage.learning_rates.vision=null"])
+    dropout = load_config(
+        file, [*overrides, "megatron={hidden_dropout: 0.1, attention_dropout: 0.1}"]
+    )
     results: list[dict[str, object]] = []
     run_sequentially(
-        [everything, alone],
+        [everything, alone, dropout],
         dist_env,
         lambda config, context: results.append(steps(config, context)),
     )
