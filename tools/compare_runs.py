@@ -42,6 +42,11 @@ RECOMPUTE = {
         "megatron.recompute_method=uniform",
         "megatron.recompute_num_layers=1",
     ],
+    "block": [
+        "megatron.recompute_granularity=full",
+        "megatron.recompute_method=block",
+        "megatron.recompute_num_layers=1",  # of each pipeline stage
+    ],
     "moe": ["megatron.recompute_granularity=selective", "megatron.recompute_modules=[moe]"],
 }
 

@@ -33,9 +33,6 @@ def check_run(config: RunConfig, dist_env: DistEnv) -> None:
     check_config(config, world_size=dist_env.world_size)
     check_extras(config)
     check_paths(config)
-    from moiie_megatron.mcore.config import passthrough_fields
-
-    passthrough_fields(config)
 
 
 def check_runs(configs: Sequence[RunConfig], dist_env: DistEnv) -> None:

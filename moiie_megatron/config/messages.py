@@ -155,6 +155,8 @@ def describe(node: dict[str, Any], defs: dict[str, Any]) -> str:
 def _bounds(node: dict[str, Any]) -> str:
     if "minimum" in node and "maximum" in node:
         return f" from {node['minimum']:g} to {node['maximum']:g}"
+    if "minimum" in node and "exclusiveMaximum" in node:
+        return f" from {node['minimum']:g} to below {node['exclusiveMaximum']:g}"
     for name, words in (
         ("exclusiveMinimum", "above"),
         ("minimum", "not below"),

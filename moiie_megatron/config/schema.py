@@ -24,6 +24,7 @@ from moiie_megatron.config.model_schema import (
 from moiie_megatron.config.section import Fraction, NonNegativeInt, Section
 from moiie_megatron.layout.experts import moe_layers
 from moiie_megatron.layout.placement import Placement, place_experts
+from moiie_megatron.layout.stages import layers_of_stages
 
 __all__ = [
     "CheckpointConfig",
@@ -48,6 +49,7 @@ __all__ = [
     "VisionFamilyName",
 ]
 
+_ENDS = ("first", "last")
 Part = Literal["vision", "connector", "language", "moe"]
 
 
@@ -266,7 +268,9 @@ class RunConfig(Section):
     profile: ProfileConfig = ProfileConfig()
     log: LogConfig = LogConfig()
     megatron: dict[str, Any] = Field(
-        {}, description="further fields of Megatron-Core's TransformerConfig"
+        {},
+        description="further fields of Megatron-Core's TransformerConfig, see "
+        "[megatron-section.md](megatron-section.md)",
     )
 
     @property
@@ -280,6 +284,12 @@ class RunConfig(Section):
         if not self.has_experts:
             return []
         return moe_layers(self.moe.layers, self.language.num_layers)
+
+    @property
+    def pipeline_layers(self) -> list[int] | None:
+        """Layers of every pipeline stage; None if they cannot be divided as the run wants."""
+        ends = (self.megatron.get(f"num_layers_in_{end}_pipeline_stage") for end in _ENDS)
+        return layers_of_stages(self.language.num_layers, self.parallel.pipeline, *ends)
 
     @property
     def micro_batch_shape(self) -> tuple[int, int]:

@@ -6,11 +6,9 @@ Only ``check_paths`` reads the disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 from moiie_megatron.config.families import template_names
-from moiie_megatron.config.messages import listed, unknown_key
+from moiie_megatron.config.megatron_section.check import check_megatron
+from moiie_megatron.config.messages import listed
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate_data import (
     check_data,
@@ -38,6 +36,7 @@ def check_config(config: RunConfig, *, world_size: int | None = None) -> None:
     check_vision(config)
     check_experts(config)
     _check_stage(config)
+    check_megatron(config)
     check_parallel(config)
     check_data(config)
     check_packing(config)
@@ -66,38 +65,6 @@ def check_paths(config: RunConfig) -> None:
     ):
         if path is not None:
             check_exists(key, path, "a directory", want="directory")
-
-
-def check_megatron_section(
-    section: Mapping[str, Any], field_names: Iterable[str], owned: Mapping[str, str]
-) -> None:
-    """Refuse keys of the ``megatron`` section that do not exist, or that another key sets.
-
-    Args:
-        section: The section: further fields of Megatron's TransformerConfig.
-        field_names: All fields that TransformerConfig has.
-        owned: Field -> the configuration key that sets it.
-
-    Raises:
-        UserError: The first such key.
-    """
-    names = set(field_names)
-    for name, value in section.items():
-        if name in owned:
-            raise UserError(
-                f"megatron.{name} is {value!r}, but {name} is set by {owned[name]}: "
-                "leave it out of the megatron section."
-            )
-        if name not in names:
-            free = sorted(names - set(owned))
-            sentence = unknown_key(f"megatron.{name}", name, free)
-            # TransformerConfig has hundreds of fields: name the class instead of all of them.
-            if "did you mean" not in sentence:
-                sentence = (
-                    f"megatron.{name} is not a known key: use a field of Megatron-Core's "
-                    "TransformerConfig."
-                )
-            raise UserError(sentence)
 
 
 def _check_stage(config: RunConfig) -> None:

@@ -15,7 +15,7 @@ def check_parallel(config: RunConfig) -> None:
     """
     parallel, language = config.parallel, config.language
     tensor = parallel.tensor
-    if language.num_layers % parallel.pipeline:
+    if config.pipeline_layers is None:
         raise UserError(
             f"parallel.pipeline is {parallel.pipeline} but language.num_layers is "
             f"{language.num_layers}: use {divisors(language.num_layers)}."

@@ -8,10 +8,12 @@ Shape letters: see ``moe/__init__.py``.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,7 +23,7 @@ from moiie_megatron.mcore.packed_sequences import Segments
 
 
 class SDPACoreAttention(MegatronModule):
-    """Causal self-attention, optionally within a sliding window and in packed rows.
+    """Causal self-attention, optionally within a sliding window, in packed rows, with dropout.
 
     The constructor takes the arguments that Megatron's ``SelfAttention`` passes
     (``transformer/attention.py``).
@@ -40,6 +42,7 @@ class SDPACoreAttention(MegatronModule):
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
         self.softmax_scale = softmax_scale  # None: 1 / sqrt(d)
         self.window = config.window_size[0] + 1 if config.window_size else None
+        self.dropout = config.attention_dropout
 
     def forward(
         self,
@@ -66,6 +69,15 @@ class SDPACoreAttention(MegatronModule):
         Returns:
             ``(s, b, n * d)``, packed ``(s, n * d)``.
         """
+        # Tensor-parallel ranks hold different heads, which need different dropout masks.  Under
+        # sequence parallelism Megatron's TransformerBlock has switched the generator already.
+        apart = self.training and self.dropout > 0 and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if apart else nullcontext():
+            return self._attend(query, key, value, packed_seq_params)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, packed_seq_params: Segments | None
+    ) -> Tensor:
         if packed_seq_params is None:
             return self._causal(query, key, value)
         lengths = list(packed_seq_params.lengths)
@@ -84,6 +96,7 @@ class SDPACoreAttention(MegatronModule):
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
             attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None,
             scale=self.softmax_scale,
             enable_gqa=key.shape[2] != n,

@@ -8,10 +8,8 @@ Megatron-Core renames has to be changed here and where it is read.
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import math
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,67 +20,14 @@ from megatron.core.optimizer import get_standard_config_overrides
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from megatron.core.transformer.enums import AttnBackend
 
+from moiie_megatron.config.megatron_section.check import megatron_fields
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.config.validate import check_megatron_section
 from moiie_megatron.mcore.device import Device
+from moiie_megatron.mcore.device_checks import check_device
+from moiie_megatron.mcore.patches.output_layer import HAS_APEX_EXTENSION
 from moiie_megatron.utils.errors import UserError
-
-_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
-_NOT_SUPPORTED = "the project, which does not support it"
-
-# Fields that the project sets, and the configuration key that decides each.  The `megatron:`
-# section may hold every other field of TransformerConfig.
-OWNED_FIELDS = {
-    # Megatron's own router and shared experts; those that the project sets follow below.
-    **{
-        field.name: _NOT_SUPPORTED
-        for field in dataclasses.fields(TransformerConfig)
-        if field.name.startswith(("moe_router_", "moe_shared_expert_"))
-    },
-    "num_layers": "language.num_layers",
-    "hidden_size": "language.hidden_size",
-    "ffn_hidden_size": "language.ffn_hidden_size",
-    "num_attention_heads": "language.num_attention_heads",
-    "num_query_groups": "language.num_query_groups",
-    "kv_channels": "language.head_dim",
-    "add_qkv_bias": "language.qkv_bias",
-    "qk_layernorm": "language.qk_norm",
-    "layernorm_epsilon": "language.norm_epsilon",
-    "normalization": "language.family",
-    "activation_func": "language.family",
-    "gated_linear_unit": "language.family",
-    "add_bias_linear": "language.family",
-    "window_size": "language.sliding_window",
-    "softmax_scale": "language.longrope",
-    "num_moe_experts": "moe.variant",
-    "moe_layer_freq": "moe.layers",
-    "moe_ffn_hidden_size": "language.ffn_hidden_size",
-    "moe_router_topk": "moe.top_k",
-    "moe_router_dtype": "moe.router_dtype",
-    "moe_token_dispatcher_type": "moe.dispatcher",
-    "moe_router_load_balancing_type": "moe.text_aux_loss_coeff",
-    "moe_aux_loss_coeff": "moe.text_aux_loss_coeff",
-    "tensor_model_parallel_size": "parallel.tensor",
-    "pipeline_model_parallel_size": "parallel.pipeline",
-    "expert_model_parallel_size": "parallel.expert",
-    "expert_tensor_parallel_size": "parallel.expert_tensor",
-    "sequence_parallel": "parallel.sequence",
-    "variable_seq_lengths": "data.padding",
-    "params_dtype": "train.precision",
-    "pipeline_dtype": "train.precision",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "deterministic_mode": "train.deterministic",
-    "autocast_dtype": "train.precision",
-    "moe_z_loss_coeff": "moe.z_loss_coeff",
-    "moe_latent_size": _NOT_SUPPORTED,
-    "mtp_num_layers": _NOT_SUPPORTED,
-    "context_parallel_size": _NOT_SUPPORTED,
-    "calculate_per_token_loss": "the training step (the loss is a mean over the global batch)",
-    "transformer_impl": "train.transformer_impl",
-}
 
 
 def torch_dtype(config: RunConfig) -> torch.dtype:
@@ -90,33 +35,16 @@ def torch_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
-def passthrough_fields(config: RunConfig) -> dict[str, Any]:
-    """The ``megatron:`` section, with values of the types that TransformerConfig declares.
-
-    Raises:
-        UserError: A field that does not exist, that another key decides, or of another type.
-    """
-    fields = [field.name for field in dataclasses.fields(TransformerConfig)]
-    check_megatron_section(config.megatron, fields, OWNED_FIELDS)
-    types, values = get_type_hints(TransformerConfig), {}
-    for name, value in config.megatron.items():
-        try:
-            values[name] = TypeAdapter(types[name], config=_ANY_CLASS).validate_python(value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise UserError(
-                f"megatron.{name} is {value!r}, which does not fit: {reason}."
-            ) from error
-    return values
-
-
 def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
     """Megatron's configuration of the language model of this run.
 
     Raises:
-        UserError: The ``megatron:`` section names a field that is unknown or not free.
+        UserError: The ``megatron`` section, or what it needs and this device lacks.
     """
-    passthrough = passthrough_fields(config)
+    given = megatron_fields(config)
+    check_device(config, device, given)
+    if "attention_backend" in given:
+        given["attention_backend"] = AttnBackend[given["attention_backend"]]
     language, moe, parallel = config.language, config.moe, config.parallel
     dtype = torch_dtype(config)
     fields: dict[str, Any] = {
@@ -153,8 +81,10 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         # layer, when they are on the GPU.
         "apply_rope_fusion": config.data.packing and device.transformer_engine,
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": device.is_cuda and _has_fused_accumulation(),
+        "gradient_accumulation_fusion": _fuses_weight_gradients(device),
         "batch_p2p_comm": device.is_cuda,
+        # What has been sent to the next stage is needed for its place in the graph alone.
+        "deallocate_pipeline_outputs": parallel.pipeline > 1,
         "use_cpu_initialization": not device.is_cuda,
     }
     if language.sliding_window is not None:
@@ -182,8 +112,8 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
             "expert_tensor_parallel_size": parallel.expert_tensor,
         }
     try:
-        return TransformerConfig(**(fields | passthrough))
-    except (AssertionError, TypeError) as error:
+        return TransformerConfig(**(fields | given))
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
         if not config.megatron:
             raise
         raise UserError(
@@ -192,13 +122,12 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         ) from error
 
 
-def _has_fused_accumulation() -> bool:
-    """Whether weight gradients can be added to fp32 buffers inside the matrix product.
+def _fuses_weight_gradients(device: Device) -> bool:
+    """Whether weight gradients are added to fp32 buffers inside the matrix product.
 
-    Transformer Engine's layers do it by themselves, but the output layer is always Megatron's own,
-    which refuses the flag without Apex's extension.
+    Transformer Engine's layers do it by themselves, Megatron's own ones with Apex's extension.
     """
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return device.is_cuda and (device.transformer_engine or HAS_APEX_EXTENSION)
 
 
 def ddp_config(config: RunConfig, device: Device) -> DistributedDataParallelConfig:

@@ -27,8 +27,13 @@ def run_distributed(
         config: The run; its degrees of parallelism, device and seed are used here.
         body: Called with the parallel context.
         store: Key-value store in which the processes find each other (``init_parallel``).
+
+    Raises:
+        UserError: The device lacks what the run needs (``init_parallel``, ``check_device``).
     """
+    from moiie_megatron.mcore.config import transformer_config
     from moiie_megatron.mcore.determinism import set_determinism
+    from moiie_megatron.mcore.device_checks import own_attention_backend
     from moiie_megatron.mcore.parallel import destroy_parallel, init_parallel
     from moiie_megatron.mcore.process_lifetime import kill_children_on_exit
 
@@ -43,7 +48,9 @@ def run_distributed(
         timeout=timedelta(minutes=config.train.timeout_minutes),
         store=store,
     )
-    body(context)
+    transformer_config(config, context.device)  # what the machine lacks is told before body starts
+    with own_attention_backend():
+        body(context)
     destroy_parallel()
 
 

@@ -56,7 +56,7 @@ def build_model(config: RunConfig, context: ParallelContext) -> MoIIEModel:
         connector = Connector(config.vision.hidden_size, connector_size, language.hidden_size)
         for part in (vision_encoder, connector):
             part.to(device=device.torch_device, dtype=torch_dtype(config))
-        _broadcast_over_tensor_ranks((vision_encoder, connector), context)
+        _keep_equal_over_tensor_ranks((vision_encoder, connector), context)
     model = MoIIEModel(
         mconfig,
         language_model,
@@ -114,13 +114,21 @@ def _te_experts() -> Any:
     return submodules_of(spec).experts
 
 
-def _broadcast_over_tensor_ranks(
+def _keep_equal_over_tensor_ranks(
     modules: tuple[torch.nn.Module, ...], context: ParallelContext
 ) -> None:
-    """Copy the weights of tensor-parallel rank 0 to the replicas on the other ranks."""
+    """Give the replicas on all tensor-parallel ranks the same weights, now and after every step.
+
+    Kernels of GPUs are not reproducible to the last bit, so the replicas' gradients differ
+    slightly and the weights would drift apart.  Megatron averages the gradients of parameters
+    with this mark (``finalize_model_grads``), as for its own modules of Hugging Face models
+    (``models/huggingface/module.py``).
+    """
     if context.groups.tp.size() == 1:
         return
     source = torch.distributed.get_global_rank(context.groups.tp, 0)
     for module in modules:
         for tensor in [*module.parameters(), *module.buffers()]:
             torch.distributed.broadcast(tensor.data, source, group=context.groups.tp)
+        for parameter in module.parameters():
+            parameter.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]

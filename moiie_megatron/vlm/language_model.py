@@ -15,7 +15,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from moiie_megatron.mcore.patches.output_layer import expect_gathered_input
+from moiie_megatron.mcore.patches.output_layer import (
+    HAS_APEX_EXTENSION,
+    built_without_apex,
+    expect_gathered_input,
+    keep_gradient_apart,
+)
+from moiie_megatron.mcore.patches.recompute import pass_token_types_to_all_layers
 
 
 class LanguageModel(GPTModel):
@@ -30,10 +36,18 @@ class LanguageModel(GPTModel):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        with built_without_apex():
+            super().__init__(*args, **kwargs)
+        pass_token_types_to_all_layers(self.decoder)
         if self.post_process and self.output_layer.sequence_parallel:
             # The sequence is gathered before tokens are selected, so the layer gets them whole.
             expect_gathered_input(self.output_layer)
+        if self.post_process and not HAS_APEX_EXTENSION:
+            keep_gradient_apart(self.output_layer)
+        if self.pre_process:
+            # Images are merged after it, and under sequence parallelism each rank would draw
+            # its own mask for the whole sequence.
+            self.embedding.embedding_dropout.p = 0.0
 
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, loss_mask: Tensor | None = None, **kwargs: Any

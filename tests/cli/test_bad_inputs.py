@@ -31,6 +31,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "megatron_owned": (["megatron.num_layers=2"], ["megatron.num_layers is 2", "language.num_l"]),
     "megatron_unsupported": (["megatron.mtp_num_layers=1"], ["mtp_num_layers is 1", "not support"]),
     "megatron_type": (["megatron.hidden_dropout=oops"], ["hidden_dropout", "oops"]),
+    "megatron_device": (["megatron.attention_backend=flash"], ["attention_backend=flash", "cpu"]),
     "no_override": (["train.steps"], ["train.steps", "name a YAML file"]),
     "no_records": (["data.sources.0.records=x"], ["data.sources"]),
     "records": (["data.sources=[{records: FOLDER/no.jsonl, images: FOLDER}]"], ["FOLDER/no.jsonl"]),

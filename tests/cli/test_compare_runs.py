@@ -77,7 +77,7 @@ def table(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> list[str]:
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.timeout(960)
-@pytest.mark.parametrize("recompute", ["off", "full", "moe"])
+@pytest.mark.parametrize("recompute", ["off", "full", "block", "moe"])
 @pytest.mark.parametrize("dispatcher", ["moiie", "alltoall", "allgather"])
 def test_every_dispatcher_with_every_recompute(
     table: list[str], dispatcher: str, recompute: str

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from tests.distributed.joint_runs import (
+    BLOCK,
     FAMILIES,
+    FIRST_STAGE,
+    LAST_STAGE,
     LONGROPE,
     ONE_LAYER,
     SAVE_EVERY,
@@ -92,6 +95,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path) -
             # Also the undisturbed run that test_resume.py compares with.
             "ep2": joint("ep2", {"expert": 2}, checkpoint={"interval": SAVE_EVERY}),
             "pp2": joint("pp2", {"pipeline": 2}),
+            "pp2block": joint("pp2block", {"pipeline": 2}, megatron=BLOCK),
+            "pp2first": joint("pp2first", {"pipeline": 2}, megatron=FIRST_STAGE),
+            "pp2last": joint("pp2last", {"pipeline": 2}, megatron=LAST_STAGE),
             "tp2": joint("tp2", {"tensor": 2}),
             "dp2": joint("dp2", {}),
             "tp2etp2": joint("tp2etp2", {"tensor": 2, "expert_tensor": 2}),

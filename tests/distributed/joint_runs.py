@@ -28,6 +28,17 @@ LONGROPE = {
     "original_max_position_embeddings": 32,
 }
 
+# The first of the two layers of each stage is recomputed, the other one, with experts, is not.
+BLOCK = {
+    "recompute_granularity": "full",
+    "recompute_method": "block",
+    "recompute_num_layers": 1,
+}
+
+# Of four layers, one and three on each of two pipeline stages.
+FIRST_STAGE = {"num_layers_in_first_pipeline_stage": 1}
+LAST_STAGE = {"num_layers_in_last_pipeline_stage": 1}
+
 # Of four layers in two pipeline stages, the second stage's have no experts.
 ONE_LAYER = {"layers": [1]}
 

@@ -10,14 +10,10 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from moiie_megatron.checkpoint.directory import latest_checkpoint
 from moiie_megatron.checkpoint.load_weights import load_weights
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.stream.batch import Batch
-from moiie_megatron.layout.token_types import IMAGE, PADDING
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.run import run_sequentially
@@ -25,8 +21,7 @@ from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
 from moiie_megatron.vlm.build import build_model
-
-LENGTH = 40
+from tests.helpers.batches import image_batch, text_batch
 
 # What the micro-batches of rank 0 and rank 1 hold, step by step.
 SCHEDULE = (
@@ -35,33 +30,6 @@ SCHEDULE = (
     (("text", "text"), ("text", "text")),
     (("images", "images"), ("images", "images")),
 )
-
-
-def text_batch(seed: int) -> Batch:
-    """Two rows of random text without any image; the second is shorter."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(5, 150, (2, LENGTH), generator=generator)
-    types = torch.zeros(2, LENGTH, dtype=torch.int8)
-    types[1, LENGTH - 7 :] = PADDING
-    return _batch(tokens, types, torch.empty(0, 3, 28, 28, dtype=torch.uint8))
-
-
-def image_batch(seed: int) -> Batch:
-    """Two rows of two images each; hardly any text."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(5, 150, (2, LENGTH), generator=generator)
-    types = torch.zeros(2, LENGTH, dtype=torch.int8)
-    types[:, 1:33] = IMAGE
-    images = torch.randint(0, 256, (4, 3, 28, 28), generator=generator, dtype=torch.uint8)
-    return _batch(tokens, types, images)
-
-
-def _batch(tokens: torch.Tensor, types: torch.Tensor, images: torch.Tensor) -> Batch:
-    labels = torch.roll(tokens, -1, dims=1)
-    labels[:, -1] = -100
-    labels[types != 0] = -100
-    positions = torch.arange(LENGTH).repeat(2, 1)
-    return Batch(tokens, labels, positions, types, images, 16, ("a", "b"))
 
 
 def steps(config: RunConfig, context: ParallelContext) -> list[dict[str, object]]:

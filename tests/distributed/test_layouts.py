@@ -29,7 +29,10 @@ def assert_same_routing(output: Path, reference: Path) -> None:
                 assert got["prob"] == pytest.approx(part["prob"], abs=TOLERANCE), place
 
 
-@pytest.mark.parametrize("layout", ["ep2", "pp2", "tp2", "dp2", "tp2etp2", "tp2ep2"])
+LAYOUTS = ("ep2", "pp2", "pp2block", "pp2first", "pp2last", "tp2", "dp2", "tp2etp2", "tp2ep2")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_train_like_one(layout: str, single: Path, pair: Path) -> None:
     assert_same_course(read_metrics(pair / layout), read_metrics(single / "moiie"))
     assert_same_routing(pair / layout, single / "moiie")

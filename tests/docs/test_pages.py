@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from moiie_megatron import __version__
+from moiie_megatron.config.megatron_section.fields import classify
+from moiie_megatron.config.megatron_section.refused import Refused
 from moiie_megatron.config.renamed_keys import RENAMED
 from tests.docs.doc_pages import PAGES, ROOT, blocks, megatron_core, name
 
@@ -132,3 +134,12 @@ def test_the_levels_of_packages_are_those_of_the_rule() -> None:
     rows = dict(re.findall(r"^\| (\d+) \| ([^|]+) \|", page, re.MULTILINE))
     found = [sorted(re.findall(r"(\w+)/", rows[str(level)])) for level in range(len(rows))]
     assert found == [sorted(row) for row in levels]
+
+
+def test_what_the_status_page_calls_refused_is_refused() -> None:
+    text = (ROOT / "docs/status.md").read_text()
+    (table,) = re.findall(r"## Not supported\n\n(.*?)\n\n", text, re.DOTALL)
+    names = re.findall(r"`megatron\.(\w+)\*?`", table)
+    assert len(names) > 10
+    kinds = {name: classify(f"{name}x" if name.endswith("_") else name) for name in names}
+    assert [name for name, kind in kinds.items() if not isinstance(kind, Refused | str)] == []

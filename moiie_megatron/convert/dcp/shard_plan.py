@@ -87,4 +87,6 @@ def _stage(config: RunConfig, row: WeightMapping) -> int:
         return 0
     if row.layer is None:
         return stages - 1
-    return row.layer // (config.language.num_layers // stages)
+    assert config.pipeline_layers is not None  # see config/validate_parallel.py
+    stage_of_layer = [stage for stage, n in enumerate(config.pipeline_layers) for _ in range(n)]
+    return stage_of_layer[row.layer]

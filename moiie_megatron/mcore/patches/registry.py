@@ -13,6 +13,7 @@ from moiie_megatron.mcore.patches import (
     moe_utils,
     output_layer,
     private_names,
+    recompute,
     warning_filters,
 )
 from moiie_megatron.mcore.patches.patch import Patch
@@ -23,6 +24,7 @@ PATCHES: Final[tuple[Patch, ...]] = (
     *cpu_gloo.PATCHES,
     *moe_utils.PATCHES,
     *output_layer.PATCHES,
+    *recompute.PATCHES,
     *adamw.PATCHES,
     *dist_checkpointing.PATCHES,
     *warning_filters.PATCHES,

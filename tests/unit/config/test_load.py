@@ -45,7 +45,7 @@ def _value(config: RunConfig, key: str) -> object:
         ("moe.layers=[1, 3]", "moe.layers", [1, 3]),
         ("moe={variant: modality}", "moe.variant", "modality"),
         ("language.preset=tiny-phi3", "language.family", "phi3"),
-        ("megatron.recompute_granularity=full", "megatron.recompute_granularity", "full"),
+        ("megatron.init_method_std=0.5", "megatron.init_method_std", 0.5),
         ("language.rope_scaling.factor=8.0", "language.rope_scaling.factor", 8.0),
         ("train.steps=7", "train.steps", 7),
     ],
@@ -81,9 +81,9 @@ def test_alias_is_not_overridden_with_its_anchor(tmp_path: Path) -> None:
     text = MINIMAL.replace(
         "[{records: records.json, images: images}]", "[&a {records: r, images: i}]"
     )
-    text += "megatron: {one: &x {k: 1}, two: *x}\n"
-    config = load_minimal(tmp_path, ["megatron.one.k=2"], text=text)
-    assert config.megatron == {"one": {"k": 2}, "two": {"k": 1}}
+    text += "log: &x {interval: 7}\ncheckpoint: *x\n"
+    config = load_minimal(tmp_path, ["log.interval=2"], text=text)
+    assert (config.log.interval, config.checkpoint.interval) == (2, 7)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_process_environment_is_the_default(
         ["language.preset=phi3-mini", "stage.preset=stage-connector"],
         ["output='$${VALUE}'", "stage.name='1e-3'"],
         ["output='$$${VALUE}'", "stage.name='null'", "data.image_token='yes'"],
-        ["megatron={a: [1, 1e-5, text], b: null}", "moe.layers=[0, 3]"],
+        ["megatron={init_method_std: 1e-5, hidden_dropout: null}", "moe.layers=[0, 3]"],
         ["language.rope_scaling={factor: 8.0}"],
     ],
 )

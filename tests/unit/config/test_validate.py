@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moiie_megatron.config.validate import check_config, check_megatron_section
+from moiie_megatron.config.validate import check_config
 from tests.helpers.user_errors import user_error
 from tests.unit.config.minimal import load_minimal
 
@@ -342,30 +342,3 @@ def test_impossible_world(
 def test_possible_world(tmp_path: Path, overrides: list[str], world_size: int) -> None:
     config = load_minimal(tmp_path, overrides)
     check_config(config, world_size=world_size)
-
-
-@pytest.mark.parametrize(
-    ("key", "parts"),
-    [
-        (
-            "hidden_size",
-            ("megatron.hidden_size", "1", "language.hidden_size", "leave it out"),
-        ),
-        (
-            "recompute_granularty",
-            ("megatron.recompute_granularty", "did you mean recompute_granularity"),
-        ),
-        (
-            "zzzzzz",
-            ("megatron.zzzzzz", "TransformerConfig"),
-        ),
-        # The nearest field is not offered when the run may not set it here.
-        ("hidden_siz", ("megatron.hidden_siz", "TransformerConfig")),
-    ],
-)
-def test_megatron_section(key: str, parts: tuple[str, ...]) -> None:
-    fields = ["hidden_size", "recompute_granularity", "bias_dropout_fusion"]
-    owned = {"hidden_size": "language.hidden_size"}
-    check_megatron_section({"bias_dropout_fusion": True}, fields, owned)
-    with user_error(*parts):
-        check_megatron_section({"bias_dropout_fusion": True, key: 1}, fields, owned)

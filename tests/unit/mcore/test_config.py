@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer import TransformerConfig
 
 from moiie_megatron.config.schema import MoEConfig, ParallelConfig, RunConfig
+from moiie_megatron.mcore import config as mcore_config
 from moiie_megatron.mcore.config import (
-    OWNED_FIELDS,
     ddp_config,
     optimizer_config,
     transformer_config,
 )
 from moiie_megatron.mcore.device import Device
-from tests.helpers.user_errors import user_error
 from tests.parity import tiny
 
 CPU = Device("cpu", "gloo")
-FIELDS = {field.name for field in dataclasses.fields(TransformerConfig)}
 
 
 def run(moe: MoEConfig | None = None, **sections: Any) -> RunConfig:
@@ -81,26 +77,9 @@ def test_lengths_vary_only_between_pipeline_stages() -> None:
 
 
 def test_the_megatron_section_is_passed_on_with_its_types() -> None:
-    config = run(megatron={"recompute_modules": ["core_attn"], "init_method_std": "0.5"})
-    megatron = transformer_config(config, CPU)
+    section = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    megatron = transformer_config(run(megatron={**section, "init_method_std": "0.5"}), CPU)
     assert megatron.recompute_modules == ["core_attn"] and megatron.init_method_std == 0.5
-
-
-def test_the_megatron_section_by_mistake() -> None:
-    with user_error("megatron.hidden_size", "32", "language.hidden_size"):
-        transformer_config(run(megatron={"hidden_size": 32}), CPU)
-    with user_error("megatron.init_method_std", "wide"):
-        transformer_config(run(megatron={"init_method_std": "wide"}), CPU)
-    with user_error("megatron.recompute_granularty", "recompute_granularity"):
-        transformer_config(run(megatron={"recompute_granularty": "full"}), CPU)
-    with user_error("recompute_granularity", "everything"):
-        transformer_config(run(megatron={"recompute_granularity": "everything"}), CPU)
-
-
-@pytest.mark.parametrize("name", sorted(set(OWNED_FIELDS) & FIELDS))
-def test_owned_fields_are_refused(name: str) -> None:
-    with user_error(f"megatron.{name}"):
-        transformer_config(run(megatron={name: 1}), CPU)
 
 
 def test_optimizer_and_gradients() -> None:
@@ -108,3 +87,19 @@ def test_optimizer_and_gradients() -> None:
     assert optimizer.lr == 1e-3 and not optimizer.bf16
     ddp = ddp_config(run(), CPU)
     assert ddp.grad_reduce_in_fp32 and not ddp.overlap_grad_reduce
+
+
+def test_where_weight_gradients_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs, by Transformer Engine's layers or with Apex."""
+    kinds = {(te, apex): (te or apex) for te in (True, False) for apex in (True, False)}
+    for (te, apex), fused in kinds.items():
+        monkeypatch.setattr(mcore_config, "HAS_APEX_EXTENSION", apex)
+        device = Device("cuda", "nccl", transformer_engine=te)
+        assert mcore_config._fuses_weight_gradients(device) == fused
+    assert not mcore_config._fuses_weight_gradients(Device("cpu", "gloo", True))
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_sent_activations_are_freed(stages: int) -> None:
+    config = transformer_config(run(parallel=ParallelConfig(pipeline=stages)), CPU)
+    assert config.deallocate_pipeline_outputs == (stages > 1)

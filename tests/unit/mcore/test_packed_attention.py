@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,15 @@ def segments(context: ParallelContext, lengths: tuple[int, ...] = LENGTHS) -> Se
     return segments_of(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), context.device)
 
 
-def config(**changes: object) -> TransformerConfig:
-    values = {"num_layers": 1, "hidden_size": HEADS * SIZE, "num_attention_heads": HEADS}
-    return TransformerConfig(**{**values, "use_cpu_initialization": True, **changes})
+def config(**changes: Any) -> TransformerConfig:
+    values: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": HEADS * SIZE,
+        "num_attention_heads": HEADS,
+    }
+    return TransformerConfig(
+        **values, use_cpu_initialization=True, attention_dropout=0.0, **changes
+    )
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import megatron.core
 import pytest
 import torch
 
@@ -17,7 +18,10 @@ from moiie_megatron.mcore.patches.registry import PATCHES
 from tests.helpers.launch import ROOT, environment
 
 UNPATCHED = "tests/unit/mcore/patches/unpatched.py"
-TARGETS = [(patch, target) for patch in PATCHES for target in patch.targets]
+VERSION = megatron.core.__version__
+TARGETS = [
+    (patch, target) for patch in PATCHES if patch.is_needed_in(VERSION) for target in patch.targets
+]
 
 
 def find(name: str) -> object:

@@ -27,6 +27,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, optimizer
 from megatron.core.tensor_parallel import layers, mappings, random
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.transformer_block import TransformerBlock
 
 from moiie_megatron.mcore.patches import cpu_devices, cpu_torch, warning_filters
 from moiie_megatron.mcore.patches.registry import PATCHES
@@ -138,6 +139,19 @@ def output_layer() -> None:
     assert "tensor_parallel.ColumnParallelLinear" in inspect.getsource(GPTModel.__init__)
 
 
+def output_layer_without_apex() -> None:
+    init = inspect.getsource(layers.ColumnParallelLinear.__init__)
+    assert "if config.gradient_accumulation_fusion and not _grad_accum_fusion_available" in init
+    assert "self.gradient_accumulation_fusion = config.gradient_accumulation_fusion" in init
+
+
+def token_types_with_block_recompute() -> None:
+    """Only a call with keywords names it, and the one for layers that are kept has none."""
+    forward = inspect.getsource(TransformerBlock._checkpointed_forward)
+    (kept,) = re.findall(r"custom\(layer_idx, layer_idx \+ 1\)\(([^)]*)\)", forward)
+    assert "hidden_states" in kept and "padding_mask" not in kept, kept
+
+
 def fused_adamw() -> None:
     default = torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).param_groups[0]["fused"]
     assert not default
@@ -184,6 +198,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "te_general_gemm": te_general_gemm,
     "aux loss scale": aux_loss_scale,
     "output layer": output_layer,
+    "output layer without Apex": output_layer_without_apex,
+    "token types with block recompute": token_types_with_block_recompute,
     "fused AdamW": fused_adamw,
     "results queue": results_queue,
     "common state": common_state,

@@ -1,0 +1,150 @@
+"""Values of the ``megatron`` section that fit together, and those that do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moiie_megatron.config.megatron_section.allowed import ALLOWED
+from moiie_megatron.config.megatron_section.check import check_megatron, megatron_fields
+from moiie_megatron.config.megatron_section.fields import classify
+from moiie_megatron.config.megatron_section.owned import OWNED
+from moiie_megatron.config.megatron_section.refused import REFUSED
+from moiie_megatron.config.schema import MoEConfig, ParallelConfig, RunConfig
+from tests.helpers.user_errors import user_error
+from tests.parity import tiny
+
+FULL = {"recompute_granularity": "full", "recompute_num_layers": 2}
+BLOCK = {**FULL, "recompute_method": "block"}
+UNIFORM = {**FULL, "recompute_method": "uniform"}
+SELECTIVE = {"recompute_granularity": "selective"}
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+
+
+def run(stages: int = 1, moe: MoEConfig | None = None, **megatron: Any) -> RunConfig:
+    """A run of four layers; experts, if any, are in layers 1 and 3."""
+    parallel = ParallelConfig(pipeline=stages)
+    return tiny.run_config(tiny.language("llama"), moe, parallel=parallel, megatron=megatron)
+
+
+@pytest.mark.parametrize(
+    "megatron",
+    [
+        {},
+        {**BLOCK, "recompute_num_layers": 3},
+        UNIFORM,
+        SELECTIVE,
+        {**SELECTIVE, "recompute_modules": ["core_attn", "moe", "mlp"]},
+        {"init_method_std": 0.5, "hidden_dropout": 0.1},
+        # Null takes back what a base file has set.
+        {"recompute_granularity": None, "recompute_method": None, "hidden_dropout": None},
+    ],
+)
+def test_possible_sections(megatron: dict[str, Any]) -> None:
+    config = run(moe=MoEConfig(), **megatron)
+    check_megatron(config)
+    given = {name: value for name, value in megatron.items() if value is not None}
+    assert megatron_fields(config) == given
+
+
+@pytest.mark.parametrize(
+    ("megatron", "parts"),
+    [
+        ({"hidden_size": 32}, ("megatron.hidden_size", "32", "language.hidden_size")),
+        ({"fp8": "hybrid"}, ("megatron.fp8", "'hybrid'", "FP8", "train.precision=bf16")),
+        ({"moe_router_fusion": True}, ("megatron.moe_router_fusion", "True", "moe section")),
+        ({"recompute_granularty": "full"}, ("recompute_granularty", "did you mean")),
+        ({"zzzzzz": 1}, ("megatron.zzzzzz", "docs/megatron-section.md")),
+        ({"init_method_std": "wide"}, ("megatron.init_method_std", "'wide'", "number")),
+        ({"init_method_std": -1}, ("megatron.init_method_std", "-1", "not below 0")),
+        ({"hidden_dropout": 1}, ("megatron.hidden_dropout", "1", "0")),
+        ({"bias_dropout_fusion": "maybe"}, ("bias_dropout_fusion", "maybe", "true or false")),
+        ({"recompute_granularity": "everything"}, ("everything", "full or selective")),
+        ({"recompute_method": "block"}, ("recompute_method", "recompute_granularity is null")),
+        ({"recompute_modules": ["moe"]}, ("recompute_modules", "set it to selective")),
+        ({**SELECTIVE, "recompute_num_layers": 1}, ("recompute_num_layers", "is selective")),
+        (FULL, ("recompute_method is not given", "uniform or block")),
+        ({"recompute_granularity": "full"}, ("is full", "is not given")),
+        ({**BLOCK, "recompute_num_layers": 5}, ("recompute_num_layers is 5", "4 layers")),
+        ({**BLOCK, "recompute_num_layers": 0}, ("recompute_num_layers is 0", "whole number")),
+        ({**UNIFORM, "recompute_num_layers": 3}, ("recompute_num_layers is 3", "1, 2 or 4")),
+        ({**SELECTIVE, "recompute_modules": []}, ("recompute_modules", "core_attn")),
+        ({**SELECTIVE, "recompute_modules": ["ffn"]}, ("recompute_modules", "ffn", "moe_act")),
+        ({FIRST: 1}, (f"megatron.{FIRST} is 1", "parallel.pipeline is 1")),
+    ],
+)
+def test_impossible_sections(megatron: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with user_error(*parts):
+        check_megatron(run(moe=MoEConfig(), **megatron))
+
+
+@pytest.mark.parametrize("module", ["moe", "moe_act", "layernorm"])
+def test_a_dense_stage_recomputes_no_experts(module: str) -> None:
+    with user_error("megatron.recompute_modules", module, "stage.moe"):
+        check_megatron(run(**SELECTIVE, recompute_modules=[module]))
+
+
+def test_there_may_be_no_dense_layer_to_recompute() -> None:
+    with user_error("megatron.recompute_modules", "mlp", "use moe"):
+        config = run(moe=MoEConfig(layers="all"), **SELECTIVE, recompute_modules=["mlp"])
+        check_megatron(config)
+
+
+@pytest.mark.parametrize(
+    ("stages", "megatron", "layers"),
+    [
+        (2, {}, [2, 2]),
+        (2, {FIRST: 1}, [1, 3]),
+        (2, {LAST: 1}, [3, 1]),
+        (2, {FIRST: 1, LAST: 3}, [1, 3]),
+        (3, {FIRST: 2}, [2, 1, 1]),
+        (3, {FIRST: 1, LAST: 2}, [1, 1, 2]),
+    ],
+)
+def test_stages_of_different_sizes(
+    stages: int, megatron: dict[str, int], layers: list[int]
+) -> None:
+    config = run(stages, **megatron)
+    check_megatron(config)
+    assert config.pipeline_layers == layers
+
+
+@pytest.mark.parametrize(
+    ("stages", "megatron"),
+    [
+        (2, {FIRST: 4}),
+        (2, {FIRST: 1, LAST: 1}),
+        (3, {FIRST: 1}),
+        (3, {FIRST: 2, LAST: 2}),
+        (2, {LAST: 5}),
+    ],
+)
+def test_stages_that_do_not_add_up(stages: int, megatron: dict[str, int]) -> None:
+    name, value = next(iter(megatron.items()))
+    with user_error(f"megatron.{name} is {value}", "language.num_layers is 4"):
+        check_megatron(run(stages, **megatron))
+
+
+def test_recomputed_layers_are_those_of_a_stage() -> None:
+    uneven = {FIRST: 1, "recompute_granularity": "full", "recompute_num_layers": 3}
+    check_megatron(run(2, **uneven, recompute_method="block"))
+    with user_error("recompute_num_layers is 3", "has 1 layers"):
+        check_megatron(run(2, **uneven, recompute_method="uniform"))
+
+
+def test_a_name_is_in_one_table() -> None:
+    """Where a pattern matches too, the table that is asked first decides."""
+    assert set(ALLOWED) & set(OWNED) == set()
+    names = [name for refused in REFUSED for name in refused.names]
+    assert len(set(names)) == len(names)
+    plain = {name for name in names if "*" not in name}
+    assert plain & (set(ALLOWED) | set(OWNED)) == set()
+    assert classify("moe_router_topk") == "moe.top_k"
+
+
+def test_reasons_make_a_sentence() -> None:
+    for refused in REFUSED:
+        for text in (refused.reason, refused.instead):
+            assert text[0].islower() or text.split()[0].isupper() or text.split()[0] in ("CUDA",)
+            assert not text.endswith(".") and ": " not in text
