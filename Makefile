@@ -22,7 +22,6 @@ TE_VERSIONS := 2.12.0 2.20.2
 # The Python of another environment, for instance one with another Megatron-Core.
 TE_PYTHON ?= $(BIN)/python
 TE_TESTS := $(TE_VERSIONS:%=test-te-%)
-TE_PYTHON := $(BIN)/python
 
 .PHONY: help install demo test test-fast test-te $(TE_TESTS) test-newest-core check
 
