@@ -36,8 +36,10 @@ def disagreement(calls: Sequence[Call]) -> str | None:
     for name, read in _EQUAL.items():
         if len({read(call) for call in calls}) > 1:
             return f"{name} differs"
-    check = _SHAPES.get(calls[0].operation, _same_shapes)
-    return None if check(calls) else "what is sent is not what is received"
+    check = _PARTS.get(calls[0].operation)
+    if check is not None:
+        return None if check(calls) else "what is sent is not what is received"
+    return "the shape differs" if len({(c.inputs, c.outputs) for c in calls}) > 1 else None
 
 
 class _Replay:
@@ -135,14 +137,10 @@ def _pair(rank: int, call: Call) -> tuple[str, int, int]:
 _EQUAL: dict[str, Callable[[Call], object]] = {
     "the operation": lambda call: call.operation,
     "the group's members": lambda call: call.members,
-    "the dtype": lambda call: {kind for kind, _ in call.inputs + call.outputs}.__repr__(),
+    "the dtype": lambda call: frozenset(dtype for dtype, _ in call.inputs + call.outputs),
     "the reduction": lambda call: call.reduction,
     "the root": lambda call: call.peer,
 }
-
-
-def _same_shapes(calls: Sequence[Call]) -> bool:
-    return len({(call.inputs, call.outputs) for call in calls}) == 1
 
 
 def _all_gather(calls: Sequence[Call]) -> bool:
@@ -197,7 +195,8 @@ def _all_to_all_single(calls: Sequence[Call]) -> bool:
     )
 
 
-_SHAPES: dict[str, Callable[[Sequence[Call]], bool]] = {
+# Where members give or get tensors of different shapes.
+_PARTS: dict[str, Callable[[Sequence[Call]], bool]] = {
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,
     "gather": _gather,

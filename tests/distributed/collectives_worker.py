@@ -92,11 +92,18 @@ class Records:
         self.rank = rank
         self.seen = -1  # the last entry of the flight recorder
 
-    def write(self, name: str, recorder: CollectiveRecorder) -> None:
+    def skip(self) -> None:
+        """Leave what has been called so far out of the counts."""
+        self._new()
+
+    def _new(self) -> list[dict[str, Any]]:
         trace = pickle.loads(_dump_fr_trace(includeStackTraces=False))
         entries = [e for e in trace.get("entries", []) if e["record_id"] > self.seen]
         self.seen = max((e["record_id"] for e in entries), default=self.seen)
-        counted = Counter(e["process_group"][0] for e in entries)
+        return entries
+
+    def write(self, name: str, recorder: CollectiveRecorder) -> None:
+        counted = Counter(e["process_group"][0] for e in self._new())
         file = self.folder / name / f"rank{self.rank}.pickle"
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(pickle.dumps((recorder.events, counted)))
@@ -104,24 +111,23 @@ class Records:
 
 def plant(rank: int, records: Records) -> None:
     """What Gloo lets pass: another dtype, another order, and a call that one rank skips."""
-    one, other = torch.ones(4), torch.zeros(4, dtype=torch.int32)
-    group = dist.new_group()
-    for name in ("dtype", "order", "skipped"):
-        with CollectiveRecorder() as recorder:
-            dist.all_reduce(one)
-            if name == "dtype":
-                dist.all_gather([torch.empty_like(one), torch.empty_like(one)], one) if rank else (
-                    dist.all_gather([torch.empty_like(other), torch.empty_like(other)], other)
-                )
-            elif name == "order":
-                # Asynchronous: two reductions of one communicator, started in different orders.
-                pair = [torch.ones(2, 2), torch.ones(4)]
-                works = [dist.all_reduce(t, async_op=True) for t in (pair[::-1] if rank else pair)]
-                for work in works:
-                    work.wait()
-            elif rank == 0:
-                dist.broadcast(one, src=0, group=group)
-        records.write(f"planted-{name}", recorder)
+    kind = torch.int32 if rank else torch.float32
+    with CollectiveRecorder() as recorder:
+        dist.all_gather_single(torch.empty(8, dtype=kind), torch.ones(4, dtype=kind))
+    records.write("planted-dtype", recorder)
+    pair = [torch.ones(4), torch.ones(2, 2)]
+    with CollectiveRecorder() as recorder:
+        works = [dist.all_reduce(t, async_op=True) for t in (pair[::-1] if rank else pair)]
+        for work in works:
+            work.wait()
+    records.write("planted-order", recorder)
+    with CollectiveRecorder() as recorder:
+        dist.barrier()
+        if rank == 0:
+            dist.all_reduce(pair[0])
+    records.write("planted-skipped", recorder)
+    if rank == 1:  # so that rank 0 can go on
+        dist.all_reduce(pair[0])
 
 
 def main() -> None:
@@ -135,6 +141,7 @@ def main() -> None:
         training_run.build_train_loader = lambda *_, **__: batches(config, context)
         if launch.world_size == 2 and records.seen < 0:
             plant(launch.rank, records)
+        records.skip()
         with CollectiveRecorder() as recorder:
             train(config, context)
         records.write(Path(config.output).name, recorder)

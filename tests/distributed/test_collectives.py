@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from moiie_megatron.evaluation.collective_order import find_conflict
-from moiie_megatron.evaluation.collective_recorder import Call, Event
+from moiie_megatron.evaluation.collective_recorder import Call, Event, Wait
 from tests.helpers.launch import command, run
 from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import tiny_values, write_config
@@ -50,7 +50,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2-connector": {"stage": "connector", "parallel": PP2, "megatron": BATCHED},
         "pp2-one-by-one": {"parallel": PP2, "data": FIXED, "megatron": selective("core_attn")},
         "tp2": {
-            "parallel": TP2 | EP2, "data": PACKED, "megatron": selective("layernorm", "moe_act"),
+            "parallel": TP2 | EP2, "data": PACKED, "megatron": selective("core_attn", "mlp"),
         },
         "tp2-connector": {"stage": "connector", "parallel": TP2, "data": PACKED},
         "tp2-etp2": {"parallel": TP2 | {"expert_tensor": 2}, "megatron": selective("moe")},
@@ -104,9 +104,76 @@ def test_the_ranks_fit_together(processes: int, name: str, folder: Path) -> None
     assert find_conflict(records) is None
     # Nothing has passed the recorder by: torch's own has counted as many, group by group.
     for events, counted in zip(records, counts, strict=True):
-        calls = [e for e in events if isinstance(e, Call) and not e.is_point_to_point]
-        assert Counter(call.group for call in calls) == counted
-        assert len(calls) > 50
+        calls: Counter[str] = Counter()
+        for event in events:
+            if isinstance(event, Call) and not event.is_point_to_point:
+                # Gloo scatters a list of reductions as one reduction each.
+                is_list = event.operation == "reduce_scatter"
+                calls[event.group] += len(event.inputs) if is_list else 1
+        assert calls == counted
+        assert calls.total() > 50
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("dtype", "the dtype differs: rank 0 at event 0: all_gather_single"),
+        ("order", "the shape differs: rank 0 at event 0: all_reduce"),
+        ("skipped", "no rank can go on: rank 0 at event 1: all_reduce"),
+    ],
+)
+def test_what_gloo_lets_pass_is_found(name: str, reason: str, folder: Path) -> None:
+    records, _ = read(folder, f"planted-{name}")
+    conflict = find_conflict(records)
+    assert conflict is not None and reason in conflict
+
+
+@pytest.mark.parametrize("name", ["ep2", "pp2"])
+def test_any_call_less_is_found(name: str, folder: Path) -> None:
+    """Also of the sends and receives of a pipeline."""
+    first, second = read(folder, name)[0]
+    for position, event in enumerate(second):
+        if isinstance(event, Call) and len(event.members) > 1:
+            found = find_conflict([first, without(second, position)])
+            assert found is not None, (position, str(event))
+
+
+def without(record: list[Event], position: int) -> list[Event]:
+    """A record without a call; who waits for later ones finds them a place earlier."""
+    events: list[Event] = []
+    for event in record[:position] + record[position + 1 :]:
+        if isinstance(event, Wait):
+            calls = tuple(c - (c > position) for c in event.calls if c != position)
+            event = Wait(calls)
+        events.append(event)
+    return events
+
+
+def test_any_change_of_a_call_is_found(folder: Path) -> None:
+    """Another dtype, a row that goes to another rank, two calls in the other order."""
+    first, second = read(folder, "ep2")[0]
+    changes = []
+    for position, event in enumerate(second):
+        if not isinstance(event, Call) or len(event.members) == 1:
+            continue
+        inputs, outputs = (
+            tuple(("int8", shape) for _, shape in kinds) for kinds in (event.inputs, event.outputs)
+        )
+        changes.append((position, [replace(event, inputs=inputs, outputs=outputs)]))
+        if event.input_splits:
+            to_first, to_second = event.input_splits
+            moved = (to_first - 1, to_second + 1)
+            changes.append((position, [replace(event, input_splits=moved)]))
+        following = second[position + 1] if position + 1 < len(second) else event
+        is_shared = isinstance(following, Call) and len(following.members) > 1
+        if is_shared and following != event:
+            changes.append((position, [following, event]))
+    assert len(changes) > 400
+    for position, events in changes[::5]:  # enough, and all would take seconds
+        if events[0] == second[position]:
+            continue  # a barrier has no dtype
+        changed = second[:position] + events + second[position + len(events) :]
+        assert find_conflict([first, changed]) is not None, (position, str(events[0]))
 
 
 def test_ranks_differed_in_what_they_sent(folder: Path) -> None:
