@@ -176,7 +176,8 @@ class TrainConfig(Section):
     )
     seed: NonNegativeInt = Field(1234, description="seed of initial weights and sample order")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: cuda if there is a GPU, else cpu"
+        "auto",
+        description="auto: cuda if there is a GPU; else cpu, if torch is built without CUDA",
     )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
         "auto",

@@ -22,6 +22,7 @@ from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.build import build_train_loader
 from moiie_megatron.data.stream.order import SampleOrder
 from moiie_megatron.data.stream.stream_state import StreamState
+from moiie_megatron.mcore.gpu_environment import tf32_users
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.anomalies import AnomalyMonitor
@@ -212,6 +213,14 @@ class Run:
             context.size,
             context.device.type,
         )
+        if config.train.precision == "fp32" and context.device.is_cuda:
+            rounded = tf32_users(context.device.transformer_engine)
+            if rounded:
+                LOGGER.info(
+                    "fp32 is TF32 (10 bits of mantissa) in %s; NVIDIA_TF32_OVERRIDE=0 in the "
+                    "environment keeps all 23 bits.",
+                    ", ".join(rounded),
+                )
         LOGGER.info("%s", start.dataset.describe_epoch())
         dist.barrier()
 
