@@ -26,6 +26,7 @@ from moiie_megatron.mcore.gpu_environment import tf32_users
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.anomalies import AnomalyMonitor
+from moiie_megatron.training.logging.memory import peak_memory
 from moiie_megatron.training.logging.run_log import RunLog, StepReport
 from moiie_megatron.training.profiling import StepProfiler
 from moiie_megatron.training.resume import RunStart
@@ -148,6 +149,7 @@ class Run:
                 step=self.progress.step,
                 result=result,
                 router_losses=self._counters.losses() if is_due else None,
+                memory=peak_memory(self.context) if is_due else {},
                 skipped_samples=self.progress.skipped_samples,
                 skipped_steps=self.progress.skipped_steps,
                 spike=self._anomalies.spike,
