@@ -184,6 +184,11 @@ class TrainConfig(Section):
         description="modules of the language model: Transformer Engine's or Megatron-Core's local "
         "ones; auto: Transformer Engine's on GPUs where it is installed",
     )
+    gc_interval: PositiveInt | None = Field(
+        None,
+        description="collect Python's garbage every so many steps, on all ranks at once; null: "
+        "each rank when Python decides",
+    )
     exit_after_minutes: PositiveFloat | None = Field(
         None, description="save and exit after the step in which the program has run this long"
     )
