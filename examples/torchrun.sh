@@ -17,6 +17,9 @@
 #                  several nodes, 0 on one.  Training continues from the last checkpoint.
 # JOIN_TIMEOUT     seconds that the others wait for a node that is gone; default 1800
 # LOCAL_ADDRESS    address of this node for the others; default: its host name, localhost on one node
+# NUMA_BINDING     torchrun's --numa-binding (node, socket, exclusive, core-complex), or none; default
+#                  node where there are GPUs.  Needs numactl.
+# OMP_NUM_THREADS  threads of every process; default 8 where there are GPUs, else 1
 # PYTHON           default: .venv/bin/python if it exists, else python
 #
 # On SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 0.
@@ -27,6 +30,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 options=(--nproc-per-node "${NPROC_PER_NODE:-gpu}")
+if [[ $NUMA_BINDING != none ]] && command -v numactl >/dev/null; then
+    options+=(--numa-binding "$NUMA_BINDING")
+fi
 if ((${NNODES:-1} > 1)); then
     if [[ -z ${RDZV_ENDPOINT:-} ]]; then
         echo "error: NNODES is $NNODES but RDZV_ENDPOINT is not set: set it to host:port of a" \

@@ -2,8 +2,8 @@
 
 ``compare_runs.py layouts CONFIG [key=value ...]`` takes one optimizer step in many parallel
 layouts, with every recompute mode, dispatcher and model variant, without packing.  It compares
-losses, balance losses, all gradients and the updated weights with those of a single process, and
-prints PASS or FAIL for each layout.
+losses, balance losses, all gradients and the updated weights with those of a single process,
+checks that the ranks call collectives that fit together, and prints PASS or FAIL for each layout.
 ``compare_runs.py losses A B --assert-equal`` compares the losses of two runs, step by step.
 """
 
@@ -183,6 +183,8 @@ def run_worker(job_file: str) -> int:
     """What each process of a launch does: its layouts, one after the other."""
     import torch.distributed as dist
 
+    from moiie_megatron.evaluation.collective_order import find_conflict
+    from moiie_megatron.evaluation.collective_recorder import CollectiveRecorder, Event
     from moiie_megatron.mcore.parallel import destroy_parallel, init_parallel
 
     job = json.loads(Path(job_file).read_text())
@@ -198,8 +200,14 @@ def run_worker(job_file: str) -> int:
             store=dist.PrefixStore(f"layout{number}", store),
         )
         reference = Path(job["references"]) / f"{layout.variant}.pt"
-        verdict, text = compare_step(config, context, reference, job["tolerance"])
+        with CollectiveRecorder() as recorder:
+            verdict, text = compare_step(config, context, reference, job["tolerance"])
+        records: list[list[Event]] = [[]] * context.size
+        dist.gather_object(recorder.events, records if context.rank == 0 else None)
         if context.rank == 0:
+            conflict = find_conflict(records)
+            if conflict is not None:
+                verdict, text = "FAIL", f"the ranks' collectives do not fit together: {conflict}"
             print(f"{verdict}  {layout.name}: {text}", flush=True)
             with Path(job["verdicts"]).open("a") as verdicts:
                 verdicts.write(verdict + "\n")

@@ -178,12 +178,18 @@ class TrainConfig(Section):
     )
     seed: NonNegativeInt = Field(1234, description="seed of initial weights and sample order")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: cuda if there is a GPU, else cpu"
+        "auto",
+        description="auto: cuda if there is a GPU; else cpu, if torch is built without CUDA",
     )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
         "auto",
         description="modules of the language model: Transformer Engine's or Megatron-Core's local "
         "ones; auto: Transformer Engine's on GPUs where it is installed",
+    )
+    gc_interval: PositiveInt | None = Field(
+        None,
+        description="collect Python's garbage every so many steps, on all ranks at once; null: "
+        "each rank when Python decides",
     )
     exit_after_minutes: PositiveFloat | None = Field(
         None, description="save and exit after the step in which the program has run this long"

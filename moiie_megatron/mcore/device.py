@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
+from moiie_megatron.mcore.gpu_environment import prepare_gpu_environment
 from moiie_megatron.utils.errors import UserError
 
 
@@ -48,12 +49,25 @@ def choose_device(wanted: str, local_rank: int, transformer_impl: str = "auto") 
             (``train.transformer_impl`` of the configuration).
 
     Raises:
-        UserError: The node has fewer GPUs than processes, or Transformer Engine is asked for and
-            cannot be used.
+        UserError: There is no GPU though one is asked for or torch is built for CUDA, the node has
+            fewer GPUs than processes, or Transformer Engine is asked for and cannot be used.
     """
     # Does not create a CUDA context.
     num_gpus = torch.cuda.device_count()
-    if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
+    # A job that is meant for GPUs must not begin on the CPU because a driver is too old.
+    needs_gpu = wanted == "cuda" or (wanted == "auto" and torch.version.cuda is not None)
+    if num_gpus == 0 and needs_gpu:
+        cause = f"torch {torch.__version__} is built without CUDA"
+        if torch.version.cuda is not None:
+            cause = (
+                f"the driver may be too old for CUDA {torch.version.cuda}, the container may have "
+                "been started without --gpus, or CUDA_VISIBLE_DEVICES may hide them"
+            )
+        raise UserError(
+            f"train.device is {wanted} and torch finds 0 GPU(s): {cause}; mend that or use "
+            "train.device=cpu."
+        )
+    if num_gpus == 0 or wanted == "cpu":
         from moiie_megatron.mcore.patches.cpu import apply_cpu_patches
 
         apply_cpu_patches()
@@ -64,6 +78,7 @@ def choose_device(wanted: str, local_rank: int, transformer_impl: str = "auto") 
             f"has {num_gpus} GPU(s): start at most {num_gpus} processes per node or use "
             "train.device=cpu."
         )
+    prepare_gpu_environment()
     torch.cuda.set_device(local_rank)
     return Device("cuda", "nccl", _use_transformer_engine("cuda", transformer_impl))
 

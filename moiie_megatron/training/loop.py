@@ -8,6 +8,7 @@ from typing import Final
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.training.garbage import collect_every
 from moiie_megatron.training.resume import find_start
 from moiie_megatron.training.run import Run
 from moiie_megatron.training.stop import StopRequest
@@ -33,9 +34,11 @@ def train(config: RunConfig, context: ParallelContext, stop: StopRequest | None 
         LOGGER.info("%s already is the end of this run: nothing to do.", start.checkpoint)
         return start.checkpoint
     run = Run(config, context, start, stop or StopRequest())
-    while not run.is_over:
-        batches = run.next_batches()
-        result = run.step(batches)
-        run.report(batches, result)
-        run.save_if_due()
+    with collect_every(config.train.gc_interval) as collect:
+        while not run.is_over:
+            batches = run.next_batches()
+            result = run.step(batches)
+            run.report(batches, result)
+            run.save_if_due()
+            collect(run.progress.step)
     return run.finish()

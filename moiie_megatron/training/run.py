@@ -22,9 +22,11 @@ from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.build import build_train_loader
 from moiie_megatron.data.stream.order import SampleOrder
 from moiie_megatron.data.stream.stream_state import StreamState
+from moiie_megatron.mcore.gpu_environment import tf32_users
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.anomalies import AnomalyMonitor
+from moiie_megatron.training.logging.memory import peak_memory
 from moiie_megatron.training.logging.run_log import RunLog, StepReport
 from moiie_megatron.training.profiling import StepProfiler
 from moiie_megatron.training.resume import RunStart
@@ -147,6 +149,7 @@ class Run:
                 step=self.progress.step,
                 result=result,
                 router_losses=self._counters.losses() if is_due else None,
+                memory=peak_memory(self.context) if is_due else {},
                 skipped_samples=self.progress.skipped_samples,
                 skipped_steps=self.progress.skipped_steps,
                 spike=self._anomalies.spike,
@@ -212,6 +215,14 @@ class Run:
             context.size,
             context.device.type,
         )
+        if config.train.precision == "fp32" and context.device.is_cuda:
+            rounded = tf32_users(context.device.transformer_engine)
+            if rounded:
+                LOGGER.info(
+                    "fp32 is TF32 (10 bits of mantissa) in %s; NVIDIA_TF32_OVERRIDE=0 in the "
+                    "environment keeps all 23 bits.",
+                    ", ".join(rounded),
+                )
         LOGGER.info("%s", start.dataset.describe_epoch())
         dist.barrier()
 

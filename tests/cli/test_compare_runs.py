@@ -100,3 +100,19 @@ def test_every_grid(table: list[str]) -> None:
     assert {"TP2 PP2 EP2 ETP2 DP2", "TP2 PP2 EP4 ETP1 DP2"} <= grids
     for variant in ("vanilla", "modality"):
         assert sum(f" {variant}:" in line for line in table) == 4, variant
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_ranks_that_would_hang_fail(tmp_path: Path, digits: Path) -> None:
+    """Numbers are the same over Gloo; the record of the collectives is not."""
+    config = write_config(tmp_path / "run.yaml", tiny_values(digits, tmp_path / "run"))
+    layout = {"expert": 2, "data": 2}
+    job = {"config": str(config), "overrides": [], "layouts": [layout], "tolerance": 1e-3}
+    job |= {"references": str(tmp_path), "verdicts": str(tmp_path / "verdicts")}
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(job))
+    hook = "tests.distributed.hooks:gather_another_dtype"
+    finished = run(command(TOOL, ["worker", file], 2, hook=hook), timeout=200).check()
+    assert (tmp_path / "verdicts").read_text() == "FAIL\n"
+    assert "do not fit together: the dtype differs: rank 0 at event" in finished.stdout

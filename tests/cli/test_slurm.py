@@ -264,7 +264,13 @@ def test_both_stages(slurm: Slurm) -> None:
 def test_options_for_slurm(script: str) -> None:
     lines = (ROOT / "examples" / "slurm" / script).read_text().splitlines()
     options = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
-    assert options >= {"--requeue", "--signal=B:USR1@120", "--ntasks-per-node=1", "--exclusive"}
+    assert options >= {
+        "--requeue",
+        "--signal=B:USR1@600",
+        "--ntasks-per-node=1",
+        "--exclusive",
+        "--mem=0",
+    }
     # Slurm stops reading options at the first command.
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     assert not any(line.startswith("#SBATCH") for line in lines[first_command:])

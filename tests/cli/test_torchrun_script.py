@@ -17,7 +17,7 @@ from tests.helpers.launch import ROOT, environment, kill_group
 SCRIPT = ["bash", str(ROOT / "examples" / "torchrun.sh")]
 TIMEOUT = 60
 NAMES = ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "RDZV_ENDPOINT", "RDZV_ID", "MAX_RESTARTS")
-NAMES += ("JOIN_TIMEOUT", "LOCAL_ADDRESS")
+NAMES += ("JOIN_TIMEOUT", "LOCAL_ADDRESS", "NUMA_BINDING")
 
 WORKER = """
 import os, pathlib, signal, sys, time
@@ -82,6 +82,55 @@ def test_several_nodes(echo: Path) -> None:
     ):
         assert f" {words}" in free
     assert " --rdzv-id moiie --rdzv-backend static --node-rank 3 --max-restarts 3 " in numbered
+
+
+@pytest.fixture
+def gpu_node(tmp_path: Path) -> dict[str, str]:
+    """Variables of a node with GPUs and numactl, on which nobody has set anything."""
+    for name in ("nvidia-smi", "numactl"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+    return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+
+def _settings(variables: dict[str, str]) -> list[str]:
+    """The environment that the processes get, in words."""
+    names = ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF")
+    words = ["bash", "-c", 'source "$0" && env', str(ROOT / "examples" / "environment.sh")]
+    kept = {k: v for k, v in os.environ.items() if k not in names}
+    env = {**kept, "PYTHON": "python", **variables}
+    lines = subprocess.run(words, env=env, capture_output=True, text=True, timeout=TIMEOUT).stdout
+    return sorted(line for line in lines.splitlines() if line.partition("=")[0] in names)
+
+
+def test_the_environment_of_a_node_with_gpus(gpu_node: dict[str, str]) -> None:
+    settings = [
+        "CUDA_DEVICE_MAX_CONNECTIONS=1",
+        "OMP_NUM_THREADS=8",
+        "PYTORCH_ALLOC_CONF=expandable_segments:True",
+    ]
+    assert _settings(gpu_node) == settings
+    settings[1] = "OMP_NUM_THREADS=2"
+    assert _settings(gpu_node | {"OMP_NUM_THREADS": "2"}) == settings
+    older = gpu_node | {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
+    assert len(_settings(older)) == 2  # torch would read the newer name first
+
+
+def test_one_thread_where_there_is_no_gpu(tmp_path: Path, gpu_node: dict[str, str]) -> None:
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert "OMP_NUM_THREADS=1" in _settings(gpu_node)
+
+
+def test_processes_are_bound_to_cpus_next_to_their_gpus(
+    echo: Path, tmp_path: Path, gpu_node: dict[str, str]
+) -> None:
+    assert " --nproc-per-node gpu --numa-binding node --standalone" in _printed(echo, **gpu_node)
+    assert "--numa-binding socket" in _printed(echo, **gpu_node, NUMA_BINDING="socket")
+    assert "--numa-binding" not in _printed(echo, **gpu_node, NUMA_BINDING="none")
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert "--numa-binding" not in _printed(echo, **gpu_node)
 
 
 @pytest.fixture

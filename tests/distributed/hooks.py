@@ -28,6 +28,22 @@ def poison_rank_1(rank: int) -> None:
     step.forward_inputs = forward_inputs
 
 
+def gather_another_dtype(rank: int) -> None:
+    """Rank 1 gathers integers where the others gather floats; Gloo moves bytes of any dtype."""
+    import torch.distributed as dist
+
+    from moiie_megatron.evaluation import layout_equivalence
+
+    original = layout_equivalence.record_step
+
+    def record_step(*args: Any) -> Any:
+        ours = torch.ones(2, dtype=torch.int32 if rank == 1 else torch.float32)
+        dist.all_gather([torch.empty_like(ours) for _ in range(dist.get_world_size())], ours)
+        return original(*args)
+
+    layout_equivalence.record_step = record_step
+
+
 def small_files_only(rank: int) -> None:
     """Files cannot grow beyond 100 kB, as if the disk were full."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -82,4 +82,12 @@ PATCHES: Final = (
         "by tensor, which torch's own reader and writer cannot.",
         need_not_shown=_NO_CHECK,
     ),
+    Patch(
+        name="allocator settings",
+        kind="private name",
+        targets=("torch._C._accelerator_setAllocatorSettings",),
+        reason="mcore/gpu_environment.py sets what PYTORCH_ALLOC_CONF says in a process that has "
+        "imported torch already; the public function for it is deprecated and has no successor.",
+        need_not_shown=_NO_CHECK,
+    ),
 )

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ class StepReport:
         step: Its number, from 1.
         result: What it did.
         router_losses: Means since the last line; None where no line is due.
+        memory: Peaks since the last line (``memory.py``).
         skipped_samples: Samples skipped so far, on all ranks.
         skipped_steps: Steps so far that changed nothing.
         spike: The loss as a multiple of the recent median, if it is a spike.
@@ -37,6 +38,7 @@ class StepReport:
     step: int
     result: StepResult
     router_losses: RouterLosses | None
+    memory: Mapping[str, float] = field(default_factory=dict)
     skipped_samples: int = 0
     skipped_steps: int = 0
     spike: float | None = None
@@ -47,9 +49,10 @@ class RunLog:
 
     A line of ``metrics.jsonl`` holds the values of its own step, with these exceptions, which
     cover all steps since the line before: the mean balance and z-losses (``aux_ROUTER``,
-    ``z_ROUTER``), ``seconds`` and ``tokens_per_second``.  ``routing_stats/record.py`` describes
-    ``routing.jsonl``.  A resumed run drops what was logged after its checkpoint, so that the
-    files read as if the run had never stopped.
+    ``z_ROUTER``), ``seconds``, ``tokens_per_second`` and, on GPUs, the peaks of memory
+    (``memory_*_gib``).  ``routing_stats/record.py`` describes ``routing.jsonl``.  A resumed run
+    drops what was logged after its checkpoint, so that the files read as if the run had never
+    stopped.
 
     Args:
         start_step: Steps done before.
@@ -108,6 +111,7 @@ class RunLog:
             "padding_fraction": 1 - result.tokens / result.positions,
             "tokens_per_second": tokens / max(seconds, 1e-9),  # without padding
             "seconds": seconds,
+            **report.memory,
             "skipped_samples": report.skipped_samples,
             "skipped_steps": report.skipped_steps,
             **({} if report.spike is None else {"spike": report.spike}),
@@ -133,7 +137,8 @@ class RunLog:
             + (f"aux {aux} | " if aux else "")
             + f"lr {max(result.learning_rates.values()):.2e} | grad {result.grad_norm:.3f} | "
             f"{values['tokens_per_second']:.0f} tok/s | image {values['image_fraction']:.0%} | "
-            f"left {left}"
+            + (f"memory {max(report.memory.values()):.1f} GiB | " if report.memory else "")
+            + f"left {left}"
             + ("" if result.updated else " | SKIPPED: loss or gradient is not finite")
             + (f" | SPIKE: {report.spike:.1f} x the usual loss" if report.spike is not None else "")
         )

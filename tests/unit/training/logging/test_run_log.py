@@ -81,6 +81,19 @@ def test_lines_at_the_interval_and_at_both_ends(tmp_path: Path) -> None:
     assert metrics[2]["lr_moe"] == 1e-3 and "spike" not in metrics[2]
 
 
+def test_memory_of_gpus_is_in_the_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = open_log(tmp_path)
+    peaks = {"memory_allocated_gib": 61.25, "memory_reserved_gib": 70.5}
+    with caplog.at_level("INFO"):
+        log.step(StepReport(1, RESULT, LOSSES, memory=peaks))
+        log.step(StepReport(2, RESULT, LOSSES))
+    log.close()
+    with_gpu, without = lines(tmp_path, "metrics.jsonl")
+    assert with_gpu.items() >= peaks.items() and not without.keys() & peaks.keys()
+    assert " | memory 70.5 GiB | left " in caplog.messages[0]
+    assert "memory" not in caplog.messages[1]
+
+
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     for step in range(1, 4):
