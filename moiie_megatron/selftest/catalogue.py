@@ -63,6 +63,7 @@ CHECKS: Final = (
         about="MoIIE layer against the CPU: image, text, mixed; all dispatchers; fp32 and bf16",
         run=check_layer,
         remedy=_REPORT,
+        limit=240,  # the first that waits for the CPU
         reference=LAYER_REFERENCES,
     ),
     Check(
