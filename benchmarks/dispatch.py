@@ -28,7 +28,7 @@ from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
 from moiie_megatron.moe.layer import MoIIELayer
-from moiie_megatron.selftest.layer_case import Case, moiie_layer
+from moiie_megatron.selftest.checks.layer_case import Case, moiie_layer
 from moiie_megatron.utils.timing import interleave, slower_rank
 
 LAYOUTS = {4: ExpertLayout(1, 2, 1), 8: ExpertLayout(2, 4, 2)}

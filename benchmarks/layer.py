@@ -27,7 +27,7 @@ from moiie_megatron.config.schema import ParallelConfig
 from moiie_megatron.layout.token_types import IMAGE
 from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
-from moiie_megatron.selftest.layer_case import LAYOUT, Case, GemmLimit, moiie_layer
+from moiie_megatron.selftest.checks.layer_case import LAYOUT, Case, GemmLimit, moiie_layer
 from moiie_megatron.utils.timing import interleave
 
 SHAPES = ((1024, 3584), (256, 704))  # hidden, FFN

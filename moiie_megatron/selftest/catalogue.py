@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Final
 
 from moiie_megatron.selftest.check import Check
-from moiie_megatron.selftest.collectives import check_collectives, start_groups
-from moiie_megatron.selftest.kernels import check_grouped_mm, check_packed_attention
-from moiie_megatron.selftest.parity import (
+from moiie_megatron.selftest.checks.collectives import check_collectives, start_groups
+from moiie_megatron.selftest.checks.kernels import check_grouped_mm, check_packed_attention
+from moiie_megatron.selftest.checks.parity import (
     LAYER_REFERENCES,
     MODEL_REFERENCES,
     check_layer,
     check_model,
     check_transformer_engine,
 )
-from moiie_megatron.selftest.speed import check_layer_speed, check_step_speed
-from moiie_megatron.selftest.training import check_checkpoints, check_loss_curve
-from moiie_megatron.selftest.versions import check_versions
+from moiie_megatron.selftest.checks.speed import check_layer_speed, check_step_speed
+from moiie_megatron.selftest.checks.training import check_checkpoints, check_loss_curve
+from moiie_megatron.selftest.checks.versions import check_versions
 
 GROUPS: Final = "process-groups"
 _REPORT: Final = "report it with the JSON file; until then, do not train here"

@@ -23,7 +23,7 @@ def main() -> None:
     from moiie_megatron.config.schema import ParallelConfig
     from moiie_megatron.mcore.dist_env import DistEnv
     from moiie_megatron.mcore.parallel import destroy_parallel, init_parallel
-    from moiie_megatron.selftest.parity import record
+    from moiie_megatron.selftest.checks.parity import record
     from moiie_megatron.utils.files import atomic_write
 
     directory, ranks, *names = sys.argv[1:]

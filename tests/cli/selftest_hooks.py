@@ -11,7 +11,8 @@ from torch import Tensor
 def wrong_then_gone(rank: int) -> None:
     """grouped_mm is wrong on rank 1; later it leaves the check of the layer with an error, while
     rank 0 waits for it in a collective."""
-    from moiie_megatron.selftest import kernels, main, parity, watchdog
+    from moiie_megatron.selftest import main, watchdog
+    from moiie_megatron.selftest.checks import kernels, parity
 
     watchdog.GRACE = 2.0  # type: ignore[misc]
     if rank != 1:
@@ -28,7 +29,8 @@ def wrong_then_gone(rank: int) -> None:
 
 def stuck(rank: int) -> None:
     """Rank 1 never comes back from the check of attention, which has two seconds."""
-    from moiie_megatron.selftest import kernels, main
+    from moiie_megatron.selftest import main
+    from moiie_megatron.selftest.checks import kernels
 
     if rank == 1:
         kernels.SEGMENTS = _Endless()  # type: ignore[assignment, misc]

@@ -6,7 +6,7 @@ import pytest
 
 from moiie_megatron.planning.flops import Work, step_flops
 from moiie_megatron.planning.parameters import count_parameters
-from moiie_megatron.selftest.models import tiny_config
+from moiie_megatron.selftest.checks.models import tiny_config
 
 CONFIG = tiny_config(1, "fp32")
 HIDDEN, FFN, LAYERS, EXPERTS = 64, 128, 2, 4

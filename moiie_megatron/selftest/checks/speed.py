@@ -19,9 +19,9 @@ from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.planning.flops import Work, step_flops
 from moiie_megatron.planning.parameters import count_parameters
 from moiie_megatron.selftest.check import Finding, Session, failed, passed
-from moiie_megatron.selftest.hardware import peak_flops
-from moiie_megatron.selftest.layer_case import Case, GemmLimit, moiie_layer
-from moiie_megatron.selftest.models import example, tiny_config
+from moiie_megatron.selftest.checks.hardware import peak_flops
+from moiie_megatron.selftest.checks.layer_case import Case, GemmLimit, moiie_layer
+from moiie_megatron.selftest.checks.models import example, tiny_config
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
 from moiie_megatron.utils.timing import Timings, interleave, slower_rank

@@ -35,7 +35,7 @@ from moiie_megatron.selftest.check import (
     passed,
     skipped,
 )
-from moiie_megatron.selftest.models import Precision, seeded_weights, tiny_config
+from moiie_megatron.selftest.checks.models import Precision, seeded_weights, tiny_config
 from moiie_megatron.training.loop import train
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from moiie_megatron.selftest.hardware import peak_flops
-from moiie_megatron.selftest.versions import check_versions, requirements, wrong_versions
+from moiie_megatron.selftest.checks.hardware import peak_flops
+from moiie_megatron.selftest.checks.versions import check_versions, requirements, wrong_versions
 from tests.unit.selftest.sessions import session
 
 
@@ -42,7 +42,7 @@ def test_ranges_of_sources_that_are_not_installed(monkeypatch: pytest.MonkeyPatc
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "requires", not_found)
-    text = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[4] / "pyproject.toml").read_text()
     assert all(f'"{requirement.name}' in text for requirement in requirements())
 
 

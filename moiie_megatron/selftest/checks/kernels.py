@@ -14,7 +14,7 @@ from moiie_megatron.mcore.attention import SDPACoreAttention
 from moiie_megatron.mcore.packed_sequences import segments_of
 from moiie_megatron.moe.expert_ffn import grouped_ffn
 from moiie_megatron.selftest.check import Finding, Session, full_precision
-from moiie_megatron.selftest.compare import compare, merge
+from moiie_megatron.selftest.checks.compare import compare, merge
 
 TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 _HIDDEN, _FFN = 64, 96

@@ -64,7 +64,7 @@ def requirements() -> list[Requirement]:
     try:
         lines = metadata.requires(_PROJECT) or []
     except metadata.PackageNotFoundError:  # run from the sources
-        file = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        file = Path(__file__).resolve().parents[3] / "pyproject.toml"
         lines = tomllib.loads(file.read_text())["project"]["dependencies"]
     found = [Requirement(line) for line in lines]
     return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]

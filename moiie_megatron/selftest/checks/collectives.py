@@ -13,7 +13,7 @@ from moiie_megatron.config.schema import ParallelConfig
 from moiie_megatron.mcore.dist_env import connect_store
 from moiie_megatron.mcore.parallel import init_parallel
 from moiie_megatron.selftest.check import Finding, Session, failed, passed
-from moiie_megatron.selftest.models import expert_parallel
+from moiie_megatron.selftest.checks.models import expert_parallel
 from moiie_megatron.utils.timing import interleave, slower_rank
 
 _WIDTH: Final = 8  # columns of the rows that are exchanged

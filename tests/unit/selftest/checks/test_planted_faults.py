@@ -22,11 +22,11 @@ from moiie_megatron.mcore.attention import SDPACoreAttention
 from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.moe.router import ModalityRouter
-from moiie_megatron.selftest import training
 from moiie_megatron.selftest.check import Finding, Session
-from moiie_megatron.selftest.collectives import check_collectives
-from moiie_megatron.selftest.kernels import check_grouped_mm, check_packed_attention
-from moiie_megatron.selftest.parity import (
+from moiie_megatron.selftest.checks import training
+from moiie_megatron.selftest.checks.collectives import check_collectives
+from moiie_megatron.selftest.checks.kernels import check_grouped_mm, check_packed_attention
+from moiie_megatron.selftest.checks.parity import (
     LAYER_REFERENCES,
     MODEL_REFERENCES,
     check_layer,

@@ -19,8 +19,8 @@ from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
 from moiie_megatron.moe.layer import MoIIELayer, moiie_module
 from moiie_megatron.moe.router import RouterSettings
 from moiie_megatron.selftest.check import Finding, Session, full_precision
-from moiie_megatron.selftest.compare import compare, merge
-from moiie_megatron.selftest.models import (
+from moiie_megatron.selftest.checks.compare import compare, merge
+from moiie_megatron.selftest.checks.models import (
     NUM_EXPERTS,
     Precision,
     expert_parallel,
