@@ -60,7 +60,9 @@ def _problems(command: Command) -> Iterator[str]:
     words = command.words
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        yield from (f"no target {word}" for word in words[1:] if word not in targets)
+        yield from (
+            f"no target {word}" for word in words[1:] if word not in targets and "=" not in word
+        )
     files = [word.rpartition("=")[2] for word in words]
     missing = [file for file in files if _OURS.fullmatch(file) and not (ROOT / file).exists()]
     yield from (f"no file {file}" for file in missing)

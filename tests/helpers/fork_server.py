@@ -38,7 +38,7 @@ from pathlib import Path
 CLIENT = Path(__file__).with_name("fork_client.py")
 # Read while packages are imported: a start with other values is left to Python.
 KEPT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED")
-KEPT += ("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+KEPT += ("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "MOIIE_TEST_TE")
 SHARED = (
     "torch.distributed.launcher.api",  # most of torchrun
     "matplotlib.pyplot",
@@ -192,7 +192,7 @@ def _become(question: dict[str, object], streams: list[int], executable: str) ->
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    ours = os.environ["PYTHONPATH"]
+    ours = os.environ["PYTHONPATH"].split(os.pathsep)
     words, environment, folder = question["words"], question["environment"], question["folder"]
     assert isinstance(words, list) and isinstance(environment, dict) and isinstance(folder, str)
     os.chdir(folder)
@@ -204,7 +204,7 @@ def _become(question: dict[str, object], streams: list[int], executable: str) ->
     sys.modules["numpy"].random.seed()
     sys.executable = executable
     path = [*environment.get("PYTHONPATH", "").split(os.pathsep), *sys.path[1:]]
-    sys.path[1:] = [entry for entry in path if entry and entry != ours] + [ours]
+    sys.path[1:] = [entry for entry in path if entry and entry not in ours] + ours
     code = 0
     try:
         if words[0] == "-m":

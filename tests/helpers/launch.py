@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 
 from tests.helpers.fork_server import ForkServer
+from tests.te.standin.install import SITE as TE_SITE
+from tests.te.standin.install import VARIABLE as TE_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "tools/train.py"
@@ -89,9 +91,16 @@ def command(
 
 
 def environment() -> dict[str, str]:
-    """One thread per process, and nothing of a launcher that may run around the tests."""
+    """One thread per process, and nothing of a launcher that may run around the tests.
+
+    Processes see Transformer Engine where this one does (``tests/te``).
+    """
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    path = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    if TE_VARIABLE in os.environ:
+        path = [str(TE_SITE), *path]
+    path = os.pathsep.join(dict.fromkeys(path))
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 @contextmanager
