@@ -34,14 +34,18 @@ _STATE_BYTES: Final = 18  # per parameter: bf16 weight, fp32 gradient, weight an
 _ROOM: Final = 20e9  # bytes for activations and libraries
 _LONGEST: Final = 2048  # tokens of a sample of the large model
 _TOY: Final = ", at toy size"
+# Hidden size, FFN size, tokens and dtype of the layer, by device.
+LAYER: Final = {
+    "cuda": (2048, 8192, 8192, torch.bfloat16),
+    "cpu": (64, 96, 128, torch.float32),
+}
 
 
 def check_layer_speed(session: Session) -> Finding:
     """The MoIIE layer against its matrix products alone and against its peers."""
     context, is_cuda = session.groups, session.is_cuda
     device = context.device.torch_device
-    hidden, ffn, tokens = (2048, 8192, 8192) if is_cuda else (64, 96, 128)
-    dtype = torch.bfloat16 if is_cuda else torch.float32
+    hidden, ffn, tokens, dtype = LAYER[session.device]
     case = Case.make(hidden, ffn, dtype, tokens, _IMAGE_FRACTION, device=device)
     case.config.moe_grouped_gemm = True
     case.config.expert_model_parallel_size = context.groups.ep.size()
@@ -146,13 +150,13 @@ def _step_config(session: Session) -> RunConfig | None:
         return _with_rows(config, 2, config.data.sequence_length)
     memory = torch.cuda.get_device_properties(session.dist_env.local_rank).total_memory
     for layers in (16, 8, 4, 2):
-        config = _large_config(session.groups.size, layers)
+        config = large_config(session.groups.size, layers)
         if _STATE_BYTES * count_parameters(config).total + _ROOM < memory:
             return config
     return None
 
 
-def _large_config(ranks: int, layers: int) -> RunConfig:
+def large_config(ranks: int, layers: int) -> RunConfig:
     """Llama-3.2-1B's shapes with a vocabulary of 32,000, and half of SigLIP-so400m's layers."""
     config = tiny_config(ranks, "bf16", packing=True)
     language = LanguageConfig(
