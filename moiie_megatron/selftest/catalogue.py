@@ -1,4 +1,7 @@
-"""All checks, in the order in which they run: each relies on what the ones before have shown."""
+"""All checks, in the order in which they run: each relies on what the ones before have shown.
+
+The limits are generous: the first steps on a GPU also compile Megatron-Core's fused functions.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ CHECKS: Final = (
         about="losses, gradients and update of a step against the CPU: padded, packed; fp32, bf16",
         run=check_model,
         remedy=_REPORT,
-        limit=180,
+        limit=300,
         reference=MODEL_REFERENCES,
     ),
     Check(
@@ -80,14 +83,14 @@ CHECKS: Final = (
         run=check_transformer_engine,
         remedy="train with train.transformer_impl=local, or install another Transformer Engine",
         needs=("transformer engine",),
-        limit=180,
+        limit=300,
     ),
     Check(
         name="loss-curve",
         about="20 training steps on the built-in data against the committed losses of the CPU",
         run=check_loss_curve,
         remedy="install the versions of requirements.txt if the samples differ; else " + _REPORT,
-        limit=240,
+        limit=300,
     ),
     Check(
         name="checkpoints",
@@ -95,7 +98,7 @@ CHECKS: Final = (
         run=check_checkpoints,
         remedy="look whether the disk is full or --directory cannot be written; else " + _REPORT,
         needs=("directory",),
-        limit=180,
+        limit=300,
     ),
     Check(
         name="layer-speed",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.mcore.patches.moe_utils import router_product_of_torch
 
 Status = Literal["PASS", "FAIL", "SKIP"]
 PASS: Final = "PASS"
@@ -170,13 +171,14 @@ class Check:
 def full_precision() -> Iterator[None]:
     """fp32 products with all their bits, also on GPUs that would take TF32.
 
-    Transformer Engine's own products are TF32 whatever is set here.
+    Those of Transformer Engine's modules are TF32 whatever is set here.
     """
     matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
-        yield
+        with router_product_of_torch():
+            yield
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = conv

@@ -142,5 +142,8 @@ def _shared_directory(dist_env: DistEnv, store: dist.Store, parent: Path | None)
     if parent is None and on_this_node != dist_env.world_size:
         return None
     if dist_env.rank == 0:
-        store.set("directory", tempfile.mkdtemp(prefix="moiie-selftest-", dir=parent))
+        store.set(
+            "directory",
+            tempfile.mkdtemp(prefix="moiie-selftest-", dir=parent and parent.absolute()),
+        )
     return Path(store.get("directory").decode())

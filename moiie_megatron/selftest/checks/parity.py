@@ -123,14 +123,14 @@ def compare_models(
 ) -> Finding:
     """Compare two records of a step.
 
-    In bf16 the weights after the step are left out, which are rounded, and the gradient of the
-    biases of the keys, which is nothing but rounding errors (they do not change the softmax).
+    The biases of the keys are left out: they do not change the softmax, so their gradient is
+    nothing but rounding errors.  In bf16 so are the weights after the step, which are rounded.
     """
     left, right = (
         {
             name: tensor
             for name, tensor in side.items()
-            if precision == "fp32" or not (name.startswith(_ROUNDED) or name.endswith(_ZERO))
+            if not name.endswith(_ZERO) and (precision == "fp32" or not name.startswith(_ROUNDED))
         }
         for side in (found, wanted)
     )

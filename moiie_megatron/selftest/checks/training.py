@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 import torch.distributed as dist
 
 from moiie_megatron.config.schema import DataConfig, RunConfig, SourceConfig
@@ -70,15 +70,15 @@ def check_loss_curve(session: Session) -> Finding:
     sentences = []
     precisions: tuple[Precision, ...] = ("fp32",) if session.quick else ("fp32", "bf16")
     with _own_directory(session) as directory:
+        if _samples(directory, session.local) != wanted["samples"]:
+            return failed(
+                "the samples are not those of the committed curve, so its numbers do not hold; "
+                "Pillow, scikit-learn or sentencepiece work differently in these versions"
+            )
         for precision in precisions:
             context = session.local if precision == "fp32" else session.groups
             with full_precision():
                 found = loss_curve(directory, context, precision)
-            if found["samples"] != wanted["samples"]:
-                return failed(
-                    "the samples are not those of the committed curve, so its numbers do not hold; "
-                    "Pillow, scikit-learn or sentencepiece work differently in these versions"
-                )
             worst = {
                 name: max(_relative(a, b) for a, b in zip(found[name], wanted[name], strict=True))
                 for name in ("lm_loss", "grad_norm")
@@ -88,21 +88,21 @@ def check_loss_curve(session: Session) -> Finding:
             text = f"{precision}: loss within {worst['lm_loss']:.1e}"
             text += f" and gradient norm within {worst['grad_norm']:.1e}"
             if not all(w <= a for w, a in zip(worst.values(), allowed, strict=True)):
-                return failed(
-                    f"{text} of the committed ones, more than {allowed} allows", **figures
-                )
+                limits = " and ".join(f"{limit:.0e}" for limit in allowed)
+                return failed(f"{text} of the committed ones, not {limits}", **figures)
             sentences.append(text)
     return passed("; ".join(sentences) + " of the committed ones", **figures)
 
 
-def loss_curve(directory: Path, context: ParallelContext, precision: Precision) -> dict[str, Any]:
+def loss_curve(
+    directory: Path, context: ParallelContext, precision: Precision
+) -> dict[str, list[float]]:
     """Train 20 steps from given weights; every rank returns the same.
 
     Args:
         directory: The built-in data is written there.
     """
-    config = _digits_config(directory, context, precision, global_batch_size=_MICRO_BATCHES)
-    config = _updated(config, train={"micro_batch_size": 1, "steps": STEPS})
+    config = _curve_config(directory, context, precision)
     model = build_model(config, context)
     fill_model(model, seeded_weights(config))
     state = prepare_training(config, context, model, STEPS)
@@ -110,10 +110,14 @@ def loss_curve(directory: Path, context: ParallelContext, precision: Precision) 
     loader = _loader(config, context.dp_rank, context.dp_size)
     results = [train_step(config, context, state, next(loader)) for _ in range(STEPS)]
     return {
-        "samples": _digest(next(_loader(config, 0, 1))),
         "lm_loss": [result.lm_loss for result in results],
         "grad_norm": [float(result.grad_norm) for result in results],
     }
+
+
+def _curve_config(directory: Path, context: ParallelContext, precision: Precision) -> RunConfig:
+    config = _digits_config(directory, context, precision, global_batch_size=_MICRO_BATCHES)
+    return _updated(config, train={"micro_batch_size": 1, "steps": STEPS})
 
 
 def _relative(found: float, wanted: float) -> float:
@@ -131,10 +135,10 @@ def _loader(config: RunConfig, dp_rank: int, dp_size: int) -> Iterator[list[Batc
     )
 
 
-def _digest(batches: list[Batch]) -> str:
-    """Of token ids and pixels: whether two machines train on the same samples."""
+def _samples(directory: Path, context: ParallelContext) -> str:
+    """A digest of the first step's token ids and pixels: whether two machines train on the same."""
     digest = hashlib.sha256()
-    for batch in batches:
+    for batch in next(_loader(_curve_config(directory, context, "fp32"), dp_rank=0, dp_size=1)):
         digest.update(batch.tokens.numpy().tobytes())
         digest.update(batch.images.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -264,17 +268,19 @@ def _quiet() -> Iterator[None]:
 
 def main() -> None:
     """Write the curve: only after a change that is meant to change what training computes."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    found: list[dict[str, Any]] = []
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+
+        def body(context: ParallelContext) -> None:
+            found["samples"] = _samples(directory, context)
+            found.update(loss_curve(directory, context, "fp32"))
+
         config = _updated(tiny_config(1, "fp32"), train={"device": "cpu"})
-        run_distributed(
-            config,
-            DistEnv(),
-            lambda context: found.append(loss_curve(Path(name), context, "fp32")),
-        )
+        run_distributed(config, DistEnv(), body)
     with atomic_write(CURVE) as path:
-        path.write_text(json.dumps(found[0], indent=1) + "\n")
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
