@@ -19,8 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from layer import Case
-from timing import interleave, slower_rank
 from torch import Tensor
 
 from moiie_megatron.config.schema import ParallelConfig
@@ -29,8 +27,9 @@ from moiie_megatron.layout.placement import Placement, balanced, contiguous
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
-from moiie_megatron.moe.layer import MoIIELayer, moiie_module
-from moiie_megatron.moe.router import RouterSettings
+from moiie_megatron.moe.layer import MoIIELayer
+from moiie_megatron.selftest.checks.layer_case import Case, moiie_layer
+from moiie_megatron.utils.timing import interleave, slower_rank
 
 LAYOUTS = {4: ExpertLayout(1, 2, 1), 8: ExpertLayout(2, 4, 2)}
 
@@ -44,15 +43,13 @@ def build(
     moiie: bool = True,
 ) -> MoIIELayer:
     """A layer with this project's dispatcher or Megatron's alltoall."""
-    settings = RouterSettings(layout, {"vision": 0.001, "text": 0.001}, init_std=0.02)
-    spec = moiie_module(
-        settings,
-        context.groups,
-        context.device.torch_device,
+    return moiie_layer(
+        case,
+        context,
+        layout=layout,
         dispatcher=MoIIETokenDispatcher if moiie else None,
         physical_to_logical=None if placement.is_identity else placement.physical_to_logical,
     )
-    return MoIIELayer(case.config, spec.submodules, layer_number=1, **spec.params)
 
 
 class WeighingExperts(torch.nn.Module):
@@ -66,7 +63,7 @@ class WeighingExperts(torch.nn.Module):
 
 def step(case: Case, layer: MoIIELayer) -> Callable[[], None]:
     """Forward and backward; all ranks start together."""
-    run = case.step(lambda hidden: layer(hidden, padding_mask=case.token_types)[0])
+    run = case.layer_step(layer)
 
     def together() -> None:
         dist.barrier()

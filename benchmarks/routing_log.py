@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timing import interleave, slower_rank
 
 from moiie_megatron.config.schema import (
     DataConfig,
@@ -43,6 +42,7 @@ from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.logging.run_log import RunLog, StepReport
 from moiie_megatron.training.state import TrainState, prepare_training
 from moiie_megatron.training.step import StepResult, train_step
+from moiie_megatron.utils.timing import interleave, slower_rank
 from moiie_megatron.vlm.build import build_model
 
 VOCABULARY = 512

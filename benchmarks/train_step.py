@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from reference_model import ReferenceModel
-from timing import Timings, interleave, slower_rank
 
 from moiie_megatron.config.schema import (
     DataConfig,
@@ -46,6 +45,7 @@ from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
+from moiie_megatron.utils.timing import Timings, interleave, slower_rank
 from moiie_megatron.vlm.build import build_model
 
 MICRO_BATCH = 8  # samples

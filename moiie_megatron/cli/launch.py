@@ -73,7 +73,7 @@ def exit_code(task: Callable[[], None], dist_env: DistEnv) -> int:
             else:
                 # In one piece: the output of other processes may go to the same place.
                 print(traceback.format_exc(), end="", file=sys.stderr, flush=True)
-        return _leave(1)
+        return leave(1)
     return 0
 
 
@@ -89,7 +89,7 @@ def _is_first_to_fail(dist_env: DistEnv) -> bool:
         return True
 
 
-def _leave(code: int) -> int:
+def leave(code: int) -> int:
     """End the process, at once if it is in a process group.
 
     Other processes may be inside a collective, for which threads of the communication library

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moiie_megatron.checkpoint.load_weights import load_weights
+from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.open_model import Weights
 from moiie_megatron.evaluation.generate import checkpoint_config
 from moiie_megatron.layout.token_types import IMAGE, TEXT
@@ -149,16 +151,34 @@ def _megatron_logits(weights: Weights, inputs: Sequence[Inputs]) -> list[Tensor]
     config = checkpoint_config(weights.folder, ["train.precision=fp32", "train.device=cpu"])
     results: list[Tensor] = []
 
-    @torch.no_grad()
     def body(context: ParallelContext) -> None:
-        model = build_model(config, context).eval()
-        load_weights(weights.folder, context, model)
-        for given in inputs:
-            positions = torch.arange(given.tokens.shape[1]).expand_as(given.tokens)
-            types = torch.where(given.is_image, IMAGE, TEXT).to(torch.int8)
-            results.append(model(given.tokens, positions, types, given.images).float())
+        results.extend(megatron_logits(weights.folder, config, context, inputs))
 
     run_distributed(config, DistEnv(), body)
+    return results
+
+
+@torch.no_grad()
+def megatron_logits(
+    checkpoint: Path, config: RunConfig, context: ParallelContext, inputs: Sequence[Inputs]
+) -> list[Tensor]:
+    """Logits ``(b, s, vocabulary)`` in fp32, on the CPU, of a checkpoint in this project's model.
+
+    Every rank calls this and gets the same; pipeline parallelism is not supported.
+
+    Raises:
+        UserError: The checkpoint cannot be loaded.
+    """
+    device = context.device.torch_device
+    model = build_model(config, context).eval()
+    load_weights(checkpoint, context, model)
+    results = []
+    for given in inputs:
+        tokens = given.tokens.to(device)
+        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        types = torch.where(given.is_image, IMAGE, TEXT).to(device, torch.int8)
+        images = None if given.images is None else given.images.to(device)
+        results.append(model(tokens, positions, types, images).float().cpu())
     return results
 
 

@@ -100,13 +100,13 @@ def moe_module(config: RunConfig, context: ParallelContext) -> ModuleSpec:
         context.device.torch_device,
         dispatcher=MoIIETokenDispatcher if config.moe.dispatcher == "moiie" else None,
         physical_to_logical=None if placement.is_identity else placement.physical_to_logical,
-        experts=_te_experts() if context.device.transformer_engine else None,
+        experts=te_experts() if context.device.transformer_engine else None,
         # One object per model: it holds the loads of all layers on one micro-batch.
         pooled_loads=PooledLoads(config.moe_layers) if config.moe.aux_loss == "pooled" else None,
     )
 
 
-def _te_experts() -> Any:
+def te_experts() -> Any:
     """Transformer Engine's grouped experts, as Megatron's own MoE specification has them."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 

@@ -34,6 +34,7 @@ LEVELS = (
     ("convert",),
     ("training",),
     ("evaluation", "analysis"),
+    ("selftest",),
     ("cli",),
 )
 LEVEL = {folder: level for level, row in enumerate(LEVELS) for folder in row}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -14,6 +16,20 @@ def define_te_general_gemm() -> None:
     """Define the name that the router's product asks for, where Megatron has not imported it."""
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+@contextmanager
+def router_product_of_torch() -> Iterator[None]:
+    """Within the block the router multiplies with torch where it would with Transformer Engine.
+
+    Transformer Engine multiplies fp32 matrices as TF32.  Only for comparisons with the CPU.
+    """
+    product = getattr(moe_utils, "te_general_gemm", None)
+    moe_utils.te_general_gemm = None
+    try:
+        yield
+    finally:
+        moe_utils.te_general_gemm = product
 
 
 def initialize_aux_loss_scale(device: torch.device) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -31,24 +33,43 @@ class Timings:
         return min(names, key=self.median)
 
 
-def slower_rank(timings: Timings) -> Timings:
-    """Every run as long as its slowest rank."""
-    times = torch.tensor([timings.seconds[name] for name in timings.seconds])
+def slower_rank(timings: Timings, device: torch.device = _CPU) -> Timings:
+    """Every run as long as its slowest rank.
+
+    Args:
+        device: Where collectives take their tensors from.
+    """
+    times = torch.tensor([timings.seconds[name] for name in timings.seconds], device=device)
     dist.all_reduce(times, op=dist.ReduceOp.MAX)
     return Timings(dict(zip(timings.seconds, times.tolist(), strict=True)))
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    device: torch.device = _CPU,
 ) -> Timings:
-    """Run every callable once per round; the order rotates so that none always comes first."""
+    """Run every callable once per round; the order rotates so that none always comes first.
+
+    Args:
+        device: Where the work is done; a run is over when a GPU has done it.
+    """
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
+            _wait_for(device)
             start = time.perf_counter()
             runs[name]()
+            _wait_for(device)
             if number >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return Timings(seconds)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""The checks themselves, and the models, tokens and comparisons that they share."""
