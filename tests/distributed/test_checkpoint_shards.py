@@ -7,12 +7,13 @@ import pickle
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers.checkpoints import plain_tensors
-from tests.helpers.launch import command, run
+from tests.helpers.launch import ROOT, command, run
 from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import tiny_values, write_config
 
@@ -76,3 +77,30 @@ def test_every_rank_writes_about_as_much(layout: str, checkpoints: Path) -> None
     # Stages of a pipeline hold different parts of the model, and this one is small.
     limit = 1.4 if "pp2" in layout else 1.1
     assert max(written.values()) <= limit * total / 4
+
+
+def plans(config: Path, overrides: list[str], worlds: list[int]) -> list[dict[str, Any]]:
+    """What ``benchmarks/checkpoint_plan.py`` prints, one entry for each number of ranks."""
+    words = [config, *overrides, "--json", "--world", *map(str, worlds)]
+    outcome = run(command("benchmarks/checkpoint_plan.py", words), timeout=200)
+    outcome.check()
+    return [json.loads(line) for line in outcome.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plan_is_what_the_ranks_write(layout: str, checkpoints: Path) -> None:
+    (plan,) = plans(checkpoints / "run.yaml", LAYOUTS[layout], [4])
+    written = bytes_by_rank(checkpoints / layout)
+    assert plan["written"] == [written[rank] for rank in range(4)]
+
+
+def test_plan_of_the_full_size() -> None:
+    """LLaMA-3-8B, stage 2: ranks write as much as each other, and copy one tensor at a time."""
+    found = plans(ROOT / "examples/configs/llama3-stage2.yaml", [], [8, 16, 64])
+    assert [len(plan["written"]) for plan in found] == [8, 16, 64]
+    # bf16 weights, and fp32 weights and two moments of the 16.9 billion parameters that train.
+    assert {round(sum(plan["written"]) / 1e9) for plan in found} == {237}
+    for plan in found:
+        assert max(plan["written"]) <= 1.1 * sum(plan["written"]) / plan["world"]
+        assert max(plan["largest"]) < 8e9 < min(plan["gathered"])
+        assert max(plan["read"]) <= 1.4 * max(plan["written"])
