@@ -26,12 +26,14 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.evaluation.collective_recorder import CollectiveRecorder
 from moiie_megatron.layout.token_types import IMAGE
+from moiie_megatron.mcore.device import Device
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.run import run_sequentially
 from moiie_megatron.training import run as training_run
 from moiie_megatron.training import state as training_state
 from moiie_megatron.training.loop import train
+from moiie_megatron.vlm import build as vlm_build
 
 IMAGE_TOKENS = 16
 # What two data-parallel ranks hold, by step and micro-batch; a rank alone has the first's.
@@ -82,6 +84,17 @@ def as_on_gpus(original: Callable[..., Any]) -> Callable[..., Any]:
         return replace(original(*args), overlap_grad_reduce=True, bucket_size=20_000)
 
     return ddp_config
+
+
+def batched_as_on_gpus(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Sends and receives of a pipeline in batches, unless the run is named ...one-by-one."""
+
+    def transformer_config(config: RunConfig, device: Device) -> Any:
+        result = original(config, device)
+        result.batch_p2p_comm = not config.output.endswith("one-by-one")
+        return result
+
+    return transformer_config
 
 
 class Records:
@@ -136,6 +149,7 @@ def main() -> None:
     launch = dist_env_from(os.environ)
     records = Records(Path(out), launch.rank)
     training_state.ddp_config = as_on_gpus(training_state.ddp_config)
+    vlm_build.transformer_config = batched_as_on_gpus(vlm_build.transformer_config)
 
     def body(config: RunConfig, context: ParallelContext) -> None:
         training_run.build_train_loader = lambda *_, **__: batches(config, context)

@@ -33,8 +33,6 @@ def selective(*modules: str) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
 
-# GPUs batch the sends and receives of a pipeline; without that they are one after the other.
-BATCHED = {"batch_p2p_comm": True}
 EP2, PP2, TP2 = {"expert": 2}, {"pipeline": 2}, {"tensor": 2}
 RUNS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
@@ -46,8 +44,8 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
             "parallel": EP2, "moe": {"dispatcher": "allgather"}, "data": PACKED | FIXED,
         },
         "dp2-connector": {"stage": "connector", "megatron": FULL},
-        "pp2": {"parallel": PP2, "data": PACKED, "megatron": FULL | BATCHED},
-        "pp2-connector": {"stage": "connector", "parallel": PP2, "megatron": BATCHED},
+        "pp2": {"parallel": PP2, "data": PACKED, "megatron": FULL},
+        "pp2-connector": {"stage": "connector", "parallel": PP2},
         "pp2-one-by-one": {"parallel": PP2, "data": FIXED, "megatron": selective("core_attn")},
         "tp2": {
             "parallel": TP2 | EP2, "data": PACKED, "megatron": selective("core_attn", "mlp"),
@@ -56,10 +54,10 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "tp2-etp2": {"parallel": TP2 | {"expert_tensor": 2}, "megatron": selective("moe")},
     },
     4: {
-        "pp2-ep2": {"parallel": PP2 | EP2, "data": PACKED, "megatron": FULL | BATCHED},
+        "pp2-ep2": {"parallel": PP2 | EP2, "data": PACKED, "megatron": FULL},
         "tp2-ep2-dp2": {"parallel": TP2 | EP2, "megatron": selective("moe")},
         "tp2-pp2": {
-            "parallel": TP2 | PP2, "data": PACKED | FIXED, "megatron": BATCHED,
+            "parallel": TP2 | PP2, "data": PACKED | FIXED,
             "moe": {"dispatcher": "alltoall"},
         },
     },

@@ -88,7 +88,9 @@ def _compare_attention(
 ) -> Finding:
     device = session.local.device
     attention = SDPACoreAttention(
-        TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=_HEADS),
+        TransformerConfig(
+            num_layers=1, hidden_size=64, num_attention_heads=_HEADS, attention_dropout=0.0
+        ),
         layer_number=1,
         attn_mask_type=AttnMaskType.causal,
         attention_type="self",
