@@ -1,0 +1,102 @@
+"""Where a program would make the host wait for a GPU, found on the CPU."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.helpers.launch import ROOT
+
+PACKAGE = ROOT / "moiie_megatron"
+PATCHES = PACKAGE / "mcore" / "patches"
+# The size of the result, or a number for Python, is known on the device only.
+OPERATORS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "masked_scatter_backward",
+    "unique2",
+)
+# Copies to the host; of a tensor on the CPU no operator runs.
+METHODS = ("cpu", "tolist", "numpy")
+
+
+class HostSyncs:
+    """Counts of the places that wait, as ``file: source line: operator``.
+
+    Methods are replaced and not seen by a mode, which is off in what autograd calls.
+
+    Places outside the package count as the line of the package that has led there, and those of
+    a backward pass, which autograd calls, as ``backward``.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def add(self, name: str) -> None:
+        self.counts[f"{_place(sys._getframe(2))}: {name}"] += 1
+
+    @contextmanager
+    def recorded(self) -> Iterator[HostSyncs]:
+        for name in METHODS:
+            setattr(torch.Tensor, name, _counted(getattr(torch.Tensor, name), self.add))
+        try:
+            with _Operators(self.add):
+                yield self
+        finally:
+            for name in METHODS:
+                delattr(torch.Tensor, name)  # leaves what torch.Tensor inherits
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, add: Callable[[str], None]) -> None:
+        super().__init__()
+        self.add = add
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in OPERATORS or (name.startswith("index") and _has_mask(args)):
+            self.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _has_mask(args: Any) -> bool:
+    """Whether elements are picked by booleans, so that their number decides the shape.
+
+    Setting all of them to one number is a ``masked_fill`` to the GPU, which does not wait.
+    """
+    if len(args) > 2 and args[2].numel() == 1:
+        return False
+    indices = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
+    return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+
+
+def _counted(original: Callable[..., Any], add: Callable[[str], None]) -> Callable[..., Any]:
+    def method(*args: Any, **kwargs: Any) -> Any:
+        add(original.__name__)
+        return original(*args, **kwargs)
+
+    return method
+
+
+def _place(frame: FrameType | None) -> str:
+    """The innermost line of the package on the stack, unless autograd lies in between."""
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.name == "graph.py" and frame.f_code.co_name == "_engine_run_backward":
+            return "backward"
+        # Patches stand between two functions of Megatron-Core.
+        if path.is_relative_to(PACKAGE) and not path.is_relative_to(PATCHES):
+            line = linecache.getline(str(path), frame.f_lineno).strip()
+            return f"{path.relative_to(PACKAGE)}: {line}"
+        frame = frame.f_back
+    return "elsewhere"
