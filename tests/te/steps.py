@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.packing import PackingSpec, pack
 from moiie_megatron.evaluation.layout_equivalence import differences, record_step
 from moiie_megatron.layout.token_types import IMAGE, TEXT
+from moiie_megatron.mcore import config as mcore_config
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
@@ -46,7 +49,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 # In fp32 only the order of sums differs, which Adam amplifies where gradients are small.
 EXACT = {"loss": 1e-5, "eval_loss": 1e-5, "aux": 1e-5, "grad": 1e-4, "next": 1e-3}
-FUSED = {"gradient_accumulation_fusion": True}
 # What the samples are made of: so many text tokens, or one image.
 SAMPLES: dict[str, list[int | str]] = {
     "text": [9],
@@ -68,6 +70,13 @@ def tiny_config(family: str = "llama", **changes: Any) -> RunConfig:
     stage = config.stage.model_copy(update={"learning_rates": RATES})
     optimizer = config.optimizer.model_copy(update={"epsilon": 1e-3})
     return config.model_copy(update={"stage": stage, "optimizer": optimizer} | changes)
+
+
+@contextmanager
+def fused_weight_gradients() -> Iterator[None]:
+    """Within the block models add them up inside the matrix product, as they do on GPUs."""
+    with patch.object(mcore_config, "_fuses_weight_gradients", lambda d: d.transformer_engine):
+        yield
 
 
 def with_section(config: RunConfig, section: str, **changes: Any) -> RunConfig:

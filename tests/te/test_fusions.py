@@ -65,8 +65,6 @@ def test_chunks() -> None:
 
 
 MODEL: dict[str, dict[str, Any]] = {
-    "cross-entropy": {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},
-    "permutation": {"moe_permute_fusion": True},
     "activation": {"bias_activation_fusion": True},
     "rotary embedding": {"apply_rope_fusion": True},
 }
@@ -74,7 +72,7 @@ MODEL: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("fusion", MODEL)
 def test_in_the_model(te: ParallelContext, fusion: str) -> None:
-    """Megatron's own dispatcher uses the fused permutation."""
+    """Fused, and left alone."""
     config = with_section(tiny_config(), "data", packing=fusion == "rotary embedding")
     config = with_section(config, "moe", dispatcher="alltoall")
     unfused = config.model_copy(update={"megatron": {"apply_rope_fusion": False}})

@@ -14,8 +14,8 @@ from moiie_megatron.mcore.parallel import ParallelContext
 from tests.te.steps import (
     EXACT,
     FAMILIES,
-    FUSED,
     disagreement,
+    fused_weight_gradients,
     packed,
     padded,
     take_step,
@@ -87,7 +87,8 @@ def test_fused_weight_gradients(
     batches = [padded(), padded(["text", "short"])]  # the second adds to the first
     plain = take_step(config, te, batches)
     assert counts == {"te": 0, "apex": 0}
-    fused = take_step(config.model_copy(update={"megatron": FUSED}), te, batches)
+    with fused_weight_gradients():
+        fused = take_step(config, te, batches)
     # Otherwise a weight gradient is rounded to bf16 before it is added.
     limits = EXACT if precision == "fp32" else {"loss": 0.0, "grad": 1e-2}
     assert disagreement(fused, plain, limits) == {}

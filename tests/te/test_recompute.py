@@ -8,11 +8,20 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moiie_megatron.mcore.parallel import ParallelContext
-from tests.te.steps import FUSED, disagreement, packed, take_step, tiny_config, with_section
+from tests.te.steps import (
+    disagreement,
+    fused_weight_gradients,
+    packed,
+    take_step,
+    tiny_config,
+    with_section,
+)
 
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "uniform": FULL | {"recompute_method": "uniform"},
+    "block": FULL
+    | {"recompute_method": "block"},  # of the two layers the second, of experts, is not
     "core attention": {"recompute_modules": ["core_attn"]},
     "experts": {"recompute_modules": ["moe"]},
     "activation of experts": {"recompute_modules": ["moe_act"]},
@@ -40,8 +49,8 @@ def test_recompute(te: ParallelContext, mode: str) -> None:
     config = with_section(tiny_config(), "data", packing=True)
     records, counts = [], []
     for options in ({}, {"recompute_granularity": "selective"} | RECOMPUTE[mode]):
-        changed = config.model_copy(update={"megatron": options | FUSED})
-        with Operations() as operations:
+        changed = config.model_copy(update={"megatron": options})
+        with fused_weight_gradients(), Operations() as operations:
             records.append(take_step(changed, te, packed()))
         counts.append(operations.count)
     plain, recomputed = records

@@ -57,5 +57,5 @@ def test_attention_across_samples_is_found(
     monkeypatch.setattr(DotProductAttention, "forward", forward)
     found = check_transformer_engine(session(te))
     assert found.status == "FAIL"
-    assert found.reason.startswith("packed bf16: eval_loss differs"), found.reason
+    assert found.reason.startswith("packed bf16: "), found.reason
     assert max(found.figures["padded bf16"].values()) < MODEL_TOLERANCE["bf16"]
