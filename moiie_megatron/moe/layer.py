@@ -102,6 +102,9 @@ class MoIIELayer(MoELayer):
             # tensor ranks that group also covers the tensor-parallel ranks that hold copies of
             # an expert.
             parameter.allreduce = False
+            # Without this mark, which newer versions of Transformer Engine leave out, the gradient
+            # norm would miss what the tensor-parallel ranks other than the first own.
+            parameter.tensor_model_parallel = True
 
     def forward(
         self,
