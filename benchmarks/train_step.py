@@ -36,13 +36,12 @@ from moiie_megatron.config.schema import (
     TrainConfig,
     VisionConfig,
 )
-from moiie_megatron.data.encode.encoder import IGNORE, Encoded
 from moiie_megatron.data.stream.batch import collate
 from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.packing import PackingSpec, pack, split_rows_to_count
-from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.selftest.checks.models import example
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
 from moiie_megatron.utils.timing import Timings, interleave, slower_rank
@@ -97,19 +96,6 @@ def run_config(
             device="cpu",
         ),
     )
-
-
-def example(generator: torch.Generator, text: int, images: int, config: RunConfig) -> Example:
-    """Random ids behind random pictures; all text is trained on."""
-    vision, front = config.vision, images * config.vision.num_image_tokens
-    tokens = torch.randint(config.language.vocab_size, (front + text,), generator=generator)
-    types = torch.full(tokens.shape, TEXT, dtype=torch.int8)
-    types[:front] = IMAGE
-    labels = torch.cat([tokens[1:], torch.tensor([IGNORE])])
-    labels[:front] = IGNORE
-    shape = (images, 3, vision.image_size, vision.image_size)
-    pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    return Example(Encoded(tokens, labels, types, ()), pixels, "random")
 
 
 def equal_samples(config: RunConfig, seed: int, count: int, length: int = 256) -> list[Example]:
