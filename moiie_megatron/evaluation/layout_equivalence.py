@@ -6,6 +6,7 @@ assembles the full tensors.  Replicas of a shard must be equal on all ranks that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -166,6 +167,8 @@ def differences(
     to rounding (a bias of the keys does not change the softmax), so that the ratio of two
     rounding errors must not count.
 
+    A value that is not a number in either record is an infinite difference.
+
     Returns:
         ``loss``, ``eval_loss``, ``aux`` (of models with experts), ``grad`` and ``next``.
 
@@ -186,7 +189,10 @@ def differences(
         # A weight is rounded after its update, which may be far smaller than the weight.
         rounding = torch.finfo(want.dtype).eps * want.abs() if kind == "next" else 0.0
         error = ((record[name] - want).abs() - rounding).clamp(min=0.0).max()
-        errors.setdefault(kind, []).append((float(error), float(size.abs().max()), name))
+        # max() below would pass over a NaN.
+        error = torch.nan_to_num(error, nan=math.inf)
+        largest = torch.nan_to_num(size).abs().max()
+        errors.setdefault(kind, []).append((float(error), float(largest), name))
     worst = {}
     for kind, found in errors.items():
         floor = max(1e-4 * max(size for _, size, _ in found), 1e-30)
