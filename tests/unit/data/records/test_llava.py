@@ -55,7 +55,8 @@ def test_placeholders_stay_where_they_are() -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ([], "JSON object"),
+        (7, "JSON object"),
+        ([], "conversations"),
         ({}, "conversations"),
         ({"conversations": []}, "conversations"),
         ({"conversations": [GPT]}, "turn 0 is by the assistant"),
