@@ -142,6 +142,11 @@ class DataConfig(Section):
     num_workers: NonNegativeInt = Field(
         2, description="worker processes of each rank; 0 loads in the training process"
     )
+    allow_outside_images: bool = Field(
+        False,
+        description="read images outside the image directory too: through symbolic links out of "
+        "it, and under absolute paths",
+    )
     max_skipped_fraction: Fraction = Field(
         0.01, description="stop if more than this fraction of the samples is unusable"
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import runpy
 import shutil
 import sys
+import tarfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ import yaml
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.encode.encoding import Encoding
+from moiie_megatron.data.records.energon_index import index_shards
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.build import build_dataset, build_train_loader
 from moiie_megatron.data.stream.stream_state import StreamState
@@ -192,6 +196,31 @@ def test_nothing_usable_ends_in_a_sentence(
     values["data"]["sources"] = [{"records": str(digits / "data")}]
     with user_error(digits / "data", "energon prepare"):
         build_dataset(load(tmp_path, values))
+
+
+def test_shards_of_megatrons_llava_example(digits: Path, tmp_path: Path) -> None:
+    """KEY.jpg, and KEY.json with a list of turns; prepared as VQASample they are refused."""
+    output = tmp_path / "llava"
+    output.mkdir()
+    record = json.loads((digits / "data" / "train.jsonl").read_text().splitlines()[0])
+    picture = (digits / "data" / "images" / record["image"]).read_bytes()
+    with tarfile.open(output / "0.tar", "w") as tar:
+        for key in range(8):
+            turns = json.dumps(record["conversations"]).encode()
+            for name, content in ((f"{key}.json", turns), (f"{key}.jpg", picture)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    index_shards(output, ["0.tar"])
+    shards = {"llava": output}
+    config = load(tmp_path, values_of(shards, digits, tmp_path / "run", "llava"))
+    (batches,) = take(steps(config, StreamState()), 1)
+    assert all(len(batch.images) == len(batch.record_ids) for batch in batches)
+    assert not any(batch.skipped_samples for batch in batches)
+    kind = output / ".nv-meta" / "dataset.yaml"
+    kind.write_text(kind.read_text().replace("CrudeWebdataset", "VQASample"))
+    with user_error(output, "VQASample", "energon prepare", "CrudeWebdataset"):
+        build_dataset(config)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -6,7 +6,8 @@ would skip.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -33,12 +34,14 @@ class Audit:
         lengths: int32 (r,), tokens of every record before truncation; 0 if they cannot be counted.
         images: int32 (r,), images that every record names; 0 if it cannot be parsed.
         skipped_samples: Records that training would skip, in order.
+        notes: What is not used of records, and of how many.
     """
 
     source: Source
     lengths: np.ndarray
     images: np.ndarray
     skipped_samples: tuple[SkippedSample, ...]
+    notes: Mapping[str, int]
 
     @property
     def skipped_fraction(self) -> float:
@@ -69,24 +72,27 @@ def audit(
     total = len(source.records)
     lengths, images = np.zeros(total, np.int32), np.zeros(total, np.int32)
     skipped_samples: list[SkippedSample] = []
+    notes: Counter[str] = Counter()
     done = 0
     for portion in _measure_all(_Measurements(source, encoding, decode_images), workers):
         for measured in portion:
             lengths[done], images[done] = measured.length, measured.num_images
             if measured.skipped is not None:
                 skipped_samples.append(measured.skipped)
+            notes.update(measured.notes)
             done += 1
         if progress is not None:
             progress(done, total)
-    return Audit(source, lengths, images, tuple(skipped_samples))
+    return Audit(source, lengths, images, tuple(skipped_samples), dict(notes.most_common()))
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """One record: its tokens, its images, and why it is skipped, if it is."""
+    """One record: its tokens and images, what is not used of it, and why it is skipped, if so."""
 
     length: int
     num_images: int
+    notes: tuple[str, ...]
     skipped: SkippedSample | None
 
 
@@ -108,9 +114,10 @@ class _Measurements(Dataset[Any]):
 
     def _measure(self, i: int) -> _Measured:
         length = num_images = 0
+        notes: tuple[str, ...] = ()
         try:
             record = self.source.records[i]
-            num_images = len(record.images)
+            num_images, notes = len(record.images), record.notes
             if self._encoding is not None:
                 length = self._encoding.length(record)
                 if length > self._encoding.sequence_length:
@@ -119,8 +126,8 @@ class _Measurements(Dataset[Any]):
                 self.source.images.load(path)
         except BadRecord as error:
             skipped = SkippedSample(str(self.source.records.path), i, error.reason)
-            return _Measured(length, num_images, skipped)
-        return _Measured(length, num_images, None)
+            return _Measured(length, num_images, notes, skipped)
+        return _Measured(length, num_images, notes, None)
 
 
 def _measure_all(measurements: _Measurements, workers: int) -> Iterator[list[_Measured]]:

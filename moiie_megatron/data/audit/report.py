@@ -21,10 +21,10 @@ def summarize(audit: Audit, encoding: Encoding | None) -> dict[str, Any]:
         encoding: The one of the audit.
 
     Returns:
-        Counts and every skipped sample; with an encoding also the lengths of the other samples
-        (``min``, ``median``, ``p99``, ``max``, ``total`` and the fraction
-        ``beyond_sequence_length``, which is truncated) and ``rows``: how many rows of the sequence
-        length hold them, one sample in each or packed.
+        Counts, ``notes`` on what is not used of records, and every skipped sample; with an encoding
+        also the lengths of the other samples (``min``, ``median``, ``p99``, ``max``, ``total`` and
+        the fraction ``beyond_sequence_length``, which is truncated) and ``rows``: how many rows of
+        the sequence length hold them, one sample in each or packed.
     """
     source = audit.source
     used = np.ones(len(audit.lengths), dtype=bool)
@@ -38,6 +38,7 @@ def summarize(audit: Audit, encoding: Encoding | None) -> dict[str, Any]:
         "skipped": len(audit.skipped_samples),
         "skipped_fraction": audit.skipped_fraction,
         "images_per_sample": {str(n): c for n, c in sorted(Counter(images.tolist()).items())},
+        "notes": dict(audit.notes),
         "skipped_samples": [
             {"index": sample.index, "reason": sample.reason} for sample in audit.skipped_samples
         ],
@@ -96,6 +97,16 @@ def table(summaries: Sequence[dict[str, Any]]) -> Any:
             row += [f"{rows['packed']:,} ({rows['packed_fill']:.0%} full)"]
         result.add_row(*row)
     return result
+
+
+def note_lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """What is not used, and of how many records; one line per source that has any."""
+    return [
+        f"{values['name']}: "
+        + ", ".join(f"{note} ({count:,})" for note, count in values["notes"].items())
+        for values in summaries
+        if values["notes"]
+    ]
 
 
 def packing_lines(summaries: Sequence[dict[str, Any]]) -> list[str]:

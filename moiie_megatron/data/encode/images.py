@@ -137,6 +137,7 @@ class ImageLoader(ImageDecoder):
 
     Args:
         root: The directory; a path that leaves it, by ``..`` or a symbolic link, is refused.
+        allow_outside: Read what lies outside too: behind symbolic links and under absolute paths.
 
     The other arguments are those of ``ImageDecoder``.
 
@@ -151,7 +152,10 @@ class ImageLoader(ImageDecoder):
         mode: Literal["square", "pad"],
         mean: tuple[float, float, float],
         max_pixels: int = 2**26,
+        *,
+        allow_outside: bool = False,
     ) -> None:
+        self.allow_outside = allow_outside
         self.root = Path(root).resolve()
         if not self.root.is_dir():
             raise UserError(
@@ -179,15 +183,22 @@ class ImageLoader(ImageDecoder):
         """The file of the image at ``path`` (relative to the root).
 
         Raises:
-            BadRecord: Outside the root, or missing.
+            BadRecord: Outside the root and not allowed to be, or missing.
         """
         relative = Path(path)
-        if relative.is_absolute() or ".." in relative.parts or "\0" in path:
-            raise BadRecord(f"image {path!r} is not a relative path below {self.root}")
+        leaves = relative.is_absolute() or ".." in relative.parts
+        if "\0" in path or (leaves and not self.allow_outside):
+            raise BadRecord(
+                f"image {path!r} is not a relative path below {self.root}; "
+                "data.allow_outside_images=true reads others"
+            )
         try:
             file = (self.root / relative).resolve()
-            if not file.is_relative_to(self.root):
-                raise BadRecord(f"image {path} is a link out of {self.root}, to {file}")
+            if not self.allow_outside and not file.is_relative_to(self.root):
+                raise BadRecord(
+                    f"image {path} is a link out of {self.root}, to {file}; "
+                    "data.allow_outside_images=true follows it"
+                )
             if not file.is_file():
                 raise BadRecord(f"image {path} does not exist below {self.root}")
         except (OSError, RuntimeError) as error:  # name too long, circular links

@@ -38,7 +38,11 @@ def build_sources(config: RunConfig) -> list[Source]:
     for source in config.data.sources:
         assert source.images is not None  # checked with the configuration
         images = ImageLoader(
-            Path(source.images), config.vision.image_size, config.stage.image_mode, _mean(config)
+            Path(source.images),
+            config.vision.image_size,
+            config.stage.image_mode,
+            _mean(config),
+            allow_outside=config.data.allow_outside_images,
         )
         sources.append(Source(RecordFile(source.records), images, source.weight, source.name or ""))
     return sources
@@ -126,6 +130,7 @@ def build_train_loader(
         consumed_samples=consumed_samples,
         num_workers=config.data.num_workers,
         pin_memory=pin_memory,
+        max_skipped_fraction=config.data.max_skipped_fraction,
     )
     if config.data.packing:
         spec = _packing_spec(config, dataset)

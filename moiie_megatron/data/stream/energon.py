@@ -46,7 +46,9 @@ from megatron.energon.flavors.webdataset.metadata import (
 
 from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageDecoder
-from moiie_megatron.data.records.llava import BadRecord, parse_record
+from moiie_megatron.data.records.energon_index import DATASET_FILE
+from moiie_megatron.data.records.parse import parse_record
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.batch import Batch as MicroBatch
 from moiie_megatron.data.stream.example import Example, SkippedSample
 from moiie_megatron.data.stream.order import Blend
@@ -96,6 +98,10 @@ class EnergonDataset:
         """One line for the log: the samples of every source in an epoch, on average."""
         names = [name or Path(path).name for path, _, name in self.sources]
         return self.blend.describe_epoch(names) + " (energon draws them at random)"
+
+    def describe_notes(self) -> list[str]:
+        """Nothing: shards are not read before the run starts."""
+        return []
 
     def write_blend(self, path: Path) -> None:
         """Write energon's description of the blend (a MetadatasetV2)."""
@@ -240,7 +246,8 @@ class _TaskEncoder(DefaultTaskEncoder):
             value = json.loads(sample.record)
         except (ValueError, RecursionError) as error:
             raise BadRecord(f"not valid JSON ({error})") from error
-        record = parse_record(value, default_id=sample.__key__)
+        names = [name for name, _ in sample.images]
+        record = parse_record(_with_images(value, names), default_id=sample.__key__)
         if len(record.images) != len(sample.images):
             raise BadRecord(
                 f"the record names {len(record.images)} images, the shard has {len(sample.images)}"
@@ -277,6 +284,18 @@ class _TaskEncoder(DefaultTaskEncoder):
         self._skipped.append(SkippedSample(file, index, str(error)))
 
 
+def _with_images(value: Any, names: Sequence[str]) -> Any:
+    """The record, with the names of the shard's images if it names none itself.
+
+    So do the shards of Megatron's own LLaVA example, whose records are lists of turns.
+    """
+    if isinstance(value, list):
+        return {"conversations": value, "images": list(names)}
+    if isinstance(value, dict) and not value.get("image") and not value.get("images"):
+        return {**value, "images": list(names)}
+    return value
+
+
 def _bad_record(error: BaseException | None) -> str | None:
     """The bad record for which energon has stopped; None if it stopped for another reason."""
     while error is not None:
@@ -293,9 +312,10 @@ def _num_samples(path: str) -> int:
     """Number of samples in the training part of the shards at ``path``, from energon's index.
 
     Raises:
-        UserError: There is no index.
+        UserError: There is no index, or one for samples of another kind.
     """
     directory = EPath(path if "://" in path else str(Path(path).absolute()))
+    _check_kind(directory)
     try:
         meta = WebdatasetMeta.from_config(directory, split_part="train")
     except (ValueError, OSError, EmptyDatasetError) as error:
@@ -305,3 +325,19 @@ def _num_samples(path: str) -> int:
             "prepare --split-ratio 1,0,0 there."
         ) from error
     return sum(shard.count for shard in meta.shards)
+
+
+def _check_kind(directory: EPath) -> None:
+    """Check that energon hands out samples as they are in the shards."""
+    try:
+        with (directory / DATASET_FILE).open("r") as file:
+            kind = yaml.safe_load(file)["__class__"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return  # not prepared, which opening the shards reports
+    if kind not in ("CrudeWebdataset", "CrudeWebdatasetFactory"):
+        raise UserError(
+            f"{directory} was prepared as {kind}, which holds one question and answer where a "
+            "record may have more: run energon prepare --non-interactive --force-overwrite "
+            f"--split-ratio 1,0,0 --sample-type CrudeWebdataset {directory}, which leaves the "
+            "shards as they are."
+        )

@@ -39,24 +39,31 @@ class ReadSamples(Dataset[Any]):
 
     Args:
         source: The samples.
-        seed: Decides which sample replaces a skipped one.
+        settings: The seed decides which sample replaces a skipped one.
         make: From the samples to one item of the stream, for example a micro-batch; picklable.
     """
 
     def __init__(
-        self, source: SampleSource, seed: int, make: Callable[[Sequence[Example]], Any]
+        self,
+        source: SampleSource,
+        settings: LoaderSettings,
+        make: Callable[[Sequence[Example]], Any],
     ) -> None:
         self._source = source
-        self._seed = seed
+        self._seed = settings.seed
+        self._max_skipped_fraction = settings.max_skipped_fraction
         self._make = make
 
     def __getitem__(self, indices: list[int]) -> Any:
         # torch raises a worker's exception again with the worker's traceback in its message: right
         # for a bug, but a user error is one sentence, so it travels as a value.
         try:
-            return self._make([read_sample(self._source, i, self._seed) for i in indices])
+            return self._make([self._read(i) for i in indices])
         except UserError as error:
             return error
+
+    def _read(self, i: int) -> Example:
+        return read_sample(self._source, i, self._seed, self._max_skipped_fraction)
 
 
 def build_loader(
@@ -75,7 +82,7 @@ def build_loader(
         UserError: While iterating: too many samples in a row were skipped.
     """
     sampler = MicroBatchSampler(SampleOrder(dataset.blend, settings.seed), settings)
-    return read_ahead(ReadSamples(dataset, settings.seed, make), sampler, settings)
+    return read_ahead(ReadSamples(dataset, settings, make), sampler, settings)
 
 
 def read_ahead(

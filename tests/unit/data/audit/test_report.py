@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from moiie_megatron.data.audit.audit import Audit, audit
-from moiie_megatron.data.audit.report import packing_lines, summarize, table
+from moiie_megatron.data.audit.report import note_lines, packing_lines, summarize, table
 from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageLoader
 from moiie_megatron.data.records.llava import RecordFile
@@ -58,12 +58,14 @@ def test_nothing_usable(dataset: LlavaDataset) -> None:
 
 def test_the_table_has_a_row_per_source(dataset: LlavaDataset, measured: Audit) -> None:
     source = Source(dataset.sources[0].records, dataset.sources[0].images, name="numbers")
-    named = Audit(source, measured.lengths, measured.images, measured.skipped_samples)
+    notes = {"key 'width' is not read": 23}
+    named = Audit(source, measured.lengths, measured.images, measured.skipped_samples, notes)
     summary = summarize(named, dataset.encoding)
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(table([summary]))
     text = console.export_text()
     assert "numbers" in text and " 23 " in text and " 16 " in text
+    assert note_lines([summary]) == ["numbers: key 'width' is not read (23)"]
     (line,) = packing_lines([summary])
     packed = summary["rows"]["packed"]
     assert 1 <= packed < 23

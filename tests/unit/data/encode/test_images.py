@@ -83,6 +83,18 @@ def test_exif_orientation_is_honoured(tmp_path: Path) -> None:
     assert np.array_equal(loader(tmp_path).load("a.png").permute(1, 2, 0).numpy(), expected)
 
 
+def test_paths_may_leave_the_root_where_that_is_allowed(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    Image.fromarray(photo(8, 8)).save(tmp_path / "a.png")
+    (root / "up").symlink_to(tmp_path)
+    images = loader(root, allow_outside=True)
+    for path in ("up/a.png", "../a.png", str(tmp_path / "a.png")):
+        assert images.load(path).shape == (3, 8, 8)
+    with pytest.raises(BadRecord, match="does not exist"):
+        images.load(str(tmp_path / "b.png"))
+
+
 def test_paths_stay_inside_the_root(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "in").mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,14 @@ def test_bad_samples_name_file_and_record(dataset: LlavaDataset, corpus: Path) -
     with pytest.raises(BadRecord, match="5.png") as caught:
         dataset[5]
     assert (caught.value.file, caught.value.index) == (str(corpus / "records.jsonl"), 5)
+
+
+def test_what_is_not_used_of_the_first_records(dataset: LlavaDataset, tmp_path: Path) -> None:
+    assert dataset.describe_notes() == []
+    (source, *_) = dataset.sources
+    value = {**source.records.value(0), "width": 5}
+    file = tmp_path / "wide.jsonl"
+    file.write_text((json.dumps(value) + "\n") * 3 + "{}\n")
+    wide = Source(RecordFile(file), source.images, name="wide")
+    (line,) = LlavaDataset([source, wide], dataset.encoding).describe_notes()
+    assert line == "wide: of its first 1,000 records key 'width' is not read (3)"

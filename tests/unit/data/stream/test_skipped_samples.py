@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.dataset import LlavaDataset
-from moiie_megatron.data.stream.example import SkippedSample
+from moiie_megatron.data.stream.example import Example, SkippedSample
 from moiie_megatron.data.stream.skipped_samples import (
     SkippedSampleMonitor,
+    most_in_a_row,
     read_sample,
     replacement,
 )
@@ -36,6 +39,41 @@ def test_a_good_sample_is_left_as_it_is(damaged: LlavaDataset) -> None:
     sample = read_sample(damaged, 4, seed=7)
     assert sample.record_id == "r4" and sample.skipped_samples == ()
     assert read_sample(damaged, 5, seed=7).skipped_samples[0].index == 5
+
+
+@pytest.mark.parametrize(
+    ("max_fraction", "most"), [(0.0, 10), (0.01, 10), (0.2, 22), (0.5, 50), (0.9, 328), (1, 4096)]
+)
+def test_samples_in_a_row(max_fraction: float, most: int) -> None:
+    """So many that chance skips them all with a probability of at most 1e-15."""
+    assert most_in_a_row(max_fraction) == most
+
+
+class HalfMissing:
+    """Samples of which those with an odd number are missing."""
+
+    def __init__(self, good: LlavaDataset) -> None:
+        self.good = good
+
+    def __len__(self) -> int:
+        return 2000
+
+    def __getitem__(self, i: int) -> Example:
+        if i % 2:
+            raise BadRecord("no image", "f.json", i)
+        return self.good[0]
+
+
+def test_half_of_the_images_are_missing(dataset: LlavaDataset) -> None:
+    """A run that may skip 60 % of its samples goes on; one that may skip 1 % does not."""
+    samples, most = HalfMissing(dataset), 0
+    for index in range(2000):
+        found = read_sample(samples, index, seed=7, max_fraction=0.6)
+        most = max(most, len(found.skipped_samples))
+    assert most >= 10  # would stop the run at the limit for 1 %
+    with user_error("10 samples in a row", "f.json["):
+        for index in range(2000):
+            read_sample(samples, index, seed=7, max_fraction=0.01)
 
 
 def skipped(count: int) -> list[SkippedSample]:
