@@ -132,6 +132,19 @@ class Generator:
         pixels = torch.stack(list(images)) if images else torch.empty(0, 3, side, side).byte()
         return Prompt(tokens, types, pixels)
 
+    def check_length(self, prompt: Prompt, max_new_tokens: int) -> None:
+        """Check that the answer has positions behind the prompt.
+
+        Raises:
+            UserError: Prompt and answer could exceed the model's positions.
+        """
+        length, limit = len(prompt.tokens), self.config.language.max_position_embeddings
+        if length + max_new_tokens > limit:
+            raise UserError(
+                f"A prompt of {length} tokens with {max_new_tokens} new ones exceeds "
+                f"language.max_position_embeddings {limit}: shorten the prompt or the answer."
+            )
+
     def blanked(self, prompt: Prompt) -> Prompt:
         """The same prompt with every pixel set to the encoder's mean colour."""
         colour = torch.tensor(self.statistics.mean).mul(255).round().byte().view(1, 3, 1, 1)
@@ -156,13 +169,8 @@ class Generator:
         """
         if not prompts:
             return []
-        longest = max(len(prompt.tokens) for prompt in prompts)
-        limit = self.config.language.max_position_embeddings
-        if longest + max_new_tokens > limit:
-            raise UserError(
-                f"A prompt of {longest} tokens with {max_new_tokens} new ones exceeds "
-                f"language.max_position_embeddings {limit}: shorten the prompt or the answer."
-            )
+        for prompt in prompts:
+            self.check_length(prompt, max_new_tokens)
         answers: list[list[int]] = [[] for _ in prompts]
         running = [True] * len(prompts)
         for _ in range(max_new_tokens):
