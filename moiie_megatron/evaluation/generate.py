@@ -106,8 +106,13 @@ class Generator:
 
     def image_loader(self, root: str | Path) -> ImageLoader:
         """A loader of images below ``root`` that processes them as in training."""
-        size, mode = self.config.vision.image_size, self.config.stage.image_mode
-        return ImageLoader(root, size, mode, self.statistics.mean)
+        return ImageLoader(
+            root,
+            self.config.vision.image_size,
+            self.config.stage.image_mode,
+            self.statistics.mean,
+            allow_outside=self.config.data.allow_outside_images,
+        )
 
     def prompt(self, turns: Sequence[Turn], images: Sequence[Tensor]) -> Prompt:
         """Encode a conversation that ends with a user turn.

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moiie_megatron.data.records.llava import BadRecord, Record, RecordFile, Turn, parse_record
+from moiie_megatron.data.records.llava import RecordFile
+from moiie_megatron.data.records.parse import parse_record
+from moiie_megatron.data.records.record import BadRecord, Record, Turn
 from moiie_megatron.utils.errors import UserError
 
 
