@@ -38,6 +38,8 @@ def build_processor(
     tokenizer = loader.from_pretrained(str(tokenizer_directory), local_files_only=True)
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)])
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template  # also where the tokenizer is loaded alone
     family = vision_family(vision.family)
     kind = getattr(transformers, family.image_processor)
     image_processor = kind(

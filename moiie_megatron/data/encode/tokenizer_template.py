@@ -26,6 +26,19 @@ _SAMPLE: Final = (
 _LISTS: Final = ((), ("system", "user", "assistant"), ("system", "user"), ("user",))
 
 
+class UnusableTemplate(UserError):
+    """A chat template, or a conversation in it, that cannot be trained on.
+
+    Attributes:
+        reason: What is wrong.
+    """
+
+    def __init__(self, reason: str) -> None:
+        built_in = listed(name for name in template_names() if name != "tokenizer")
+        super().__init__(f"{reason}: use {built_in} as stage.template.")
+        self.reason = reason
+
+
 class TokenizerTemplate:
     """The backbone's own Jinja chat template, rendered in transformers' sandbox.
 
@@ -38,16 +51,15 @@ class TokenizerTemplate:
     once as a whole, and every answer is trained as it is written there.
 
     Raises:
-        UserError: No chat template, one that does not write the text of the turns, or one that
-            rewrites earlier turns, so that no span can be found; checked at construction with a
-            conversation of two rounds.
+        UnusableTemplate: No chat template, one that does not write the text of the turns, or one
+            that rewrites earlier turns, so that no span can be found; checked at construction
+            with a conversation of two rounds.
     """
 
     def __init__(self, tokenizer: Tokenizer, image_token: str = PLACEHOLDER) -> None:
         if tokenizer.chat_template is None:
-            raise UserError(
-                "stage.template is tokenizer but the tokenizer has no chat template: use "
-                f"{_built_in()}."
+            raise UnusableTemplate(
+                "stage.template is tokenizer but the tokenizer has no chat template"
             )
         own = own_template(tokenizer.chat_template)
         self._special_tokens = tokenizer.special_tokens
@@ -62,20 +74,19 @@ class TokenizerTemplate:
 
     def _choose_lists(self, own: str, image_token: str) -> Sequence[str]:
         """The roles whose content the template wants as a list; ``jinja`` is left with them."""
-        refused: UserError | None = None
+        refused: UnusableTemplate | None = None
         for lists in _LISTS:
             self.jinja = tokenizer_jinja(own, "", image_token, lists)
             try:
                 text = self._text(_SAMPLE, add_generation_prompt=False)
-            except UserError as error:
+            except UnusableTemplate as error:
                 refused = refused or error
                 continue
             # A list that is written as it stands is none that the template understands.
             if all(turn.text in text for turn in _SAMPLE) and "'type':" not in text:
                 return lists
-        raise refused or UserError(
-            "stage.template is tokenizer but its chat template does not write the text of the "
-            f"turns: use {_built_in()}."
+        raise refused or UnusableTemplate(
+            "The tokenizer's chat template does not write the text of the turns"
         )
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> list[Segment]:
@@ -127,9 +138,8 @@ class TokenizerTemplate:
         try:
             rendered: Any = render_jinja_template([messages], **arguments)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise UserError(
-                f"The tokenizer's chat template refuses this conversation ({error}): use "
-                f"{_built_in()} as stage.template."
+            raise UnusableTemplate(
+                f"The tokenizer's chat template refuses this conversation ({error})"
             ) from error
         # (texts, spans of {% generation %} blocks)
         return str(rendered[0][0]).removeprefix(self._bos)
@@ -144,12 +154,8 @@ def _trainable(turn: Turn, added: str) -> str:
     return added if core.endswith(turn.text.rstrip()) else core
 
 
-def _rewritten(text: str) -> UserError:
-    return UserError(
-        "stage.template is tokenizer but its chat template changes earlier text when a turn is "
-        f"added ({text[-40:]!r} is not kept): use {_built_in()}."
+def _rewritten(text: str) -> UnusableTemplate:
+    return UnusableTemplate(
+        "The tokenizer's chat template changes earlier text when a turn is added "
+        f"({text[-40:]!r} is not kept)"
     )
-
-
-def _built_in() -> str:
-    return listed(name for name in template_names() if name != "tokenizer")
