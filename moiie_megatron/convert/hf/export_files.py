@@ -15,6 +15,7 @@ from moiie_megatron.data.encode.choose_template import choose_template
 from moiie_megatron.data.encode.encoder import encode_prompt
 from moiie_megatron.data.encode.stop_ids import GENERATION_FILE, stop_ids
 from moiie_megatron.data.encode.templates import Template, load_template
+from moiie_megatron.data.encode.tokenizer_template import UnusableTemplate
 from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
 from moiie_megatron.data.records.llava import Turn
 from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
@@ -92,7 +93,7 @@ def write_files(checkpoint: Path, config: RunConfig, folder: Path, dtype: torch.
     stop = stop_ids(tokenizer, template, checkpoint)
     model_config(config, tokenizer, stop, dtype).save_pretrained(folder)
     processor = build_processor(
-        checkpoint, config.vision, config.stage.image_mode, image_token, template.jinja
+        checkpoint, config.vision, config.stage.image_mode, image_token, template.jinja, stop
     )
     _check_same_ids(tokenizer, processor.tokenizer, checkpoint)
     processor.save_pretrained(folder)
@@ -109,9 +110,11 @@ def _template(name: str, tokenizer: Tokenizer, image_token: str) -> tuple[Templa
     try:
         return load_template(name, tokenizer, image_token), []
     except UserError as error:
+        reason = error.reason if isinstance(error, UnusableTemplate) else str(error)
         chosen, _ = choose_template(tokenizer, "plain")
         note = (
-            f"The export's chat template is {chosen}: stage.template {name} cannot be used, {error}"
+            f"The chat template of the export is {chosen}, for stage.template {name} cannot be "
+            f"used: {reason}"
         )
         return load_template(chosen, tokenizer, image_token), [note]
 

@@ -36,16 +36,16 @@ def generation_config(
     kept: dict[str, Any] = {}
     for key in sorted(stated, key=lambda key: key not in _SWITCHES):
         value = stated[key]
-        if value is None or key == "eos_token_id":
+        if value is None:
             continue
         if _is_outside(key, value, vocab_size):
             notes.append(
-                f"{file}: {key} {value} is left out, it is not within the vocabulary of "
-                f"{vocab_size} ids."
+                f"{file}: {key} {value} is left out, as far as it is outside the "
+                f"vocabulary of {vocab_size} ids."
             )
         elif not _is_valid(kept | {key: value}):
             notes.append(f"{file}: {key} {value} is left out, transformers would refuse it.")
-        else:
+        elif key != "eos_token_id":
             kept[key] = value
     defaults = {key: value for key, value in ids.items() if value is not None}
     return {**defaults, **kept, "eos_token_id": ids["eos_token_id"]}, notes

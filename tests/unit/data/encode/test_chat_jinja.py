@@ -13,7 +13,7 @@ from moiie_megatron.data.encode.marker_templates import bos_text
 from moiie_megatron.data.encode.templates import Template, load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
 from moiie_megatron.data.records.llava import Turn
-from tests.unit.data.encode import chat_templates
+from tests.helpers import chat_templates
 
 OWN = {
     name.lower(): getattr(chat_templates, name)
