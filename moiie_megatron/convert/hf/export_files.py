@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moiie_megatron.data.encode.stop_ids import GENERATION_FILE, stop_ids
 from moiie_megatron.data.encode.templates import Template, load_template
 from moiie_megatron.data.encode.tokenizer_template import UnusableTemplate
 from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
-from moiie_megatron.data.records.llava import Turn
+from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
 from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
 from moiie_megatron.hf.auto_files import write_remote_code
 from moiie_megatron.hf.build_processor import build_processor
@@ -133,13 +134,22 @@ def _other_prompts(tokenizer: Tokenizer, template: Template, processor: Any) -> 
     """A sentence if the processor's ids of a conversation are not those of training."""
     for texts in (("What is shown here?",), ("a", "  b\n", "c")):
         turns = [Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
-        want, _ = encode_prompt(turns, tokenizer, template, 0)
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        got = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-        if got[0] != want.tolist():
+        messages: list[dict[str, Any]] = [{"role": t.role, "content": t.text} for t in turns]
+        parts = [{"type": "image"}, {"type": "text", "text": turns[-1].text}]
+        messages[-1]["content"] = parts
+        turns[-1] = Turn("user", f"{PLACEHOLDER}\n{turns[-1].text}")
+        try:
+            want = encode_prompt(turns, tokenizer, template, num_image_tokens=1)[0].tolist()
+        except UserError:  # the template takes no such conversation
+            continue
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        got = processor.tokenizer.encode(text, add_special_tokens=False)
+        if got != want:
+            at = next(i for i, pair in enumerate(zip_longest(got, want)) if pair[0] != pair[1])
             return [
-                f"The export's processor writes prompts with other ids than training did: "
-                f"{got[0][:12]}... instead of {want.tolist()[:12]}..., answers may be worse."
+                f"The processor of the export writes prompts with other ids than training does "
+                f"(position {at}: {got[at : at + 4]} instead of {want[at : at + 4]}), so answers "
+                "may be worse than before the export."
             ]
     return []
 

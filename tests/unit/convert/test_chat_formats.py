@@ -13,6 +13,7 @@ from transformers import AutoProcessor, GenerationConfig
 from moiie_megatron.config.load import dump_config, load_saved_config
 from moiie_megatron.convert.export import export_checkpoint
 from moiie_megatron.convert.extract import extract_expert
+from moiie_megatron.convert.hf import export_files
 from moiie_megatron.convert.import_hf import import_checkpoint
 from moiie_megatron.convert.upcycle import upcycle_checkpoint
 from moiie_megatron.data.encode.encoder import encode_prompt
@@ -143,6 +144,22 @@ def test_an_earlier_checkpoint_with_an_unusable_template(vision: Path, tmp_path:
     out = export_checkpoint(checkpoint, tmp_path / "out", note=notes.append)
     assert len(notes) == 1 and "The chat template of the export is phi3" in notes[0]
     assert "stage.template: phi3" in (out / "chat_template.jinja").read_text()
+
+
+def test_other_prompts_are_said(
+    vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = llama3(tmp_path / "llm", chat_templates.LLAMA3)
+    checkpoint = upcycle_checkpoint(llm, vision, tmp_path / "checkpoint")
+
+    def another(*arguments: Any, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, types = encode_prompt(*arguments, **keywords)
+        return ids.index_fill(0, torch.tensor([3]), 7), types
+
+    monkeypatch.setattr(export_files, "encode_prompt", another)
+    notes: list[str] = []
+    export_checkpoint(checkpoint, tmp_path / "out", note=notes.append)
+    assert len(notes) == 1 and "other ids than training does (position 3: " in notes[0]
 
 
 GENERATION = [

@@ -95,6 +95,22 @@ def test_another_image_token(llama3: Tokenizer) -> None:
         assert "<image>" in template.render(turns)[0].text
 
 
+@pytest.mark.parametrize(
+    ("name", "date"), [("llama32", "Today Date: 26 Jul 2024\n"), ("clock", "2024-07-26 00:00:00\n")]
+)
+def test_the_date_is_fixed(name: str, date: str, llama3: Tokenizer) -> None:
+    """In training and in the export, whatever the day and however long a rendering takes."""
+    tokenizer = with_template(llama3, OWN[name])
+    template = load_template("tokenizer", tokenizer)
+    turns = [*CONVERSATIONS["rounds"], Turn("assistant", "x")]
+    assert date in template.render(turns)[0].text
+    assert date in rendered(template, tokenizer, turns, as_parts=True, prompt=True)
+    codes = "{{ strftime_now('%A %-d %B %Y, %H:%M; %y%m%d %j') }} "
+    tokenizer = with_template(llama3, codes + chat_templates.MISTRAL)
+    text = load_template("tokenizer", tokenizer).render(turns)[0].text
+    assert text.startswith("Friday 26 July 2024, 00:00; 240726 208 ")
+
+
 def test_other_parts_are_refused(llama3: Tokenizer) -> None:
     template = load_template("llama3", llama3)
     messages = [{"role": "user", "content": [{"type": "video", "url": "x"}]}]
