@@ -27,6 +27,12 @@ PHI3 = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}"
     "{% else %}{{ eos_token }}{% endif %}"
 )
+# Phi-3, as first released: it has no place for a system turn.
+PHI3_FIRST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '<|user|>\n' + m['content'] + '<|end|>\n<|assistant|>\n' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
+)
 LLAMA3_TURNS = (
     "{% for m in messages %}{% set text = '<|start_header_id|>' + m['role'] + "
     "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"

@@ -14,7 +14,7 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.hf.generation_config import generation_config
 from moiie_megatron.data.encode.choose_template import choose_template
 from moiie_megatron.data.encode.encoder import encode_prompt
-from moiie_megatron.data.encode.stop_ids import GENERATION_FILE, stop_ids
+from moiie_megatron.data.encode.stop_ids import GENERATION_FILE, learned_end, stop_ids
 from moiie_megatron.data.encode.templates import Template, load_template
 from moiie_megatron.data.encode.tokenizer_template import UnusableTemplate
 from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
@@ -103,6 +103,11 @@ def write_files(checkpoint: Path, config: RunConfig, folder: Path, dtype: torch.
     )
     (folder / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n")
     write_remote_code(folder)
+    if learned_end(tokenizer, template) is None:
+        notes.append(
+            "The chat template writes nothing behind an answer, so training does not teach where "
+            "one ends: limit max_new_tokens."
+        )
     return [*notes, *left_out, *_other_prompts(tokenizer, template, processor)]
 
 

@@ -23,13 +23,20 @@ def stop_ids(
         source: Directory of a model or checkpoint; the ``eos_token_id`` of its
             ``generation_config.json`` counts, too.
     """
+    learned = learned_end(tokenizer, template)
+    stated = [] if source is None else _stated(Path(source), tokenizer.vocab_size)
+    return frozenset([tokenizer.eos_id, *([] if learned is None else [learned]), *stated])
+
+
+def learned_end(tokenizer: Tokenizer, template: Template) -> int | None:
+    """The token at the end of an answer, if the template writes more than the text there."""
     sample = "a"
     segments = template.render([Turn("user", sample), Turn("assistant", sample)])
-    trainable = [tokenizer.encode(segment.text) for segment in segments if segment.train]
-    # A chat template without an end-of-turn marker teaches the text alone.
-    markers = [ids[-1] for ids in trainable if ids[-1] not in tokenizer.encode(sample)]
-    stated = [] if source is None else _stated(Path(source), tokenizer.vocab_size)
-    return frozenset([tokenizer.eos_id, *markers, *stated])
+    *_, answer = (segment.text for segment in segments if segment.train)
+    last = tokenizer.encode(answer)[-1]
+    # A space is no end: it stands between the words of an answer, too.
+    is_end = last not in tokenizer.encode(sample) and answer.rstrip(" ") == answer
+    return last if is_end else None
 
 
 def _stated(source: Path, vocab_size: int) -> list[int]:

@@ -92,6 +92,8 @@ class TokenizerTemplate:
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> list[Segment]:
         segments: list[Segment] = []
         whole = self._text(turns, add_generation_prompt)
+        if any(t.role == "system" and t.text.strip() not in whole for t in turns):
+            raise UnusableTemplate("The tokenizer's chat template leaves the system turn out")
         done = 0  # characters that the segments already cover
         for i, turn in enumerate(turns):
             if turn.role != "assistant":

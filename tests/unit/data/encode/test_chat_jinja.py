@@ -10,14 +10,19 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from moiie_megatron.data.encode.chat_jinja import name_in, own_template
 from moiie_megatron.data.encode.marker_templates import bos_text
+from moiie_megatron.data.encode.stop_ids import learned_end, stop_ids
 from moiie_megatron.data.encode.templates import Template, load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
 from moiie_megatron.data.records.llava import Turn
+from moiie_megatron.utils.errors import UserError
 from tests.helpers import chat_templates
 
 OWN = {
     name.lower(): getattr(chat_templates, name)
-    for name in ("QWEN2", "QWEN3", "MISTRAL", "LLAMA3", "LLAMA32", "CLOCK", "PARTS", "USER_PARTS")
+    for name in (
+        *("QWEN2", "QWEN3", "MISTRAL", "LLAMA3", "LLAMA32", "PHI3_FIRST"),
+        *("CLOCK", "PARTS", "USER_PARTS"),
+    )
 }
 CONVERSATIONS = {
     "text": [Turn("user", "hi")],
@@ -109,6 +114,25 @@ def test_the_date_is_fixed(name: str, date: str, llama3: Tokenizer) -> None:
     tokenizer = with_template(llama3, codes + chat_templates.MISTRAL)
     text = load_template("tokenizer", tokenizer).render(turns)[0].text
     assert text.startswith("Friday 26 July 2024, 00:00; 240726 208 ")
+
+
+def test_a_system_turn_is_not_lost(llama3: Tokenizer) -> None:
+    template = load_template("tokenizer", with_template(llama3, chat_templates.PHI3_FIRST))
+    assert template.render([Turn("user", "hi"), Turn("assistant", "x")])[1].text == "x<|end|>"
+    with pytest.raises(UserError, match="leaves the system turn out: use"):
+        template.render([Turn("system", "be brief"), Turn("user", "hi"), Turn("assistant", "x")])
+
+
+def test_a_template_without_an_end_teaches_none(llama3: Tokenizer) -> None:
+    """A space behind the answer stands between words, too."""
+    text = "{% for m in messages %}{{ m.role | upper }}: {{ m.content + ' ' }}{% endfor %}"
+    text += "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    tokenizer = with_template(llama3, text)
+    template = load_template("tokenizer", tokenizer)
+    assert learned_end(tokenizer, template) is None
+    assert stop_ids(tokenizer, template) == {tokenizer.eos_id}
+    own = load_template("llama3", llama3)
+    assert learned_end(llama3, own) == llama3.token_id("<|eot_id|>")
 
 
 def test_other_parts_are_refused(llama3: Tokenizer) -> None:
