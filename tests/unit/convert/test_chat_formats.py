@@ -133,6 +133,18 @@ def test_an_export_stops_and_prompts_as_trained(
     assert inputs["input_ids"][0] == want.tolist()
 
 
+def test_ends_in_config_json_alone(vision: Path, tmp_path: Path) -> None:
+    """As transformers does for a model without a generation_config.json."""
+    llm = llama3(tmp_path / "llm", chat_templates.LLAMA3)
+    (llm / "generation_config.json").unlink()
+    file = llm / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [257, 33]}))
+    checkpoint = upcycle_checkpoint(llm, vision, tmp_path / "checkpoint")
+    out = export_checkpoint(checkpoint, tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((out / name).read_text())["eos_token_id"] == [257, 33, 260]
+
+
 def test_an_earlier_checkpoint_with_an_unusable_template(vision: Path, tmp_path: Path) -> None:
     """It says ``tokenizer``, which cannot have been trained: the export says what it has."""
     checkpoint = upcycle_checkpoint(
