@@ -43,10 +43,10 @@ def answer(model_path: Path, question: str, images: list[Path], max_new_tokens: 
     processor = AutoProcessor.from_pretrained(**where)
     model = AutoModelForImageTextToText.from_pretrained(**where, dtype="auto").eval()
     pictures = [Image.open(file) for file in images]
-    content: Any = [*({"type": "image", "image": picture} for picture in pictures)]
+    content: Any = [{"type": "image", "image": picture} for picture in pictures]
     content.append({"type": "text", "text": question})
     more: dict[str, Any] = {}
-    if processor.image_token in question:  # which says itself where the images are
+    if processor.image_token in question:  # it says itself where the images are
         content, more = question, {"images": pictures}
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],

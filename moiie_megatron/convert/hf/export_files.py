@@ -117,7 +117,10 @@ def _template(name: str, tokenizer: Tokenizer, image_token: str) -> tuple[Templa
         return load_template(name, tokenizer, image_token), []
     except UserError as error:
         reason = error.reason if isinstance(error, UnusableTemplate) else str(error)
-        chosen, _ = choose_template(tokenizer, "plain")
+        try:
+            chosen, _ = choose_template(tokenizer, "plain")
+        except UserError:
+            chosen = "plain"
         note = (
             f"The chat template of the export is {chosen}, for stage.template {name} cannot be "
             f"used: {reason}"

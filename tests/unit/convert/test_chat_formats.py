@@ -145,17 +145,20 @@ def test_ends_in_config_json_alone(vision: Path, tmp_path: Path) -> None:
         assert json.loads((out / name).read_text())["eos_token_id"] == [257, 33, 260]
 
 
-def test_an_earlier_checkpoint_with_an_unusable_template(vision: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("markers", "chosen"), [(PHI3, "phi3"), (CHATML, "plain")])
+def test_an_earlier_checkpoint_with_an_unusable_template(
+    markers: tuple[str, ...], chosen: str, vision: Path, tmp_path: Path
+) -> None:
     """It says ``tokenizer``, which cannot have been trained: the export says what it has."""
-    checkpoint = upcycle_checkpoint(
-        phi3(tmp_path / "llm", chat_templates.PHI3), vision, tmp_path / "checkpoint"
-    )
+    llm = language(tmp_path / "llm", markers, None, "<|endoftext|>")
+    checkpoint = upcycle_checkpoint(llm, vision, tmp_path / "checkpoint")
+    (checkpoint / "chat_template.jinja").write_text(chat_templates.PHI3)
     config = load_saved_config(checkpoint / "run.yaml", ["stage.template=tokenizer"])
     (checkpoint / "run.yaml").write_text(dump_config(config))
     notes: list[str] = []
     out = export_checkpoint(checkpoint, tmp_path / "out", note=notes.append)
-    assert len(notes) == 1 and "The chat template of the export is phi3" in notes[0]
-    assert "stage.template: phi3" in (out / "chat_template.jinja").read_text()
+    assert len(notes) == 1 and f"The chat template of the export is {chosen}" in notes[0]
+    assert f"stage.template: {chosen}" in (out / "chat_template.jinja").read_text()
 
 
 def test_other_prompts_are_said(
