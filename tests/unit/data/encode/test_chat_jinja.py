@@ -9,11 +9,13 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from moiie_megatron.data.encode.chat_jinja import name_in, own_template
+from moiie_megatron.data.encode.encoder import IGNORE, encode, encode_prompt
 from moiie_megatron.data.encode.marker_templates import bos_text
 from moiie_megatron.data.encode.stop_ids import learned_end, stop_ids
 from moiie_megatron.data.encode.templates import Template, load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import Turn
+from moiie_megatron.data.records.llava import Record, Turn
+from moiie_megatron.layout.token_types import IMAGE
 from moiie_megatron.utils.errors import UserError
 from tests.helpers import chat_templates
 
@@ -140,3 +142,18 @@ def test_other_parts_are_refused(llama3: Tokenizer) -> None:
     messages = [{"role": "user", "content": [{"type": "video", "url": "x"}]}]
     with pytest.raises(Exception, match="another type than text and image"):
         render_jinja_template([messages], chat_template=template.jinja)
+
+
+def test_a_template_that_wants_parts_is_trained(llama3: Tokenizer) -> None:
+    """All words and all images, and the answers as targets."""
+    tokenizer = with_template(llama3, chat_templates.PARTS)
+    template = load_template("tokenizer", tokenizer)
+    turns = (*CONVERSATIONS["rounds"],)
+    encoded = encode(Record("r", ("1.png", "2.png"), turns), tokenizer, template, 3, 999)
+    assert int((encoded.token_types == IMAGE).sum()) == 2 * 3
+    targets = encoded.labels[encoded.labels != IGNORE].tolist()
+    assert tokenizer.decode(targets) == "yes<|eot_id|>so <|eot_id|>"
+    words = tokenizer.decode(encoded.tokens[encoded.token_types != IMAGE].tolist())
+    assert all(turn.text.replace("<image>", "") in words for turn in turns)
+    prompt, _ = encode_prompt(turns[:3], tokenizer, template, 3)
+    assert prompt.tolist() == encoded.tokens[: len(prompt)].tolist()
