@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.chat_templates import PHI3 as PHI3_TEMPLATE
 from tests.helpers.launch import ROOT, TRAIN, command, environment, run
 from tests.helpers.tiny_run import tiny_values, write_config
 from tests.helpers.tiny_tokenizer import CHATML, write_byte_tokenizer
 from tests.helpers.user_errors import assert_user_error
+from tests.unit.data.encode.chat_templates import PHI3 as PHI3_TEMPLATE
 
 
 def billions(table: str, row: str) -> float:

@@ -20,10 +20,10 @@ from moiie_megatron.data.encode.encoder import encode_prompt
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
 from moiie_megatron.data.records.llava import Turn
-from tests.helpers import chat_templates
 from tests.helpers.tiny_hf import write_language, write_vision
 from tests.helpers.tiny_tokenizer import CHATML, LLAMA3, PHI3, write_byte_tokenizer
 from tests.helpers.user_errors import user_error
+from tests.unit.data.encode import chat_templates
 
 TURNS = [Turn("user", "<image>\nhi"), Turn("assistant", "yes"), Turn("user", "why?")]
 

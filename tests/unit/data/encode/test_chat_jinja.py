@@ -17,7 +17,7 @@ from moiie_megatron.data.encode.tokenizers import Tokenizer
 from moiie_megatron.data.records.llava import Record, Turn
 from moiie_megatron.layout.token_types import IMAGE
 from moiie_megatron.utils.errors import UserError
-from tests.helpers import chat_templates
+from tests.unit.data.encode import chat_templates
 
 OWN = {
     name.lower(): getattr(chat_templates, name)
