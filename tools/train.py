@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from moiie_megatron.cli.launch import check_runs, exit_code
 from moiie_megatron.config.load import load_config
@@ -35,7 +36,8 @@ def main() -> int:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the configuration and print parameter counts, without allocating anything",
+        help="check the configuration, tokenizer and template and print parameter counts, without "
+        "allocating anything",
     )
     parser.add_argument(
         "--is-done",
@@ -56,6 +58,7 @@ def main() -> int:
         ]
         if arguments.dry_run:
             for config in configs if dist_env.rank == 0 else ():
+                check_tokenizer(config)
                 print(format_parameters(count_parameters(config)))
             return
         if arguments.is_done:
@@ -69,6 +72,20 @@ def main() -> int:
         run_sequentially(configs, dist_env, partial(train, stop=stop), lambda: stop.reason is None)
 
     return exit_code(task, dist_env) or (UNFINISHED if unfinished else 0)
+
+
+def check_tokenizer(config: RunConfig) -> None:
+    """Read the tokenizer and try the template, where the tokenizer is on this machine.
+
+    Raises:
+        UserError: The tokenizer cannot be read, or the template does not fit it.
+    """
+    if Path(config.data.tokenizer).exists():
+        from moiie_megatron.data.encode.templates import load_template
+        from moiie_megatron.data.encode.tokenizers import load_tokenizer
+
+        tokenizer = load_tokenizer(config.data.tokenizer, config.data.image_token)
+        load_template(config.stage.template, tokenizer)
 
 
 def report_progress(configs: Sequence[RunConfig]) -> bool:

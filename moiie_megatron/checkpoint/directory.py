@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+from moiie_megatron.data.encode.stop_ids import GENERATION_FILE
 from moiie_megatron.utils.errors import UserError
 
 FORMAT_VERSION = 2  # 1 described the run in sentences (older_progress.py)
@@ -19,7 +22,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_FILE,
 )
 PROCESSOR_FILES = ("preprocessor_config.json",)
 
@@ -75,6 +78,9 @@ def find_checkpoint(path: str | Path) -> Path:
 def copy_tokenizer(source: Path, directory: Path) -> None:
     """Copy a tokenizer, and a processor if one lies beside it, into a directory.
 
+    The ids at which a model stops come along: out of its ``config.json`` where it has no
+    ``generation_config.json``, as in transformers.
+
     Args:
         source: A directory or a single file.
     """
@@ -84,3 +90,16 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
     for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
         if (source / name).exists():
             shutil.copy(source / name, directory / name)
+    if not (source / GENERATION_FILE).exists():
+        ends = _model_ends(source / "config.json")
+        if ends is not None:
+            (directory / GENERATION_FILE).write_text(json.dumps({"eos_token_id": ends}) + "\n")
+
+
+def _model_ends(file: Path) -> Any:
+    """``eos_token_id`` of a model's configuration, if there is one that can be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("eos_token_id") if isinstance(content, dict) else None

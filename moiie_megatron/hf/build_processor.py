@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ def build_processor(
     image_mode: Literal["square", "pad"],
     image_token: str = "<image>",
     chat_template: str | None = None,
+    stop_ids: Collection[int] = (),
 ) -> MoiieProcessor:
     """A processor that prepares text and images as the run's data side does.
 
@@ -32,12 +34,20 @@ def build_processor(
         image_mode: ``stage.image_mode`` of the run.
         image_token: ``data.image_token`` of the run.
         chat_template: Default: the tokenizer's.
+        stop_ids: Tokens that end an answer; ``skip_special_tokens`` leaves them out of texts.
     """
     # tokenizer.json as it is, like training; classes for single families rebuild parts of it.
     loader: Any = PreTrainedTokenizerFast  # untyped
     tokenizer = loader.from_pretrained(str(tokenizer_directory), local_files_only=True)
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)])
+    for stop in stop_ids:
+        marker = tokenizer.added_tokens_decoder.get(stop)
+        if marker is not None and not marker.special:
+            marker.special = True
+            tokenizer.add_tokens([marker], special_tokens=True)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template  # also where the tokenizer is loaded alone
     family = vision_family(vision.family)
     kind = getattr(transformers, family.image_processor)
     image_processor = kind(
