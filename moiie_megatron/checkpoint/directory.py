@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
+from moiie_megatron.data.encode.tokenizer_files import tokenizer_files
 from moiie_megatron.utils.errors import UserError
 
 FORMAT_VERSION = 2  # 1 described the run in sentences (older_progress.py)
@@ -13,14 +15,6 @@ CONFIG_FILE = "run.yaml"
 REPORT_FILE = "conversion_report.json"
 EARLIER_REPORT_FILE = "receipt.json"  # what it was called in version 0.1.0
 LATEST_FILE = "latest"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 PROCESSOR_FILES = ("preprocessor_config.json",)
 
 
@@ -75,12 +69,15 @@ def find_checkpoint(path: str | Path) -> Path:
 def copy_tokenizer(source: Path, directory: Path) -> None:
     """Copy a tokenizer, and a processor if one lies beside it, into a directory.
 
+    The copy is read as the source is (``data/encode/tokenizer_files.py``).
+
     Args:
-        source: A directory or a single file.
+        source: A directory or a single file; a directory may have no tokenizer.
     """
-    if source.is_file():
-        shutil.copy(source, directory / source.name)
-        return
-    for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
-        if (source / name).exists():
-            shutil.copy(source / name, directory / name)
+    files: dict[str, Path] = {}
+    with suppress(UserError):
+        files = tokenizer_files(source).copies()
+    if source.is_dir():
+        files |= {name: source / name for name in PROCESSOR_FILES if (source / name).exists()}
+    for name, file in files.items():
+        shutil.copy(file, directory / name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import transformers
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
 
 from moiie_megatron.config.schema import VisionConfig
+from moiie_megatron.data.encode.fast_tokenizer import load_fast_tokenizer
+from moiie_megatron.data.encode.tokenizer_files import tokenizer_files
 from moiie_megatron.families.registry import vision_family
 from moiie_megatron.hf.processing_moiie import MoiieProcessor
 
@@ -26,18 +26,13 @@ def build_processor(
     ``save_pretrained`` on the result writes tokenizer, chat template and ``processor_config.json``.
 
     Args:
-        tokenizer_directory: Hugging Face folder with ``tokenizer.json``.  An image token that is
-            not in the vocabulary is added behind it, where training puts it.
+        tokenizer_directory: As ``data.tokenizer``, and read by the same function.
         vision: Family and sizes of the vision encoder.
         image_mode: ``stage.image_mode`` of the run.
         image_token: ``data.image_token`` of the run.
         chat_template: Default: the tokenizer's.
     """
-    # tokenizer.json as it is, like training; classes for single families rebuild parts of it.
-    loader: Any = PreTrainedTokenizerFast  # untyped
-    tokenizer = loader.from_pretrained(str(tokenizer_directory), local_files_only=True)
-    if image_token not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)])
+    tokenizer = load_fast_tokenizer(tokenizer_files(tokenizer_directory), image_token)
     family = vision_family(vision.family)
     kind = getattr(transformers, family.image_processor)
     image_processor = kind(
