@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from moiie_megatron.cli.launch import exit_code
@@ -53,6 +54,7 @@ def upcycle(arguments: argparse.Namespace) -> None:
         perturb=arguments.perturb,
         seed=arguments.seed,
     )
+    notes: list[str] = []
     with progress_bar("upcycling") as progress:
         out = upcycle_checkpoint(
             arguments.llm,
@@ -62,8 +64,10 @@ def upcycle(arguments: argparse.Namespace) -> None:
             connector=arguments.connector,
             force=arguments.force,
             progress=progress,
+            note=notes.append,
         )
-    print(f"{out}: see conversion_report.json there; train with checkpoint.init_from={out}")
+    started = f"{out}: see conversion_report.json there; train with checkpoint.init_from={out}"
+    print(started, *notes, sep="\n")
     if load_saved_config(out / CONFIG_FILE).stage.template == "plain":
         print(
             "The tokenizer has no chat template, so stage.template is plain, which learns the last "
@@ -82,11 +86,21 @@ def add_export(commands: Any) -> None:
 def export(arguments: argparse.Namespace) -> None:
     from moiie_megatron.convert.export import export_checkpoint
 
+    notes: list[str] = []
     with progress_bar("exporting") as progress:
         out = export_checkpoint(
-            arguments.ckpt, arguments.out, force=arguments.force, progress=progress
+            arguments.ckpt,
+            arguments.out,
+            force=arguments.force,
+            progress=progress,
+            note=notes.append,
         )
-    print(f"{out}: AutoModelForImageTextToText.from_pretrained({str(out)!r}, ...) loads it")
+    print_exported(out, notes)
+
+
+def print_exported(out: Path, notes: list[str]) -> None:
+    loads = f"AutoModelForImageTextToText.from_pretrained({str(out)!r}, ...) loads it"
+    print(f"{out}: {loads}", *notes, sep="\n")
 
 
 def add_import(commands: Any) -> None:
@@ -143,6 +157,7 @@ def add_extract(commands: Any) -> None:
 def extract(arguments: argparse.Namespace) -> None:
     from moiie_megatron.convert.extract import extract_expert
 
+    notes: list[str] = []
     with progress_bar("extracting") as progress:
         out = extract_expert(
             arguments.ckpt,
@@ -150,8 +165,9 @@ def extract(arguments: argparse.Namespace) -> None:
             arguments.out,
             force=arguments.force,
             progress=progress,
+            note=notes.append,
         )
-    print(f"{out}: AutoModelForImageTextToText.from_pretrained({str(out)!r}, ...) loads it")
+    print_exported(out, notes)
 
 
 def add_verify(commands: Any) -> None:

@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from moiie_megatron.data.encode.tokenizer_files import tokenizer_files
+from moiie_megatron.data.vocabulary.tokenizer_files import tokenizer_files
 from moiie_megatron.utils.errors import UserError
 
 FORMAT_VERSION = 2  # 1 described the run in sentences (older_progress.py)
@@ -69,7 +69,7 @@ def find_checkpoint(path: str | Path) -> Path:
 def copy_tokenizer(source: Path, directory: Path) -> None:
     """Copy a tokenizer, and a processor if one lies beside it, into a directory.
 
-    The copy is read as the source is (``data/encode/tokenizer_files.py``).
+    The copy is read as the source is (``data/vocabulary/tokenizer_files.py``).
 
     Args:
         source: A directory or a single file; a directory may have no tokenizer.

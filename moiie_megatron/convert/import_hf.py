@@ -80,7 +80,8 @@ def import_checkpoint(
     directory, out = Path(directory), Path(out)
     check_output(out, force=force, marker=MARKER)
     source = _Source.open(directory, None if vision is None else Path(vision), groups)
-    config = _config(directory, out, source, last_image_token_as_text)
+    template, reason = template_of(directory, source.language)
+    config = _config(directory, out, source, template, last_image_token_as_text)
     weights = _Weights(source, config)
     plan = [(row, weights.info(row)) for row in weights.rows]
     operation = {
@@ -100,7 +101,8 @@ def import_checkpoint(
             output.write(row, weights.get_bytes(row), config.moe.layout)
         copy_tokenizer(directory, output.directory)
         output.finish(config, initial_state(_SEED))
-    return Imported(out, tuple(_notes(source, config)))
+    notes = [*([reason] if reason else []), *_notes(source, config)]
+    return Imported(out, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class _Source:
 
 
 def _config(
-    directory: Path, out: Path, source: _Source, last_image_token_as_text: bool
+    directory: Path, out: Path, source: _Source, template: str, last_image_token_as_text: bool
 ) -> RunConfig:
     first, embedding = (
         source.decoder.info(_FIRST, None),
@@ -161,7 +163,7 @@ def _config(
                 "last_image_token_as_text": last_image_token_as_text or moe.last_image_token_as_text
             }
         ),
-        template=template_of(directory, source.language),
+        template=template,
         dtype=embedding.dtype,
         seed=_SEED,
     )

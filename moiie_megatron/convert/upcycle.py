@@ -46,7 +46,7 @@ from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.layout.experts import Variant, moe_layers
 from moiie_megatron.utils.directories import check_output
 from moiie_megatron.utils.errors import UserError
-from moiie_megatron.utils.progress import ProgressFn
+from moiie_megatron.utils.progress import NoteFn, ProgressFn
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def upcycle_checkpoint(
     connector: str | Path | None = None,
     force: bool = False,
     progress: ProgressFn | None = None,
+    note: NoteFn | None = None,
 ) -> Path:
     """Write a checkpoint that training can start from and that can be exported.
 
@@ -115,6 +116,7 @@ def upcycle_checkpoint(
         connector: Safetensors file with a trained connector; a fresh one otherwise.
         force: Replace an earlier checkpoint at ``out``.
         progress: Told about every tensor written.
+        note: Told why ``stage.template`` is not the tokenizer's own template.
 
     Returns:
         ``out``.
@@ -128,13 +130,16 @@ def upcycle_checkpoint(
     if options.perturb < 0:
         raise UserError(f"perturb is {options.perturb}: use 0 or more.")
     sources = _open(llm, vision, connector, options)
+    template, reason = template_of(llm, sources.language)
+    if reason and note:
+        note(reason)
     config = run_from_checkpoint(
         out,
         language=sources.language,
         vision=read_vision_config(vision),
         connector_size=sources.connector_size,
         moe=sources.moe,
-        template=template_of(llm, sources.language),
+        template=template,
         dtype=sources.dtype,
         seed=options.seed,
     )

@@ -23,8 +23,9 @@ from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.encode.encoder import encode_prompt
 from moiie_megatron.data.encode.images import ImageLoader, normalize
-from moiie_megatron.data.encode.templates import Template, load_template
-from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
+from moiie_megatron.data.encode.stop_ids import stop_ids
+from moiie_megatron.data.encode.templates import load_template
+from moiie_megatron.data.encode.tokenizers import load_tokenizer
 from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
 from moiie_megatron.families.registry import vision_family
 from moiie_megatron.layout.token_types import PADDING, TEXT
@@ -91,7 +92,7 @@ class Generator:
         self.tokenizer = load_tokenizer(config.data.tokenizer, config.data.image_token)
         self.template = load_template(config.stage.template, self.tokenizer)
         self.statistics = vision_family(config.vision.family).statistics
-        self.stop_ids = stop_ids(self.tokenizer, self.template)
+        self.stop_ids = stop_ids(self.tokenizer, self.template, config.data.tokenizer)
 
     @classmethod
     def load(cls, directory: Path, config: RunConfig, context: ParallelContext) -> Generator:
@@ -225,13 +226,3 @@ class Generator:
         stacked = pad_sequence(rows, batch_first=True, padding_value=value)
         missing = self._width(stacked.shape[1]) - stacked.shape[1]
         return torch.nn.functional.pad(stacked, (0, missing), value=value)
-
-
-def stop_ids(tokenizer: Tokenizer, template: Template) -> frozenset[int]:
-    """Ids that end an answer: the end of text, and what the template teaches after a turn."""
-    sample = "a"
-    segments = template.render([Turn("user", sample), Turn("assistant", sample)])
-    trainable = [tokenizer.encode(segment.text) for segment in segments if segment.train]
-    # A chat template without an end-of-turn marker teaches the text alone.
-    markers = [ids[-1] for ids in trainable if ids[-1] not in tokenizer.encode(sample)]
-    return frozenset([tokenizer.eos_id, *markers])

@@ -8,8 +8,8 @@ from typing import Literal
 import transformers
 
 from moiie_megatron.config.schema import VisionConfig
-from moiie_megatron.data.encode.fast_tokenizer import load_fast_tokenizer
-from moiie_megatron.data.encode.tokenizer_files import tokenizer_files
+from moiie_megatron.data.vocabulary.fast_tokenizer import load_fast_tokenizer
+from moiie_megatron.data.vocabulary.tokenizer_files import tokenizer_files
 from moiie_megatron.families.registry import vision_family
 from moiie_megatron.hf.processing_moiie import MoiieProcessor
 
@@ -33,6 +33,8 @@ def build_processor(
         chat_template: Default: the tokenizer's.
     """
     tokenizer = load_fast_tokenizer(tokenizer_files(tokenizer_directory), image_token)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template  # also where the tokenizer is loaded alone
     family = vision_family(vision.family)
     kind = getattr(transformers, family.image_processor)
     image_processor = kind(

@@ -68,6 +68,22 @@ class MoiieProcessor(ProcessorMixin):
         template = chat_template or tokenizer.chat_template
         super().__init__(image_processor, tokenizer, chat_template=template)
 
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """As in transformers, but a text that begins with the BOS token gets no second one."""
+        texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
+        if bos and texts and all(isinstance(t, str) and t.startswith(bos) for t in texts):
+            kwargs.setdefault("add_special_tokens", False)
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def apply_chat_template(
+        self, conversation: Any, *arguments: Any, processor_kwargs: Any = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; the template writes all special tokens, none are added."""
+        processor_kwargs = {"add_special_tokens": False} | (processor_kwargs or {})
+        return super().apply_chat_template(
+            conversation, *arguments, processor_kwargs=processor_kwargs, **kwargs
+        )
+
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
         """What stands in the text for one image (called by transformers)."""
         return self.image_token * self.num_image_tokens

@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from moiie_megatron.data.encode.fast_tokenizer import (
+from moiie_megatron.data.records.llava import PLACEHOLDER
+from moiie_megatron.data.vocabulary.fast_tokenizer import (
     load_fast_tokenizer,
     load_metadata,
     read_model,
 )
-from moiie_megatron.data.encode.literal_markers import LiteralBackend
-from moiie_megatron.data.encode.sentencepiece_tokenizer import SentencePieceTokenizer
-from moiie_megatron.data.encode.tokenizer_files import TokenizerFiles, tokenizer_files
-from moiie_megatron.data.records.llava import PLACEHOLDER
+from moiie_megatron.data.vocabulary.literal_markers import LiteralBackend
+from moiie_megatron.data.vocabulary.sentencepiece_tokenizer import SentencePieceTokenizer
+from moiie_megatron.data.vocabulary.tokenizer_files import TokenizerFiles, tokenizer_files
 from moiie_megatron.utils.errors import UserError
 
 MarkersInText = Literal["tokens", "text"]
@@ -58,8 +58,8 @@ class Tokenizer(Protocol):
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the first and last + 1 character that each comes from.
 
-        The image token becomes ``image_id``.  Tokens that share a character have the same; a token that is not in the text (a dummy
-        prefix) may have none, at the place where it was put.
+        The image token becomes ``image_id``.  Tokens that share a character have the same; a token
+        that is not in the text (a dummy prefix) may have none, at the place where it was put.
         """
 
     def quote(self, text: str) -> str:

@@ -13,10 +13,10 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from moiie_megatron.checkpoint.directory import copy_tokenizer
-from moiie_megatron.data.encode.fast_tokenizer import load_fast_tokenizer
-from moiie_megatron.data.encode.sentencepiece_model import SentencePieceModel
-from moiie_megatron.data.encode.tokenizer_files import tokenizer_files
 from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
+from moiie_megatron.data.vocabulary.fast_tokenizer import load_fast_tokenizer
+from moiie_megatron.data.vocabulary.sentencepiece_model import SentencePieceModel
+from moiie_megatron.data.vocabulary.tokenizer_files import tokenizer_files
 from tests.helpers.user_errors import user_error
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"

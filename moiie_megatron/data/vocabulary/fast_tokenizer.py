@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-from moiie_megatron.data.encode.sentencepiece_model import Marker, SentencePieceModel
-from moiie_megatron.data.encode.tokenizer_files import (
+from moiie_megatron.data.vocabulary.sentencepiece_model import Marker, SentencePieceModel
+from moiie_megatron.data.vocabulary.tokenizer_files import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
     JSON_FILE,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any
 
-from moiie_megatron.data.encode.sentencepiece_model import SentencePieceModel
+from moiie_megatron.data.vocabulary.sentencepiece_model import SentencePieceModel
 
 
 class SentencePieceTokenizer:
