@@ -17,10 +17,10 @@ from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
 from moiie_megatron.data.records.llava import PLACEHOLDER, Record, Turn
 from moiie_megatron.hf.build_processor import build_processor
 from moiie_megatron.hf.processing_moiie import MoiieProcessor
+from tests.helpers.tokenizer_kinds import KINDS
 from tests.helpers.user_errors import user_error
 from tests.parity import tiny
 from tests.unit.data.encode import chat_templates
-from tests.unit.hf.matrix.tokenizer_kinds import KINDS
 
 TEMPLATES: Final = {
     "plain": None,
@@ -47,7 +47,7 @@ CONVERSATIONS: Final = {
     "image first": turns("<image>\nWhat is on the bus?", "A dog.", "And?", "Two dogs."),
     "images": turns("<image>\n<image>\nWhat is <image>\nit or <image>", "7", "<image>", "3"),
     "white space": turns("  two  dogs \n", " \n Yes  \n", "\n\nIs it?\t", "  no "),
-    "unicode": turns("caf\u00e9 \u4e2d\u6587?", "\U0001f600 na\u00efve \u4e2d", "\u00e9", "\u00a0\u6587"),
+    "unicode": turns("caf\u00e9 \u4e2d\u6587?", "\U0001f600 na\u00efve", "\u00e9", "\u00a0\u6587"),
 }  # fmt: skip
 
 

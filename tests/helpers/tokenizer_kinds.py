@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -81,8 +81,7 @@ def word_piece(folder: Path) -> Path:
         trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]", "[CLS]", "[SEP]"]),
     )
     backend.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    tokens = {"cls_token": "[CLS]", "sep_token": "[SEP]", "eos_token": "[SEP]"}
-    return _finished(folder, backend, bos=None, named=tokens)
+    return _finished(folder, backend, bos=None, eos="[SEP]")
 
 
 def model(folder: Path, added: str | None = None, *, dummy_prefix: bool = True) -> Path:
@@ -116,15 +115,14 @@ def _finished(
     eos: str = "</s>",
     adds: str = "bos",
     level: Any = None,
-    flags: Mapping[str, bool] | None = None,
-    named: Mapping[str, str] | None = None,
     image: bool = False,
+    **flags: bool,
 ) -> Path:
-    """Saved, with the markers and what the post-processor adds (``bos``, ``eos`` in words)."""
+    """Saved, with the markers (``flags``) and what the post-processor adds (``adds``)."""
     special = [token for token in dict.fromkeys((bos, eos)) if token]
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     tokens = [*MARKERS, "<image>"] if image else MARKERS
-    backend.add_special_tokens([AddedToken(t, normalized=False, **(flags or {})) for t in tokens])
+    backend.add_special_tokens([AddedToken(t, normalized=False, **flags) for t in tokens])
     if bos and adds:
         ends = f"{bos}:0 $A:0" + (f" {eos}:0" if "eos" in adds else "")
         template = processors.TemplateProcessing(
@@ -134,7 +132,7 @@ def _finished(
         backend.post_processor = processors.Sequence(parts)
     elif level is not None:
         backend.post_processor = level
-    names = named or {"eos_token": eos, **({"bos_token": bos} if bos else {})}
+    names = {"eos_token": eos, **({"bos_token": bos} if bos else {})}
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
     return folder
 
@@ -153,8 +151,8 @@ KINDS: Final[dict[str, Callable[[Path], Path]]] = {
     "metaspace-first": lambda folder: sentence_bpe(folder, prefix="first"),
     "metaspace-always": lambda folder: sentence_bpe(folder, prefix="always"),
     "metaspace-never": lambda folder: sentence_bpe(folder, prefix="never"),
-    "phi3-rstrip": lambda folder: sentence_bpe(folder, flags={"rstrip": True}),
-    "lstrip": lambda folder: sentence_bpe(folder, flags={"lstrip": True}, image=True),
+    "phi3-rstrip": lambda folder: sentence_bpe(folder, rstrip=True),
+    "lstrip": lambda folder: sentence_bpe(folder, lstrip=True, image=True),
     "adds-eos": lambda folder: sentence_bpe(folder, prefix="first", adds="bos eos"),
     "unigram": unigram,
     "wordpiece": word_piece,
