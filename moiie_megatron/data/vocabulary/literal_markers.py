@@ -1,0 +1,91 @@
+"""Special tokens in the text of a conversation as plain text, beside the template's own."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.utils.errors import UserError
+
+# Characters for private use, which no text has: stand for a template's markers, which become
+# tokens, and for the same texts in a conversation, which are spelled.
+_TOKENS: Final = 0xF0000
+_QUOTED: Final = 0x100000
+_RESERVED: Final = re.compile("[\U000f0000-\U0010ffff]")
+
+
+class LiteralBackend:
+    """A tokenizer that finds markers where a template wrote them, and not in quoted text.
+
+    Args:
+        backend: A ``tokenizers.Tokenizer`` without post-processor.
+        markers: Texts of the special tokens.
+        image_token: A marker as well.
+
+    Raises:
+        UserError: The tokenizer cannot spell one of them.
+    """
+
+    def __init__(self, backend: Any, markers: Sequence[str], image_token: str) -> None:
+        from tokenizers import AddedToken, Tokenizer
+
+        values = json.loads(backend.to_str())
+        added, values["added_tokens"] = values["added_tokens"], []
+        self._backend: Any = Tokenizer.from_str(json.dumps(values))
+        self._markers = [*markers, image_token]
+        stands_for = {marker: chr(_TOKENS + i) for i, marker in enumerate(self._markers)}
+        self._ids: dict[int, int] = {}
+        for token in added:
+            flags = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized")}
+            content = stands_for.get(token["content"], token["content"])
+            self._backend.add_tokens([AddedToken(content, special=False, **flags)])
+            self._ids[self._backend.token_to_id(content)] = token["id"]
+        self._found = re.compile("|".join(map(re.escape, self._markers)))
+        self._quoted = {marker: chr(_QUOTED + i) for i, marker in enumerate(self._markers)}
+        self._written = re.compile(f"{self._found.pattern}|[{chr(_QUOTED)}-\U0010ffff]")
+        self._stands_for = stands_for
+        for marker in self._markers:
+            token_id = backend.token_to_id(marker)
+            if (
+                self.encode(marker)[0] != [token_id]
+                or token_id in self.encode(self.quote(marker))[0]
+            ):
+                raise UserError(
+                    f"data.markers_in_text is text but the tokenizer cannot spell {marker}: use "
+                    "tokens."
+                )
+
+    def quote(self, text: str) -> str:
+        """``text`` with its markers made plain.
+
+        Raises:
+            BadRecord: It has a character that is reserved for this.
+        """
+        reserved = _RESERVED.search(text)
+        if reserved:
+            raise BadRecord(
+                f"the text has the character U+{ord(reserved[0]):X} for private use, which "
+                "data.markers_in_text=text needs"
+            )
+        return self._found.sub(lambda match: self._quoted[match[0]], text)
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets of a text in which only quoted markers are plain."""
+        parts: list[str] = []
+        origin: list[int] = []  # of every character that is encoded
+        done = 0
+        for match in self._written.finditer(text):
+            part = match[0]
+            new = self._stands_for.get(part) or self._markers[ord(part) - _QUOTED]
+            parts += [text[done : match.start()], new]
+            origin.extend(range(done, match.start()))
+            origin.extend([match.start()] * len(new))
+            done = match.end()
+        parts.append(text[done:])
+        origin.extend(range(done, len(text) + 1))
+        encoding = self._backend.encode("".join(parts), add_special_tokens=False)
+        ids = [self._ids.get(i, i) for i in encoding.ids]
+        return ids, [(origin[start], origin[end]) for start, end in encoding.offsets]
