@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moiie_megatron.checkpoint.save_load import load_common, read_sharded, sharding_metadata
+from moiie_megatron.checkpoint.stored_state import read_stored_tensors
 from moiie_megatron.families.weight_map import CONNECTOR, EXPERTS, ROUTER, dense_name
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.utils.errors import UserError
@@ -39,7 +40,12 @@ def load_weights(
         UserError: There is no checkpoint, or its tensors do not fit the model.
     """
     load_common(checkpoint)
-    present = {t.key: t for t in dist_checkpointing.load_tensors_metadata(str(checkpoint)).values()}
+    stored = read_stored_tensors(checkpoint).state_dict_metadata
+    present = {
+        name: tuple(entry.size)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
     # Each distinct shard is read once: all local experts of a layer read the same dense one.
     wanted: dict[str, ShardedTensor] = {}
     entries: list[tuple[Any, list[str]]] = []
@@ -100,12 +106,12 @@ def _fresh(shard: ShardedTensor) -> Tensor:
     return torch.empty(shard.local_shape, dtype=shard.dtype, device=shard.data.device)
 
 
-def _check(shard: ShardedTensor, present: dict[str, ShardedTensor], checkpoint: Path) -> None:
+def _check(shard: ShardedTensor, present: dict[str, tuple[int, ...]], checkpoint: Path) -> None:
     if shard.key not in present:
         raise UserError(
             f"The checkpoint {checkpoint} has no tensor {shard.key}: it belongs to another model."
         )
-    have = tuple(present[shard.key].global_shape)
+    have = present[shard.key]
     if have != tuple(shard.global_shape):
         raise UserError(
             f"{shard.key} has shape {have} in the checkpoint {checkpoint} but this run wants "

@@ -5,22 +5,20 @@ No process group and no model: ``.metadata`` says where every part of every tens
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
 
-from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION, find_checkpoint
+from moiie_megatron.checkpoint.directory import CONFIG_FILE, find_checkpoint
+from moiie_megatron.checkpoint.stored_state import read_common, read_stored_tensors
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.dcp.tensor_archive import StoredPiece, find_piece, read_piece
@@ -41,8 +39,8 @@ class CheckpointReader:
 
     def __init__(self, path: str | Path) -> None:
         self.folder = find_checkpoint(path)
-        self.common = _read_common(self.folder)
-        metadata = _read_metadata(self.folder)
+        self.common = read_common(self.folder)
+        metadata = read_stored_tensors(self.folder)
         self._places = metadata.storage_data
         self._tensors = {
             name: entry
@@ -226,41 +224,3 @@ class CheckpointReader:
 
 def _holds(chunk: ChunkStorageMetadata, expert: int) -> bool:
     return chunk.offsets[0] <= expert < chunk.offsets[0] + chunk.sizes[0]
-
-
-def _read_common(folder: Path) -> dict[str, Any]:
-    """The common state, of a version that this program reads."""
-    common = _read(folder, "common.pt")
-    version = common.get("format_version") if isinstance(common, dict) else None
-    if version is None or version > FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has format version {version}, this program reads up to {FORMAT_VERSION}: "
-            "update moiie-megatron."
-        )
-    return common
-
-
-def _read_metadata(folder: Path) -> Metadata:
-    metadata = _read(folder, ".metadata")
-    if not isinstance(metadata, Metadata):
-        raise _incomplete(folder, ".metadata is of another kind")
-    return metadata
-
-
-def _read(folder: Path, name: str) -> Any:
-    try:
-        if not (folder / "metadata.json").is_file():
-            raise FileNotFoundError("metadata.json is missing")
-        with (folder / name).open("rb") as stream:
-            if name == "common.pt":
-                return torch.load(stream, map_location="cpu", weights_only=True)
-            return pickle.load(stream)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise _incomplete(folder, str(error).splitlines()[0] if str(error) else name) from error
-
-
-def _incomplete(folder: Path, reason: str) -> UserError:
-    return UserError(
-        f"{folder} is not a complete Megatron checkpoint ({reason.rstrip('.')}): name a "
-        "step_... folder, the output folder of a run or a converted checkpoint."
-    )

@@ -53,9 +53,21 @@ from moiie_megatron.data.stream.order import Blend
 from moiie_megatron.data.stream.settings import LoaderSettings
 from moiie_megatron.data.stream.stream_state import StreamState
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.restricted_pickle import unpickle
 
 _SHUFFLE_BUFFER = 1000  # samples per worker, still encoded: images are decoded after the shuffle
 _RUN_LENGTH = 100  # consecutive samples read from one position of a shard
+# Classes of energon's state, which a checkpoint holds for every data-parallel rank.
+_STATE = frozenset(
+    {
+        ("megatron.energon.flavors.webdataset.sample_loader", "SliceState"),
+        ("megatron.energon.rng", "SystemRngState"),
+        ("megatron.energon.state", "FlexState"),
+        ("megatron.energon.savable_loader", "SavableDataLoaderState"),
+        ("megatron.energon.savable_loader", "SavableDatasetCheckpoint"),
+        ("megatron.energon.savable_loader", "SavableDatasetState"),
+    }
+)
 _STATE_EVERY_S = 10.0  # a resumed worker repeats at most the work of this time
 
 
@@ -159,9 +171,8 @@ class EnergonStream:
             shards, checkpoint_every_sec=_STATE_EVERY_S, cache_pool=NoCachePool()
         )
         if state.restored is not None:
-            # Energon's state is a tree of its own classes, pickled into the run's own checkpoint:
-            # trusted like the rest of the checkpoint.
-            self._loader.restore_state_rank(pickle.loads(state.restored))
+            restored = unpickle(state.restored, _STATE, "energon's state in the checkpoint")
+            self._loader.restore_state_rank(restored)
         state.attach(self)
         self._pin_memory = settings.pin_memory
 
