@@ -29,8 +29,8 @@ from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.state import TrainState
 from moiie_megatron.utils.dcp_metadata import MetadataError
 from moiie_megatron.utils.errors import UserError
+from tests.helpers.train_states import make_config, make_state, save, update
 from tests.helpers.user_errors import user_error
-from tests.unit.checkpoint.test_save_load import make_config, make_state, save, update
 
 Read = Callable[[Path, ParallelContext, TrainState], object]
 READERS: dict[str, Read] = {
