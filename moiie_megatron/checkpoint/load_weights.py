@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moiie_megatron.checkpoint.save_load import load_common, read_sharded, sharding_metadata
 from moiie_megatron.checkpoint.stored_state import read_stored_tensors
+from moiie_megatron.checkpoint.verify_files import verify_files
 from moiie_megatron.families.weight_map import CONNECTOR, EXPERTS, ROUTER, dense_name
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.utils.errors import UserError
@@ -37,9 +38,11 @@ def load_weights(
         new_connector: The connector keeps its fresh weights.
 
     Raises:
-        UserError: There is no checkpoint, or its tensors do not fit the model.
+        UserError: There is no checkpoint, a file of it is damaged, or its tensors do not fit the
+            model.
     """
     load_common(checkpoint)
+    verify_files(checkpoint, context)
     stored = read_stored_tensors(checkpoint).state_dict_metadata
     present = {
         name: tuple(entry.size)

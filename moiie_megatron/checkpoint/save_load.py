@@ -33,6 +33,7 @@ from moiie_megatron.checkpoint.optimizer_shards import (
 from moiie_megatron.checkpoint.parallel_io import begin_save, load_strategy
 from moiie_megatron.checkpoint.progress import Progress
 from moiie_megatron.checkpoint.stored_state import read_common, read_stored_tensors
+from moiie_megatron.checkpoint.verify_files import verify_files
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.patches.dist_checkpointing import (
     add_dummy_step_state,
@@ -86,11 +87,13 @@ def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str,
     """Load weights, optimizer, schedule and RNG into ``parts``, from any parallel layout.
 
     Raises:
-        UserError: There is no checkpoint, it is of a newer version, or does not fit the model.
+        UserError: There is no checkpoint, a file of it is damaged, it is of a newer version, or
+            does not fit the model.
     """
     distinguish_parameter_groups()
     metadata = sharding_metadata(context)
     common = load_common(checkpoint)
+    verify_files(checkpoint, context)
     state = _sharded_state(parts, context, metadata)
     if common.get("world_size") != context.size:
         del state["rng"]  # one state per rank, meaningless for another number of ranks

@@ -18,12 +18,20 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, find_checkpoint
-from moiie_megatron.checkpoint.stored_state import read_common, read_stored_tensors
+from moiie_megatron.checkpoint.manifest import Manifest
+from moiie_megatron.checkpoint.stored_state import (
+    BACKEND_FILE,
+    COMMON_FILE,
+    read_common,
+    read_stored_tensors,
+)
+from moiie_megatron.checkpoint.verify_files import damaged
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.dcp.tensor_archive import StoredPiece, find_piece, read_piece
 from moiie_megatron.convert.tensor_bytes import Part, TensorBytes
 from moiie_megatron.families.transforms import TensorInfo
+from moiie_megatron.utils.dcp_metadata import METADATA_FILE
 from moiie_megatron.utils.errors import UserError
 
 
@@ -39,8 +47,11 @@ class CheckpointReader:
 
     def __init__(self, path: str | Path) -> None:
         self.folder = find_checkpoint(path)
+        self._manifest, self._checked = _manifest(self.folder), set[str]()
         self.common = read_common(self.folder)
         metadata = read_stored_tensors(self.folder)
+        for name in (METADATA_FILE, BACKEND_FILE, COMMON_FILE):
+            self._check(name)
         self._places = metadata.storage_data
         self._tensors = {
             name: entry
@@ -168,6 +179,7 @@ class CheckpointReader:
             UserError: A file is unreadable.
         """
         place = self._places[MetadataIndex(name)]
+        self._check(place.relative_path)
         file = self.folder / place.relative_path
         try:
             with file.open("rb") as stream:
@@ -183,15 +195,25 @@ class CheckpointReader:
 
     def _piece(self, name: str, chunk: ChunkStorageMetadata, expert: int | None) -> Tensor:
         place = self._places[MetadataIndex(name, chunk.offsets)]
+        self._check(place.relative_path)
         piece = read_piece(self.folder / place.relative_path, place.offset, place.length)
         self._check_shape(name, chunk, piece.shape)
         return piece if expert is None else piece[expert - chunk.offsets[0]]
 
     def _find_piece(self, name: str, chunk: ChunkStorageMetadata) -> StoredPiece:
         place = self._places[MetadataIndex(name, chunk.offsets)]
+        self._check(place.relative_path)
         piece = find_piece(self.folder / place.relative_path, place.offset, place.length)
         self._check_shape(name, chunk, piece.info.shape)
         return piece
+
+    def _check(self, file: str) -> None:
+        """Compare a file with its digest in the manifest before anything in it is used; once."""
+        if file not in self._checked:
+            fault = None if self._manifest is None else self._manifest.fault(file)
+            if fault is not None:
+                raise damaged(self.folder, fault)
+            self._checked.add(file)
 
     def _check_shape(self, name: str, chunk: ChunkStorageMetadata, shape: Sequence[int]) -> None:
         if tuple(shape) != tuple(chunk.sizes):
@@ -220,6 +242,13 @@ class CheckpointReader:
                 f"{self.folder}, expert {expert} is none of them: its {CONFIG_FILE} describes "
                 "another model."
             )
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.read(folder)
+    except ValueError as error:
+        raise damaged(folder, str(error)) from error
 
 
 def _holds(chunk: ChunkStorageMetadata, expert: int) -> bool:
