@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,17 @@ class TorchFileError(ValueError):
     """Why a file cannot be read, in a few words."""
 
 
-def load_torch_file(file: Path, *, is_mapped: bool = False) -> Any:
+def load_torch_file(file: Path) -> Any:
     """The tensors, numbers, texts and containers in a file, on the CPU.
 
-    Args:
-        is_mapped: Leave the values of tensors in the file until they are used; the file has to
-            be in the format of torch 1.6 or newer.
+    Values of tensors stay in the file until they are used; not so in files of torch before 1.6.
 
     Raises:
         TorchFileError: The file is damaged, or refers to anything else (``weights_only``).
         OSError: It cannot be opened.
     """
     try:
+        is_mapped = zipfile.is_zipfile(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
     except OSError:
         raise
