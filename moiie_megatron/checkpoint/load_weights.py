@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from moiie_megatron.checkpoint.save_load import load_common, read_sharded, sharding_metadata
 from moiie_megatron.checkpoint.stored_state import read_stored_tensors
 from moiie_megatron.checkpoint.verify_files import verify_files
-from moiie_megatron.families.weight_map import CONNECTOR, EXPERTS, ROUTER, dense_name
+from moiie_megatron.families.weight_map import CONNECTOR, EXPERTS, ROUTER, VOCABULARY, dense_name
+from moiie_megatron.layout.vocabulary import is_padded_vocab
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.model import MoIIEModel
@@ -60,7 +61,7 @@ def load_weights(
             if new_connector and shard.key.startswith(CONNECTOR):
                 continue
             source = shard if shard.key in present else _dense_shard(shard)
-            _check(source, present, checkpoint)
+            _check(source, present, checkpoint, model)
             name = f"{source.key}@{source.global_offset}"
             # Reading changes the shape of what it is given: the model's own entry keeps its data.
             wanted.setdefault(name, replace(source))
@@ -109,14 +110,26 @@ def _fresh(shard: ShardedTensor) -> Tensor:
     return torch.empty(shard.local_shape, dtype=shard.dtype, device=shard.data.device)
 
 
-def _check(shard: ShardedTensor, present: dict[str, tuple[int, ...]], checkpoint: Path) -> None:
+def _check(
+    shard: ShardedTensor,
+    present: dict[str, tuple[int, ...]],
+    checkpoint: Path,
+    model: MoIIEModel,
+) -> None:
     if shard.key not in present:
         raise UserError(
             f"The checkpoint {checkpoint} has no tensor {shard.key}: it belongs to another model."
         )
-    have = present[shard.key]
-    if have != tuple(shard.global_shape):
+    have, want = present[shard.key], tuple(shard.global_shape)
+    if (
+        # Rows that pad the vocabulary may be more or fewer: Megatron allows for that.
+        shard.key in VOCABULARY
+        and have[1:] == want[1:]
+        and is_padded_vocab(have[0], model.language_model.num_tokens)
+    ):
+        return
+    if have != want:
         raise UserError(
             f"{shard.key} has shape {have} in the checkpoint {checkpoint} but this run wants "
-            f"{tuple(shard.global_shape)}: use the same language, vision and moe sections."
+            f"{want}: use the same language, vision and moe sections."
         )

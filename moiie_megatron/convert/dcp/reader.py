@@ -31,6 +31,8 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.dcp.tensor_archive import StoredPiece, find_piece, read_piece
 from moiie_megatron.convert.tensor_bytes import Part, TensorBytes
 from moiie_megatron.families.transforms import TensorInfo
+from moiie_megatron.families.weight_map import VOCABULARY
+from moiie_megatron.layout.vocabulary import is_padded_vocab
 from moiie_megatron.utils.dcp_metadata import METADATA_FILE
 from moiie_megatron.utils.errors import UserError
 
@@ -66,7 +68,7 @@ class CheckpointReader:
         ]
         # Experts are the leading axis of a tensor.
         self.tensors = {
-            name: TensorInfo(tuple(entry.size), entry.properties.dtype)
+            name: TensorInfo(self._shape(name, entry), entry.properties.dtype)
             for name, entry in self._tensors.items()
         }
 
@@ -78,6 +80,15 @@ class CheckpointReader:
             UserError: It is missing or broken.
         """
         return load_saved_config(self.folder / CONFIG_FILE, ["parallel={}"])
+
+    def _shape(self, name: str, entry: TensorStorageMetadata) -> tuple[int, ...]:
+        """A table of the vocabulary (or its optimizer state) is read without rows that pad it."""
+        shape = tuple(entry.size)
+        if name.endswith(VOCABULARY):
+            tokens = self.config.language.vocab_size
+            if is_padded_vocab(shape[0], tokens):
+                return (tokens, *shape[1:])
+        return shape
 
     def info(self, name: str, expert: int | None = None) -> TensorInfo:
         """Shape and dtype of a tensor, or of one expert's part.
@@ -99,8 +110,8 @@ class CheckpointReader:
         """
         self._require(name, expert)
         entry = self._tensors[name]
-        chunks = [c for c in entry.chunks if expert is None or _holds(c, expert)]
-        shape = entry.size if expert is None else entry.size[1:]
+        shape = self.info(name, expert).shape
+        chunks = self._chunks(name, expert)
         if len(chunks) == 1:
             piece = self._piece(name, chunks[0], expert)
             if piece.shape == shape:
@@ -125,7 +136,9 @@ class CheckpointReader:
             UserError: As ``get``.
         """
         info = self.info(name, expert)
-        chunks = [c for c in self._tensors[name].chunks if expert is None or _holds(c, expert)]
+        if self.tensors[name].shape != tuple(self._tensors[name].size):
+            return TensorBytes.of(self.get(name, expert))
+        chunks = self._chunks(name, expert)
         skipped = 0 if expert is None else 1  # the experts' axis
         parts: list[Part] = []
         row = 0
@@ -198,7 +211,17 @@ class CheckpointReader:
         self._check(place.relative_path)
         piece = read_piece(self.folder / place.relative_path, place.offset, place.length)
         self._check_shape(name, chunk, piece.shape)
-        return piece if expert is None else piece[expert - chunk.offsets[0]]
+        if expert is not None:
+            return piece[expert - chunk.offsets[0]]
+        return piece[: self.tensors[name].shape[0] - chunk.offsets[0]] if piece.dim() else piece
+
+    def _chunks(self, name: str, expert: int | None) -> list[ChunkStorageMetadata]:
+        """The parts of a tensor, or those that hold an expert."""
+        chunks = self._tensors[name].chunks
+        if expert is not None:
+            return [chunk for chunk in chunks if _holds(chunk, expert)]
+        shape = self.tensors[name].shape
+        return [chunk for chunk in chunks if not shape or chunk.offsets[0] < shape[0]]
 
     def _find_piece(self, name: str, chunk: ChunkStorageMetadata) -> StoredPiece:
         place = self._places[MetadataIndex(name, chunk.offsets)]
