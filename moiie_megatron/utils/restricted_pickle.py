@@ -6,9 +6,8 @@ import io
 import pickle
 from typing import Any, ClassVar, Final
 
-import torch
-
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.torch_files import load_torch_file
 
 _NUMPY: Final = ("numpy.core.multiarray", "numpy._core.multiarray")
 # Tensors and arrays as pickle writes them.
@@ -68,4 +67,4 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _load_storage(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), weights_only=True)
+    return load_torch_file(io.BytesIO(data))

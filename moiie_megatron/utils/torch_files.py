@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -16,17 +16,19 @@ class TorchFileError(ValueError):
     """Why a file cannot be read, in a few words."""
 
 
-def load_torch_file(file: Path) -> Any:
+def load_torch_file(file: Path | IO[bytes]) -> Any:
     """The tensors, numbers, texts and containers in a file, on the CPU.
 
-    Values of tensors stay in the file until they are used; not so in files of torch before 1.6.
+    Args:
+        file: Of a path, values of tensors stay in the file until they are used; not so in files
+            of torch before 1.6.
 
     Raises:
         TorchFileError: The file is damaged, or refers to anything else (``weights_only``).
         OSError: It cannot be opened.
     """
     try:
-        is_mapped = zipfile.is_zipfile(file)
+        is_mapped = isinstance(file, Path) and zipfile.is_zipfile(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
     except OSError:
         raise

@@ -208,6 +208,11 @@ def refuse_unused(
         for name in set(present) - set(known)
         if not any(pattern.search(name) for pattern in patterns)
     )
+    if adapter := next((name for name in extra if ".lora_" in name), None):
+        raise UserError(
+            f"{source} holds a LoRA adapter ({adapter}) beside the weights: merge it with peft's "
+            "merge_and_unload, and save the result."
+        )
     if extra:
         more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
         raise UserError(

@@ -27,6 +27,7 @@ from moiie_megatron.utils.errors import UserError
 # In transformers' order (modeling_utils.py, _get_resolved_checkpoint_files): what an earlier save
 # left behind is not read.
 _INDEX: Final = ".index.json"
+_ADAPTER: Final = "adapter_config.json"
 _MODELS: Final = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -147,6 +148,11 @@ def weights_files(path: Path) -> list[Path]:
         index = path / f"{name}{_INDEX}"
         if index.is_file():
             return _listed(index)
+    if (path / _ADAPTER).is_file():
+        raise UserError(
+            f"{path} holds a LoRA adapter ({_ADAPTER}) and not the model: merge it with peft's "
+            "merge_and_unload, and save the result."
+        )
     raise UserError(
         f"{path} holds none of {', '.join(f'{name}, {name}{_INDEX}' for name in _MODELS)}: save "
         "the model there with save_pretrained."

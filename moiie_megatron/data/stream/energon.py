@@ -247,6 +247,12 @@ class _TaskEncoder(DefaultTaskEncoder):
 
     @stateless
     def encode_sample(self, sample: _RawSample) -> _EncodedSample:
+        if not sample.record:
+            names = ", ".join(f"{sample.__key__}.{name}" for name, _ in sample.images[:2])
+            raise BadRecord(
+                f"the sample {sample.__key__} has {names or 'no file'} but no "
+                f"{sample.__key__}.json: the name of a sample ends at the first dot"
+            )
         try:
             value = json.loads(sample.record)
         except (ValueError, RecursionError) as error:

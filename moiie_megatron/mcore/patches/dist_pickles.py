@@ -10,7 +10,6 @@ import io
 from pathlib import Path
 from typing import IO, Any, Final, cast
 
-import torch
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from moiie_megatron.mcore.patches.patch import Patch
 from moiie_megatron.utils.dcp_metadata import load_metadata
+from moiie_megatron.utils.torch_files import load_torch_file
 
 
 def refuse_code_in_checkpoints() -> None:
@@ -40,7 +40,7 @@ def _read_metadata(self: FileSystemReader, *_: Any, **options: Any) -> Metadata:
 
 
 def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
-    name, loaded = read_item.dest_index.fqn, torch.load(value, weights_only=True)
+    name, loaded = read_item.dest_index.fqn, load_torch_file(value)
     if self.flatten_state_dict:
         set_element(self.original_state_dict, self.mappings[name], loaded)
     else:

@@ -137,7 +137,7 @@ def test_a_stored_object_runs_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(save_load, "_rng", lambda _: Payload(tmp_path / "ran"))
         folder = save(tmp_path / "step", context, state, 1)
-    with user_error(folder):
+    with user_error(folder, "posix.mkdir"):
         save_load.load_checkpoint(folder, context, state.state_parts())
     assert not (tmp_path / "ran").exists()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moiie_megatron.convert.hf.reader import connector_reader
+from moiie_megatron.convert.hf.reader import connector_reader, refuse_unused
 from moiie_megatron.convert.hf.weights_source import WeightsSource
 from moiie_megatron.families.transforms import TensorInfo
 from tests.helpers.user_errors import user_error
@@ -210,3 +210,16 @@ def test_a_projector(name: str, prefix: str, tmp_path: Path) -> None:
         for ours, theirs in (("linear_1.weight", "0.weight"), ("linear_2.bias", "2.bias")):
             found = reader.get(f"connector.{ours}", None)
             assert found is not None and torch.equal(found, weights[prefix + theirs])
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file(TENSORS, tmp_path / "adapter_model.safetensors")
+    with user_error(tmp_path, "adapter_config.json", "LoRA", "merge_and_unload"):
+        WeightsSource(tmp_path)
+
+
+def test_an_adapter_that_was_not_merged() -> None:
+    names = ["a", "base_model.model.model.layers.0.mlp.gate_proj.lora_A.default.weight"]
+    with user_error("here", names[1], "merge_and_unload"):
+        refuse_unused(names, {"a"}, [], "here")
