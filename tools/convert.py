@@ -27,7 +27,7 @@ def add_upcycle(commands: Any) -> None:
     parser = commands.add_parser("upcycle", help="dense language model + vision encoder -> MoIIE")
     parser.add_argument("--llm", required=True, metavar="DIR", help="Hugging Face language model")
     parser.add_argument("--vision", required=True, metavar="DIR", help="vision encoder")
-    parser.add_argument("--connector", metavar="FILE", help="safetensors; default: a fresh one")
+    parser.add_argument("--connector", metavar="FILE", help="safetensors, .bin; default: fresh")
     parser.add_argument("--out", required=True, metavar="CKPT")
     parser.add_argument(
         "--variant", choices=("dense", "vanilla", "modality", "moiie"), default="moiie"
@@ -44,6 +44,7 @@ def add_upcycle(commands: Any) -> None:
 def upcycle(arguments: argparse.Namespace) -> None:
     from moiie_megatron.checkpoint.directory import CONFIG_FILE
     from moiie_megatron.config.load import load_saved_config
+    from moiie_megatron.convert.hf.config import is_untied_by_weights, untied_note
     from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 
     options = UpcycleOptions(
@@ -68,7 +69,10 @@ def upcycle(arguments: argparse.Namespace) -> None:
         )
     started = f"{out}: see conversion_report.json there; train with checkpoint.init_from={out}"
     print(started, *notes, sep="\n")
-    if load_saved_config(out / CONFIG_FILE).stage.template == "plain":
+    config = load_saved_config(out / CONFIG_FILE)
+    if is_untied_by_weights(config.language, arguments.llm):
+        print(f"{untied_note(arguments.llm)}.")
+    if config.stage.template == "plain":
         print(
             "The tokenizer has no chat template, so stage.template is plain, which learns the last "
             "answer without its question: set stage.template for conversations."

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, copy_tokenizer, step_directory
 from moiie_megatron.checkpoint.finalize import finalize, unfinished_directory
-from moiie_megatron.checkpoint.parallel_io import write_in_turn
+from moiie_megatron.checkpoint.parallel_io import with_digests, write_in_turn
 from moiie_megatron.checkpoint.progress import Progress
 from moiie_megatron.checkpoint.save_load import request_save
 from moiie_megatron.config.load import dump_config
@@ -69,9 +69,9 @@ class CheckpointSaver:
             )
             request.add_finalize_fn(partial(self._finish, final, started))
             if self._config.checkpoint.asynchronous:
-                self._pending.schedule_async_request(request)
+                self._pending.schedule_async_request(with_digests(request))
             else:
-                write_in_turn(request).execute_sync()
+                with_digests(write_in_turn(request)).execute_sync()
 
     def poll(self) -> None:
         """Finish a save whose writers are done on all ranks.

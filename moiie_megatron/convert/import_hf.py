@@ -22,7 +22,13 @@ from moiie_megatron.convert.checkpoint_output import MARKER, checkpoint_output, 
 from moiie_megatron.convert.conversion_report import ConversionReport
 from moiie_megatron.convert.default_run_config import run_from_checkpoint, template_of
 from moiie_megatron.convert.fresh_weights import fresh_connector
-from moiie_megatron.convert.hf.config import read_config, read_language_config, read_moe_config
+from moiie_megatron.convert.hf.config import (
+    is_untied_by_weights,
+    read_config,
+    read_language_config,
+    read_moe_config,
+    untied_note,
+)
 from moiie_megatron.convert.hf.reader import HfReader, language_reader, vision_reader
 from moiie_megatron.convert.hf.trained_experts import Groups, TrainedExperts, read_trained_experts
 from moiie_megatron.convert.hf.trained_vision import Tower, find_vision
@@ -241,6 +247,9 @@ class _Weights:
 
 def _notes(source: _Source, config: RunConfig) -> list[str]:
     notes = []
+    directory = source.decoder.source.directory
+    if is_untied_by_weights(source.language, directory):
+        notes.append(f"{untied_note(directory)}.")
     if source.experts.is_reference and not config.moe.last_image_token_as_text:
         notes.append(
             "The names are the reference's: if its published code trained the model, import it "

@@ -8,6 +8,7 @@ Tensor by tensor, one at a time; no GPU, no process group, no Megatron.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -113,7 +114,8 @@ def upcycle_checkpoint(
         llm: Hugging Face directory of a language model, with its tokenizer.  Experts
             that it has are taken as they are (Vanilla MoE).
         vision: Hugging Face directory of a vision encoder, or one that holds it.
-        connector: Safetensors file with a trained connector; a fresh one otherwise.
+        connector: File (safetensors or ``.bin``) or directory with a trained connector; a fresh
+            one otherwise.
         force: Replace an earlier checkpoint at ``out``.
         progress: Told about every tensor written.
         note: Told why ``stage.template`` is not the tokenizer's own template.
@@ -127,8 +129,8 @@ def upcycle_checkpoint(
     """
     options, llm, vision, out = options or UpcycleOptions(), Path(llm), Path(vision), Path(out)
     check_output(out, force=force, marker=MARKER)
-    if options.perturb < 0:
-        raise UserError(f"perturb is {options.perturb}: use 0 or more.")
+    if not (math.isfinite(options.perturb) and options.perturb >= 0):
+        raise UserError(f"perturb is {options.perturb}: use a finite number of at least 0.")
     sources = _open(llm, vision, connector, options)
     template, reason = template_of(llm, sources.language)
     if reason and note:
@@ -284,5 +286,10 @@ def _write(piece: _Piece, config: RunConfig, perturb: float, output: CheckpointO
                 expert=row.expert,
                 part=int(row.megatron.endswith("linear_fc2.weight")),
             )
+            if not noisy.isfinite().all():
+                raise UserError(
+                    f"perturb is {perturb}: with this noise values of {row.megatron} are not "
+                    "finite, use a smaller one."
+                )
             data = TensorBytes.of(noisy)
     output.write(row, data, config.moe.layout, dense)

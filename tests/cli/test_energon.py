@@ -160,6 +160,35 @@ def test_goes_on_exactly(
     assert_same(take(steps(config, again), 4), rest)
 
 
+def test_a_state_runs_nothing(shards: dict[str, Path], digits: Path, tmp_path: Path) -> None:
+    """A checkpoint from anywhere may hold any bytes in its place."""
+    hostile = b"cos\nmkdir\n(V" + bytes(tmp_path / "ran") + b"\ntR."
+    state = StreamState()
+    state.restore(torch.frombuffer(bytearray(hostile), dtype=torch.uint8))
+    config = load(tmp_path, values_of(shards, digits, tmp_path / "run", "good"))
+    with user_error("energon's state in the checkpoint", "os.mkdir"):
+        take(steps(config, state), 1)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_dot_in_the_name_of_a_sample(
+    shards: dict[str, Path], digits: Path, tmp_path: Path
+) -> None:
+    """All readers of the format end the name at the first one."""
+    folder = tmp_path / "dots"
+    folder.mkdir()
+    with tarfile.open(folder / "shard_00000.tar", "w") as tar:
+        for number in range(120):
+            content = b'{"conversations": []}'
+            header = tarfile.TarInfo(f"train{number}.000017.json")
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    assert index_shards(folder, ["shard_00000.tar"])
+    values = values_of({"dots": folder}, digits, tmp_path / "run", "dots")
+    with user_error(".000017.json but no train", "first dot"):
+        take(steps(load(tmp_path, values), StreamState()), 1)
+
+
 def test_ranks_have_different_samples(
     shards: dict[str, Path], digits: Path, tmp_path: Path
 ) -> None:

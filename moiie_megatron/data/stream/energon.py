@@ -55,9 +55,21 @@ from moiie_megatron.data.stream.order import Blend
 from moiie_megatron.data.stream.settings import LoaderSettings
 from moiie_megatron.data.stream.stream_state import StreamState
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.restricted_pickle import unpickle
 
 _SHUFFLE_BUFFER = 1000  # samples per worker, still encoded: images are decoded after the shuffle
 _RUN_LENGTH = 100  # consecutive samples read from one position of a shard
+# Classes of energon's state, which a checkpoint holds for every data-parallel rank.
+_STATE = frozenset(
+    {
+        ("megatron.energon.flavors.webdataset.sample_loader", "SliceState"),
+        ("megatron.energon.rng", "SystemRngState"),
+        ("megatron.energon.state", "FlexState"),
+        ("megatron.energon.savable_loader", "SavableDataLoaderState"),
+        ("megatron.energon.savable_loader", "SavableDatasetCheckpoint"),
+        ("megatron.energon.savable_loader", "SavableDatasetState"),
+    }
+)
 _STATE_EVERY_S = 10.0  # a resumed worker repeats at most the work of this time
 
 
@@ -165,9 +177,8 @@ class EnergonStream:
             shards, checkpoint_every_sec=_STATE_EVERY_S, cache_pool=NoCachePool()
         )
         if state.restored is not None:
-            # Energon's state is a tree of its own classes, pickled into the run's own checkpoint:
-            # trusted like the rest of the checkpoint.
-            self._loader.restore_state_rank(pickle.loads(state.restored))
+            restored = unpickle(state.restored, _STATE, "energon's state in the checkpoint")
+            self._loader.restore_state_rank(restored)
         state.attach(self)
         self._pin_memory = settings.pin_memory
 
@@ -242,6 +253,12 @@ class _TaskEncoder(DefaultTaskEncoder):
 
     @stateless
     def encode_sample(self, sample: _RawSample) -> _EncodedSample:
+        if not sample.record:
+            names = ", ".join(f"{sample.__key__}.{name}" for name, _ in sample.images[:2])
+            raise BadRecord(
+                f"the sample {sample.__key__} has {names or 'no file'} but no "
+                f"{sample.__key__}.json: the name of a sample ends at the first dot"
+            )
         try:
             value = json.loads(sample.record)
         except (ValueError, RecursionError) as error:
