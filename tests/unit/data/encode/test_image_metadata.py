@@ -60,7 +60,15 @@ AT_100 = b"\0\0\0\x64"
         (0x8769, 4, 1, b"\xff\xff\xff\xf0"),  # a directory behind the file
         (0x8769, 2, 4, b"abc\0"),  # a directory at a text
         (0x8825, 4, 1, b"\0\0\0\x08"),  # a directory that is its own parent
-        (0x9286, 7, 0, b"\0\0\0\0"),
+        # For each of these, PIL cannot write the EXIF that it has read.
+        (0x0100, 1, 1, b"\0\0\0\x64"),
+        (0x0100, 6, 1, b"\xff\xff\xff\xff"),
+        (0x010F, 5, 1, AT_100),
+        (0x010F, 11, 1, b"\0\0\0\0"),
+        (0x011A, 2, 4, b"abc\0"),
+        (0x011A, 11, 1, b"\xff\xff\xff\xff"),
+        (0x0128, 4, 1, b"\xff\xff\xff\xff"),
+        (0x8769, 6, 1, b"\xff\xff\xff\xff"),
     ],
 )
 def test_damaged_exif_leaves_the_orientation(kind: str, entry: Any) -> None:
