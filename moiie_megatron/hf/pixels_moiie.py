@@ -35,7 +35,7 @@ def upright(image: Image.Image) -> Image.Image:
     """
     image.load()  # PIL turns a TIFF picture itself here, and takes its orientation away
     try:
-        turn = _TURNS.get(image.getexif().get(Base.Orientation))
+        turn = _TURNS.get(image.getexif().get(Base.Orientation, 1))
     except Exception:  # PIL raises nearly anything for damaged EXIF, which says nothing of pixels
         turn = None
     return image if turn is None else image.transpose(turn)
