@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from moiie_megatron.data.stream.dataset import LlavaDataset
 from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.packed_loader import build_packed_loader
 from moiie_megatron.data.stream.packing import PackingSpec
+from tests.helpers.open_files import few_open_files
 from tests.helpers.user_errors import user_error
 from tests.unit.data.stream.streams import assert_same_stream, run, settings, stream
 
@@ -26,12 +26,8 @@ SPEC = PackingSpec(capacity=64, sequence_length=64, num_image_tokens=4, pad_id=3
 
 @pytest.fixture
 def few_files() -> Iterator[None]:
-    """This process and its workers may open 64 files more than are open now."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 64, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with few_open_files(64):
+        yield
 
 
 @pytest.mark.usefixtures("few_files")
