@@ -14,6 +14,7 @@ REMOTE_FILES: Final = (
     "configuration_moiie.py",
     "language_moiie.py",
     "modeling_moiie.py",
+    "pixels_moiie.py",
     "processing_moiie.py",
     "version_moiie.py",
 )

@@ -86,6 +86,7 @@ class Run:
             max_over_dp=context.max_over_dp,
             pin_memory=context.device.is_cuda,
             state=stream,
+            is_stopping=lambda: any(stop.flags(None)),
         )
         self._log = RunLog(
             config, context, start_step=self.progress.step, total_steps=start.total_steps

@@ -27,6 +27,7 @@ from moiie_megatron.data.stream.stream_state import StreamState
 from moiie_megatron.utils.errors import UserError
 from tests.helpers.damaged_data import DAMAGES, DamagedData, write_damaged
 from tests.helpers.launch import TRAIN, command, run
+from tests.helpers.open_files import few_open_files
 from tests.helpers.tiny_run import read_metrics, tiny_values, write_config
 from tests.helpers.user_errors import assert_user_error, user_error
 
@@ -127,6 +128,21 @@ def test_samples_are_those_of_the_plain_loader(
             seen.add(name)
     # Not all: a sample may wait in the shuffle buffer while others come again.
     assert seen <= set(examples) and len(seen) > 60
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_all_micro_batches_of_a_step_are_held(
+    packing: bool, shards: dict[str, Path], digits: Path, tmp_path: Path
+) -> None:
+    """Without an open file for each tensor."""
+    values = values_of(shards, digits, tmp_path / "run", "good", workers=2)
+    values["data"]["packing"] = packing
+    values["train"] |= {"global_batch_size": 128, "micro_batch_size": 1}
+    config = load(tmp_path, values)
+    with few_open_files(100):
+        (step,) = take(steps(config, StreamState()), 1)
+    assert sum(len(batch.record_ids) for batch in step) == 128
+    assert packing or len(step) == 128
 
 
 def test_an_epoch_is_the_training_part(

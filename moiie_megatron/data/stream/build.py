@@ -93,7 +93,7 @@ def build_dataset(config: RunConfig) -> LlavaDataset | EnergonDataset:
     return LlavaDataset(build_sources(config), encoding)
 
 
-def build_train_loader(
+def build_train_loader(  # noqa: PLR0913  # what a run knows of its stream
     config: RunConfig,
     dataset: LlavaDataset | EnergonDataset,
     *,
@@ -103,6 +103,7 @@ def build_train_loader(
     max_over_dp: Callable[[int], int],
     pin_memory: bool = False,
     state: StreamState | None = None,
+    is_stopping: Callable[[], bool] = bool,
 ) -> Iterator[list[Batch]]:
     """The endless stream of one data-parallel rank: the micro-batches of one step at a time.
 
@@ -120,6 +121,8 @@ def build_train_loader(
         pin_memory: Put batches into pinned memory.
         state: Where an energon stream continues, and what it saves; the plain loader needs
             ``consumed_samples`` alone.
+        is_stopping: Whether the run should stop; if so, it waits for its samples for a limited
+            time.  Energon's loader waits for ever.
     """
     settings = LoaderSettings(
         seed=config.train.seed,
@@ -131,6 +134,7 @@ def build_train_loader(
         num_workers=config.data.num_workers,
         pin_memory=pin_memory,
         max_skipped_fraction=config.data.max_skipped_fraction,
+        is_stopping=is_stopping,
     )
     if config.data.packing:
         spec = _packing_spec(config, dataset)

@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -51,9 +52,11 @@ from moiie_megatron.data.records.parse import parse_record
 from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.batch import Batch as MicroBatch
 from moiie_megatron.data.stream.example import Example, SkippedSample
+from moiie_megatron.data.stream.flat_item import FlatItem, flatten
 from moiie_megatron.data.stream.order import Blend
 from moiie_megatron.data.stream.settings import LoaderSettings
 from moiie_megatron.data.stream.stream_state import StreamState
+from moiie_megatron.data.stream.worker import restore_sigchld, worker_failure
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.restricted_pickle import unpickle
 
@@ -187,14 +190,19 @@ class EnergonStream:
         return pickle.dumps(self._loader.save_state_rank())
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
+        before = signal.getsignal(signal.SIGCHLD)
         # Closed here: workers that the garbage collector has to end block for seconds.
         try:
             with closing(iter(self._loader)) as steps:
                 for step in steps:
-                    yield [b.pin_memory() if self._pin_memory else b for b in step.batches]
-        except FatalSampleError as error:
-            reason = _bad_record(error)
+                    restore_sigchld(before)
+                    batches = step.batches.restore()
+                    yield [b.pin_memory() if self._pin_memory else b for b in batches]
+        except (FatalSampleError, RuntimeError, OSError, EOFError) as error:
+            reason = _bad_record(error) if isinstance(error, FatalSampleError) else None
             if reason is None:
+                if (failure := worker_failure(error)) is not None:
+                    raise failure from error
                 raise
             raise UserError(
                 "Stopping: too many samples in a row could not be read, so the shards, the "
@@ -215,9 +223,9 @@ class _EncodedSample(Sample):
 
 @edataclass
 class _Step(Batch):
-    """The micro-batches of one rank in a step."""
+    """The micro-batches of one rank in a step, as one flat item."""
 
-    batches: list[MicroBatch]
+    batches: FlatItem
 
 
 @stateless
@@ -282,7 +290,9 @@ class _TaskEncoder(DefaultTaskEncoder):
         skipped_samples, self._skipped = tuple(self._skipped), []
         batches = self._make([replace(first, skipped_samples=skipped_samples), *others])
         return _Step(
-            __key__=[sample.__key__ for sample in samples], __restore_key__=(), batches=batches
+            __key__=[sample.__key__ for sample in samples],
+            __restore_key__=(),
+            batches=flatten(batches),
         )
 
     def note_skipped(self, error: Exception, sample: Any, sources: Any) -> None:
