@@ -78,6 +78,32 @@ def test_training_goes_on_bit_for_bit(
         assert torch.equal(parameter, theirs[name]), name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_saved_before_the_first_update(
+    distributed: bool, precision: str, tmp_path: Path, context: ParallelContext
+) -> None:
+    """All steps so far were skipped: no moments yet, here and in what resumes."""
+    values = tiny_values(tmp_path, tmp_path)["train"] | {"precision": precision}
+    config = make_config(tmp_path, optimizer={"distributed": distributed}, train=values)
+    whole = make_state(config, context, 1)
+    never_saved = make_state(config, context, 1)
+    progress = Progress(step=3, consumed_samples=24, skipped_steps=3)
+    checkpoint = tmp_path / "step"
+    request = request_save(checkpoint, context, whole.state_parts(), progress)
+    write_in_turn(request).execute_sync()
+    resumed = make_state(config, context, 2)
+    load_checkpoint(checkpoint, context, resumed.state_parts())
+    assert settings(resumed) == settings(whole) == settings(never_saved)
+    for state in (never_saved, whole, resumed):
+        update(state)
+        update(state)
+    expected = dict(never_saved.model.named_parameters())
+    for state in (whole, resumed):
+        for name, parameter in state.model.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+
+
 @pytest.fixture(scope="module")
 def trained(
     tmp_path_factory: pytest.TempPathFactory, context: ParallelContext
