@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.dist_env import DistEnv, dist_env_from
 from moiie_megatron.mcore.run import run_distributed
@@ -111,4 +112,4 @@ def write_score(result: Score, checkpoint: Path, arguments: argparse.Namespace) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)
