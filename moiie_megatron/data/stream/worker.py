@@ -7,7 +7,7 @@ import signal
 import threading
 
 # Sent to all processes of a job that should save and exit (training/stop.py).
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 
 
 def ignore_group_signals(worker_id: int) -> None:
