@@ -152,17 +152,24 @@ def follow(command: Sequence[str], threads: int) -> int:
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """Let training save, which it does on SIGTERM, and end the program."""
-    workers = psutil.Process(process.pid).children() if process.poll() is None else []
-    for worker in workers:  # of torchrun, which would itself report them as failed
-        with suppress(psutil.NoSuchProcess):
-            worker.terminate()
-    if not workers:
-        process.terminate()
-    try:
-        process.communicate(timeout=SAVE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    """Let the ranks of a training save, which they do on SIGTERM, and end the program."""
+    if process.poll() is None:
+        launcher = psutil.Process(process.pid)
+        launcher.suspend()  # torchrun would report its ranks as failed
+        ranks = launcher.children()
+        for rank in ranks:
+            rank.terminate()
+        deadline = time.monotonic() + SAVE_SECONDS
+        while any(map(is_alive, ranks)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    process.kill()
+    process.wait()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def collect_metrics(plan: Plan) -> dict[str, list[dict[str, Any]]]:
