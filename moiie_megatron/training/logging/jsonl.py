@@ -100,9 +100,12 @@ def complete_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a file up to the first line that is cut off; none without the file."""
     lines = []
     if path.exists():
-        for text in path.read_text().splitlines():
+        for text in path.read_text(errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
+                record = json.loads(text)
             except json.JSONDecodeError:
                 break
+            if not isinstance(record, dict) or "step" not in record:
+                break
+            lines.append(record)
     return lines
