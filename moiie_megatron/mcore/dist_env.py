@@ -92,8 +92,8 @@ def connect_store(dist_env: DistEnv, timeout: timedelta = timedelta(minutes=10))
     A single process gets a store in memory.
 
     Raises:
-        RuntimeError: The store did not answer within ``timeout``.
-        UserError: MASTER_ADDR or MASTER_PORT is not set.
+        UserError: MASTER_ADDR or MASTER_PORT is not set or of no use, or not all processes have
+            met there within ``timeout``.
     """
     import torch.distributed as dist
 
@@ -102,11 +102,20 @@ def connect_store(dist_env: DistEnv, timeout: timedelta = timedelta(minutes=10))
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(f"{name} is not set in the environment: start with torchrun.")
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(
+            f"MASTER_PORT is {port!r} in the environment, which is no port: start with torchrun."
+        )
     found = dist.rendezvous("env://", dist_env.rank, dist_env.world_size, timeout=timeout)
     try:
         store: Store = next(found)[0]
-    except ValueError as error:
-        raise UserError(f"{error}: start with torchrun.") from error
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"The {dist_env.world_size} processes (WORLD_SIZE) have not met at {address}:{port} "
+            f"(MASTER_ADDR, MASTER_PORT; {reason}): start all of them, with torchrun."
+        ) from error
     store.set_timeout(timeout)
     # A store that outlives a restart still holds the addresses of the processes before it.
     return dist.PrefixStore(f"attempt{dist_env.attempt}", store)

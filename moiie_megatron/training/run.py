@@ -25,6 +25,7 @@ from moiie_megatron.mcore.gpu_environment import tf32_users
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.anomalies import AnomalyMonitor
+from moiie_megatron.training.logging.jsonl import lost_sentence
 from moiie_megatron.training.logging.memory import peak_memory
 from moiie_megatron.training.logging.run_log import RunLog, StepReport
 from moiie_megatron.training.profiling import StepProfiler
@@ -209,8 +210,12 @@ class Run:
         """Leave the resolved configuration in the output directory and say what will happen."""
         config, context = self.config, self.context
         if context.rank == 0:
-            with atomic_write(Path(config.output) / "config.yaml") as file:
-                file.write_text(dump_config(config))
+            path = Path(config.output) / "config.yaml"
+            try:
+                with atomic_write(path) as file:
+                    file.write_text(dump_config(config))
+            except OSError as error:
+                raise UserError(lost_sentence(path, error)) from error
         LOGGER.info(
             "Stage %s: %s at step %d of %d; trains %s; %d process(es) on %s.",
             config.stage.name,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+from datetime import timedelta
+
 import pytest
 
-from moiie_megatron.mcore.dist_env import DistEnv, dist_env_from
+from moiie_megatron.mcore.dist_env import DistEnv, connect_store, dist_env_from
 from tests.helpers.user_errors import user_error
 
 PAIR = {"RANK": "1", "WORLD_SIZE": "2"}
@@ -45,3 +48,21 @@ def test_what_is_understood(environ: dict[str, str], expected: DistEnv) -> None:
 def test_what_is_refused(environ: dict[str, str], parts: list[str]) -> None:
     with user_error(*parts, "torchrun"):
         dist_env_from(environ)
+
+
+@pytest.mark.parametrize("port", ["abc", "0", "65536", "-1"])
+def test_a_port_that_is_none(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", port)
+    with user_error("MASTER_PORT", repr(port), "torchrun"):
+        connect_store(DistEnv(0, 2))
+
+
+def test_nobody_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", port)
+    with user_error("2", f"localhost:{port}", "WORLD_SIZE", "torchrun"):
+        connect_store(DistEnv(0, 2), timedelta(seconds=0.5))
