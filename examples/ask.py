@@ -63,4 +63,7 @@ def answer(model_path: Path, question: str, images: list[Path], max_new_tokens: 
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Stopped by SIGINT.")

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,10 +23,12 @@ from typing import TYPE_CHECKING
 
 from moiie_megatron.cli.launch import exit_code
 from moiie_megatron.cli.overrides import parse_with_overrides
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.dist_env import connect_store, dist_env_from
+from moiie_megatron.mcore.process_lifetime import start_child
 from moiie_megatron.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -154,14 +155,17 @@ def compare_layouts(arguments: argparse.Namespace) -> int:
                     }
                 )
             )
-            subprocess.run(
+            launcher = start_child(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
                     "--local-addr=localhost",  # the host name of a container may not resolve
                     *("--nproc-per-node", str(processes), __file__, "worker", str(job)),
-                ],
-                check=False,
+                ]
             )
+            try:
+                launcher.wait()
+            finally:
+                launcher.kill()  # after an interruption; its processes end with it
             done = verdicts.read_text().splitlines() if verdicts.exists() else []
             # If the launch died, some of its layouts have no verdict.
             failed += len(ours) - done.count("PASS")
@@ -334,4 +338,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

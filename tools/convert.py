@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.cli.progress_bar import progress_bar
 from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.utils.errors import UserError
@@ -324,4 +324,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

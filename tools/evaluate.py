@@ -6,13 +6,13 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moiie_megatron.checkpoint.manifest import MANIFEST_FILE
 from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.cli.progress_bar import progress_bar
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.dist_env import DistEnv, dist_env_from
@@ -222,4 +222,4 @@ def write_score(result: Score, checkpoint: Path, arguments: argparse.Namespace) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.run import run_distributed
@@ -67,4 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.dist_env import DistEnv, dist_env_from
 from moiie_megatron.mcore.run import run_distributed
@@ -137,4 +137,4 @@ def measure(arguments: argparse.Namespace, dist_env: DistEnv, out: Path) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

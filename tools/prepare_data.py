@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from moiie_megatron.cli.launch import exit_code
 from moiie_megatron.cli.overrides import parse_with_overrides
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.cli.progress_bar import progress_bar
 from moiie_megatron.config.families import template_names
 from moiie_megatron.config.messages import listed
@@ -323,4 +324,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

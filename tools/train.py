@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+import signal
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from moiie_megatron.cli.launch import check_runs, exit_code
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.run import run_sequentially
 from moiie_megatron.planning.parameters import count_parameters, format_parameters
 from moiie_megatron.training.stop import StopRequest
+from moiie_megatron.utils.signals import SignalWatch
 
 UNFINISHED = 3  # exit code of --is-done; 1 is an error, 2 an error in the arguments
 
 
-def main() -> int:
+def main(signals: SignalWatch) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="YAML file of the first run")
     parser.add_argument(
@@ -47,8 +49,6 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     dist_env = dist_env_from(os.environ)
     stop = StopRequest()
-    if not (arguments.dry_run or arguments.is_done):
-        stop.listen()
     unfinished = False
 
     def task() -> None:
@@ -69,6 +69,7 @@ def main() -> int:
         # Importing Megatron takes seconds: errors of the configuration come first.
         from moiie_megatron.training.loop import train
 
+        stop.listen(signals)
         run_sequentially(configs, dist_env, partial(train, stop=stop), lambda: stop.reason is None)
 
     return exit_code(task, dist_env) or (UNFINISHED if unfinished else 0)
@@ -110,4 +111,5 @@ def split_runs(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signals = SignalWatch(more=[signal.SIGUSR1])
+    run_program(partial(main, signals), signals)

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION
 from moiie_megatron.checkpoint.older_progress import renamed_counters
 from moiie_megatron.checkpoint.optimizer_shards import (
+    begin_state,
     is_distributed,
     keep_settings,
     load_optimizer_settings,
@@ -99,15 +100,16 @@ def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str,
         del state["rng"]  # one state per rank, meaningless for another number of ranks
     _keep_objects(state["model"])
     optimizer, shards = parts["optimizer"], {}
+    updates = Progress.from_state(common["progress"]).updates
     if is_distributed(optimizer):
-        updates = Progress.from_state(common["progress"]).updates
         load_optimizer_settings(optimizer, common["optimizer"], updates)
         shards = optimizer_shards(optimizer, state["model"])
         # The shards are views, and read in place; what is handed over may be changed.
         state["optimizer_shards"] = {name: replace(shard) for name, shard in shards.items()}
     else:
+        # Without an update there are no moments, neither there nor here.
         state["optimizer"] = optimizer.sharded_state_dict(
-            state["model"], is_loading=True, metadata=metadata
+            state["model"], is_loading=updates > 0, metadata=metadata
         )
     loaded = read_sharded(checkpoint, state, context)
     parts["model"].load_state_dict(loaded["model"])
@@ -191,6 +193,7 @@ def _optimizer_state(
 ) -> dict[str, Any]:
     if not is_distributed(optimizer):
         return {"optimizer": optimizer.sharded_state_dict(model_state, metadata=metadata)}
+    begin_state(optimizer)
     state = {"optimizer": optimizer_settings(optimizer, updates)}
     # Without one (nothing is trained on this pipeline stage) there is nothing to write.
     if shards := without_copies(optimizer_shards(optimizer, model_state)):

@@ -9,7 +9,10 @@ import ctypes
 import functools
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -54,3 +57,21 @@ def kill_children_on_exit() -> None:
         # torchrun starts every process in a session of its own.
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getsid(0) == os.getpid():
             hooks.die_with_parent()
+
+
+def start_child(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+    """Start another program that is killed when this process ends, even when it is killed.
+
+    It has a session of its own, so that a Ctrl-C in the terminal reaches this process alone.
+
+    Args:
+        options: Of ``subprocess.Popen``.
+    """
+    kill_children_on_exit()
+    # Only with a function to call after the fork does Python call the hooks above; the kernel
+    # keeps what they set when the program is replaced.
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=_nothing, **options)
+
+
+def _nothing() -> None:
+    return None

@@ -20,7 +20,7 @@ from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.example import SkippedSample
 from moiie_megatron.data.stream.skipped_samples import SkippedSampleMonitor
 from moiie_megatron.mcore.parallel import ParallelContext
-from moiie_megatron.training.logging.jsonl import StepLines, complete_lines
+from moiie_megatron.training.logging.jsonl import LostFn, StepLines, complete_lines, refuse
 
 LOGGER: Final = logging.getLogger(__name__)
 SKIPPED_SAMPLES_FILE: Final = "skipped_samples.jsonl"
@@ -33,9 +33,16 @@ class SkippedSampleLog:
 
     Args:
         progress: Where the run starts.
+        lost: Told about a line that could not be written.
     """
 
-    def __init__(self, config: RunConfig, context: ParallelContext, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        context: ParallelContext,
+        progress: Progress,
+        lost: LostFn = refuse,
+    ) -> None:
         self.context = context
         self.monitor = SkippedSampleMonitor(
             config.data.max_skipped_fraction,
@@ -45,7 +52,7 @@ class SkippedSampleLog:
         self.listed: set[tuple[str, int]] = set()
         if context.rank == 0:
             path = Path(config.output) / SKIPPED_SAMPLES_FILE
-            self.lines = StepLines(path, progress.step)
+            self.lines = StepLines(path, progress.step, lost)
             self.listed = {(line["file"], line["index"]) for line in complete_lines(path)}
 
     @property

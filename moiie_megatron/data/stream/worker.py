@@ -15,7 +15,7 @@ from moiie_megatron.data.stream.flat_item import FlatItem, flatten
 from moiie_megatron.utils.errors import UserError
 
 # Sent to all processes of a job that should save and exit (training/stop.py).
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 POLL_INTERVAL: Final = 1.0  # seconds; ``timeout`` of the loader
 # Seconds from a request to stop until a run no longer waits for its samples.  Launchers and
 # cluster managers kill a job 30 seconds after their signal.

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from moiie_megatron.checkpoint.save_load import load_checkpoint
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.state import TrainState
+from tests.helpers.tiny_run import tiny_values
 from tests.helpers.train_states import RATES, make_config, make_state, save, update
 
 
@@ -43,6 +44,29 @@ def test_training_goes_on_bit_for_bit(
     theirs = dict(whole.model.named_parameters())
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter, theirs[name]), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_saved_before_the_first_update(
+    distributed: bool, precision: str, tmp_path: Path, context: ParallelContext
+) -> None:
+    """All steps so far were skipped: no moments yet, here and in what resumes."""
+    values = tiny_values(tmp_path, tmp_path)["train"] | {"precision": precision}
+    config = make_config(tmp_path, optimizer={"distributed": distributed}, train=values)
+    whole = make_state(config, context, 1)
+    never_saved = make_state(config, context, 1)
+    checkpoint = save(tmp_path / "step", context, whole, 3)
+    resumed = make_state(config, context, 2)
+    load_checkpoint(checkpoint, context, resumed.state_parts())
+    assert settings(resumed) == settings(whole) == settings(never_saved)
+    for state in (never_saved, whole, resumed):
+        update(state)
+        update(state)
+    expected = dict(never_saved.model.named_parameters())
+    for state in (whole, resumed):
+        for name, parameter in state.model.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
 
 
 @pytest.fixture(scope="module")
