@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from moiie_megatron.utils.errors import UserError
 
 WRITING = ".writing"  # ends the names of files and directories that are not complete
 
@@ -18,12 +20,21 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     Yields:
         ``PATH.writing``, which does not exist yet.
+
+    Raises:
+        UserError: The file, or another one in the block, cannot be read or written.
     """
     path = Path(path)
     beside = path.with_name(path.name + WRITING)
     try:
         yield beside
-    except BaseException:
-        beside.unlink(missing_ok=True)
+        os.replace(beside, path)
+    except BaseException as error:
+        with suppress(OSError):
+            beside.unlink()
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{path} could not be written ({error}): make room there, change its permissions, "
+                "or name another place."
+            ) from error
         raise
-    os.replace(beside, path)
