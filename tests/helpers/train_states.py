@@ -38,7 +38,9 @@ def update(state: TrainState) -> None:
     state.scheduler.step(1)
 
 
-def save(folder: Path, context: ParallelContext, state: TrainState, step: int) -> Path:
-    progress = Progress(step=step, consumed_samples=0)
+def save(
+    folder: Path, context: ParallelContext, state: TrainState, step: int, skipped_steps: int = 0
+) -> Path:
+    progress = Progress(step=step, consumed_samples=0, skipped_steps=skipped_steps)
     write_in_turn(request_save(folder, context, state.state_parts(), progress)).execute_sync()
     return folder

@@ -56,7 +56,7 @@ def test_saved_before_the_first_update(
     config = make_config(tmp_path, optimizer={"distributed": distributed}, train=values)
     whole = make_state(config, context, 1)
     never_saved = make_state(config, context, 1)
-    checkpoint = save(tmp_path / "step", context, whole, 3)
+    checkpoint = save(tmp_path / "step", context, whole, 3, skipped_steps=3)
     resumed = make_state(config, context, 2)
     load_checkpoint(checkpoint, context, resumed.state_parts())
     assert settings(resumed) == settings(whole) == settings(never_saved)
