@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moiie_megatron.utils.errors import UserError
-
 WRITING = ".writing"  # ends the names of files and directories that are not complete
 
 
