@@ -12,6 +12,7 @@ import torch
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.hf.generation_config import generation_config
+from moiie_megatron.data.encode.chat_jinja import name_in
 from moiie_megatron.data.encode.choose_template import choose_template
 from moiie_megatron.data.encode.encoder import encode_prompt
 from moiie_megatron.data.encode.stop_ids import GENERATION_FILE, learned_end, stop_ids
@@ -103,6 +104,10 @@ def write_files(checkpoint: Path, config: RunConfig, folder: Path, dtype: torch.
     )
     (folder / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n")
     write_remote_code(folder)
+    if name_in(template.jinja) == "plain":
+        notes.append(
+            "The chat template is plain, as in training: it writes the images and no questions."
+        )
     if learned_end(tokenizer, template) is None:
         notes.append(
             "The chat template writes nothing behind an answer, so training does not teach where "

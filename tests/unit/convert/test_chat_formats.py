@@ -77,8 +77,9 @@ def test_the_template_is_tried(
     else:
         (note,) = notes
         assert reason in note and f"stage.template is {chosen}" in note
+    notes = []
     out = export_checkpoint(first, tmp_path / "out", note=notes.append)
-    assert notes[1:] == []
+    assert ["no questions" in note for note in notes] == ([True] if chosen == "plain" else [])
     assert import_checkpoint(out, tmp_path / "second").notes == ()
     assert template_of(tmp_path / "second") == chosen
 
@@ -157,7 +158,7 @@ def test_an_earlier_checkpoint_with_an_unusable_template(
     (checkpoint / "run.yaml").write_text(dump_config(config))
     notes: list[str] = []
     out = export_checkpoint(checkpoint, tmp_path / "out", note=notes.append)
-    assert len(notes) == 1 and f"The chat template of the export is {chosen}" in notes[0]
+    assert f"The chat template of the export is {chosen}" in notes[0]
     assert f"stage.template: {chosen}" in (out / "chat_template.jinja").read_text()
 
 
