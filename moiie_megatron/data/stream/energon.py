@@ -48,7 +48,7 @@ from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageDecoder
 from moiie_megatron.data.records.llava import BadRecord, parse_record
 from moiie_megatron.data.stream.batch import Batch as MicroBatch
-from moiie_megatron.data.stream.example import Example, SkippedSample
+from moiie_megatron.data.stream.example import Example, SkippedSample, notices
 from moiie_megatron.data.stream.order import Blend
 from moiie_megatron.data.stream.settings import LoaderSettings
 from moiie_megatron.data.stream.stream_state import StreamState
@@ -250,7 +250,9 @@ class _TaskEncoder(DefaultTaskEncoder):
             (io.BytesIO(file), path)
             for path, (_, file) in zip(record.images, sample.images, strict=True)
         )
-        return _EncodedSample.derive_from(sample, example=Example(encoded, images, record.id))
+        told = notices(encoded, "data.sources")  # energon does not say which one
+        example = Example(encoded, images, record.id, notices=told)
+        return _EncodedSample.derive_from(sample, example=example)
 
     @stateless
     def batch(self, samples: list[_EncodedSample]) -> _Step:
