@@ -48,7 +48,12 @@ def add_validate(commands: Any) -> None:
 
 def validate(arguments: argparse.Namespace) -> None:
     from moiie_megatron.data.audit.audit import audit
-    from moiie_megatron.data.audit.report import note_lines, packing_lines, summarize
+    from moiie_megatron.data.audit.report import (
+        marker_lines,
+        note_lines,
+        packing_lines,
+        summarize,
+    )
 
     sources, encoding, max_skipped_fraction = _sources(arguments)
     summaries: list[dict[str, Any]] = []
@@ -66,7 +71,11 @@ def validate(arguments: argparse.Namespace) -> None:
         skipped_samples += found.skipped_samples
     samples = sum(len(source.records) for source in sources)
     _print_table(summaries)
-    for line in [*note_lines(summaries), *packing_lines(summaries)]:
+    for line in [
+        *note_lines(summaries),
+        *marker_lines(summaries),
+        *packing_lines(summaries),
+    ]:
         print(line)
     if arguments.json:
         report = {"samples": samples, "skipped": len(skipped_samples), "sources": summaries}

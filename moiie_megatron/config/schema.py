@@ -129,12 +129,18 @@ class DataConfig(Section):
         description="data sets of the mixture; a list, or the path of a YAML file with a list"
     )
     tokenizer: Text = Field(
-        description="directory with tokenizer.json, or a SentencePiece .model file"
+        description="directory with tokenizer.json or a SentencePiece .model file, or that file; "
+        "special and added tokens and the chat template are read from the files beside it"
     )
     sequence_length: PositiveInt = Field(
         description="longest sample, in tokens; longer ones are truncated"
     )
     image_token: str = Field("<image>", description="text of the image token in the vocabulary")
+    markers_in_text: Literal["tokens", "text"] = Field(
+        "tokens",
+        description="special tokens that stand in the text of a conversation become their ids, as "
+        "in transformers, or are kept as text, which spells them",
+    )
     padding: Literal["longest", "sequence_length"] = Field(
         "longest",
         description="pad a micro-batch to its longest row, or to sequence_length",

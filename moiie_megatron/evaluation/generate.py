@@ -89,7 +89,9 @@ class Generator:
         self.config = config
         self.context = context
         self.model = model.eval()
-        self.tokenizer = load_tokenizer(config.data.tokenizer, config.data.image_token)
+        self.tokenizer = load_tokenizer(
+            config.data.tokenizer, config.data.image_token, config.data.markers_in_text
+        )
         self.template = load_template(config.stage.template, self.tokenizer)
         self.statistics = vision_family(config.vision.family).statistics
         self.stop_ids = stop_ids(self.tokenizer, self.template, config.data.tokenizer)

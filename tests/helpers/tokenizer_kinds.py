@@ -19,7 +19,7 @@ MARKERS: Final = (
 TEXT: Final = (
     "What is on the bus? An advertisement. A red bus and  two  dogs.\n\nIs it 7 or 3? It is 7.",
     "user assistant system USER: ASSISTANT: [INST] [/INST] Today Date: 26 Jul 2024\n    Help.",
-    "caf\u00e9 na\u00efve \u4e2d\u6587 Be brief. \tYes, no (and more): {so}.",
+    "caf\u00e9 na\u00efve \u4e2d\u6587 Be brief. \tYes, no (and more): {so}. a_b <c> |d| /e",
 )
 _SPACE: Final = "\u2581"
 

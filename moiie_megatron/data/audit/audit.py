@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -35,13 +35,15 @@ class Audit:
         images: int32 (r,), images that every record names; 0 if it cannot be parsed.
         skipped_samples: Records that training would skip, in order.
         notes: What is not used of records, and of how many.
+        markers: Special tokens in the text of conversations, and how many records have each.
     """
 
     source: Source
     lengths: np.ndarray
     images: np.ndarray
     skipped_samples: tuple[SkippedSample, ...]
-    notes: Mapping[str, int]
+    notes: Mapping[str, int] = field(default_factory=dict)
+    markers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def skipped_fraction(self) -> float:
@@ -73,26 +75,36 @@ def audit(
     lengths, images = np.zeros(total, np.int32), np.zeros(total, np.int32)
     skipped_samples: list[SkippedSample] = []
     notes: Counter[str] = Counter()
+    markers: Counter[str] = Counter()
     done = 0
     for portion in _measure_all(_Measurements(source, encoding, decode_images), workers):
         for measured in portion:
             lengths[done], images[done] = measured.length, measured.num_images
+            markers.update(measured.markers)
             if measured.skipped is not None:
                 skipped_samples.append(measured.skipped)
             notes.update(measured.notes)
             done += 1
         if progress is not None:
             progress(done, total)
-    return Audit(source, lengths, images, tuple(skipped_samples), dict(notes.most_common()))
+    return Audit(
+        source,
+        lengths,
+        images,
+        tuple(skipped_samples),
+        notes=dict(notes.most_common()),
+        markers=dict(sorted(markers.items())),
+    )
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """One record: its tokens and images, what is not used of it, and why it is skipped, if so."""
+    """One record: tokens, images, what is not used, special tokens in the text, why it is skipped."""
 
     length: int
     num_images: int
     notes: tuple[str, ...]
+    markers: tuple[str, ...]
     skipped: SkippedSample | None
 
 
@@ -115,19 +127,21 @@ class _Measurements(Dataset[Any]):
     def _measure(self, i: int) -> _Measured:
         length = num_images = 0
         notes: tuple[str, ...] = ()
+        markers: tuple[str, ...] = ()
         try:
             record = self.source.records[i]
             num_images, notes = len(record.images), record.notes
             if self._encoding is not None:
-                length = self._encoding.length(record)
+                whole = self._encoding.whole(record)
+                length, markers = len(whole.tokens), whole.markers
                 if length > self._encoding.sequence_length:
                     self._encoding.encode(record)  # refuses a record that truncation spoils
             for path in record.images if self._decode_images else ():
                 self.source.images.load(path)
         except BadRecord as error:
             skipped = SkippedSample(str(self.source.records.path), i, error.reason)
-            return _Measured(length, num_images, notes, skipped)
-        return _Measured(length, num_images, notes, None)
+            return _Measured(length, num_images, notes, markers, skipped)
+        return _Measured(length, num_images, notes, markers, None)
 
 
 def _measure_all(measurements: _Measurements, workers: int) -> Iterator[list[_Measured]]:

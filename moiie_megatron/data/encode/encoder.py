@@ -29,7 +29,8 @@ class Encoded:
             predict, or -100.
         token_types: int8 (t,), see ``layout/token_types.py``.
         images: Image paths, in the order of their positions in ``tokens``.
-        markers: Special tokens that stand in the text of the turns, sorted (``find_markers``).
+        markers: Special tokens that stand in the text of the turns and became their ids as if
+            the template had written them; each once, sorted.
     """
 
     tokens: Tensor
@@ -60,7 +61,8 @@ def encode(
             the conversation.
     """
     try:
-        segments = template.render(_quoted(record.turns, tokenizer))
+        turns = _quoted(record.turns, tokenizer)
+        segments = template.render(turns)
         ids, trainable, types = _tokenize(segments, tokenizer, num_image_tokens)
     except BadRecord:
         raise
@@ -82,7 +84,7 @@ def encode(
         torch.tensor(labels, dtype=torch.int64),
         torch.tensor(types[:sequence_length], dtype=torch.int8),
         record.images,
-        find_markers(record.turns, tokenizer),
+        _markers(turns, tokenizer),
     )
 
 
@@ -108,13 +110,8 @@ def encode_prompt(
     return torch.tensor(ids, dtype=torch.int64), torch.tensor(types, dtype=torch.int8)
 
 
-def find_markers(turns: Sequence[Turn], tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The special tokens that stand in the text of turns, each once and sorted.
-
-    They become their ids as if the template had written them, or are spelled
-    (``data.markers_in_text``).
-    """
-    found = {marker for turn in turns for marker in tokenizer.markers.findall(turn.text)}
+def _markers(quoted: Sequence[Turn], tokenizer: Tokenizer) -> tuple[str, ...]:
+    found = {marker for turn in quoted for marker in tokenizer.markers.findall(turn.text)}
     return tuple(sorted(found))
 
 

@@ -37,13 +37,17 @@ class Encoding:
         """
         return self._encode(record, self.sequence_length)
 
-    def length(self, record: Record) -> int:
-        """Number of tokens of a record before truncation.
+    def whole(self, record: Record) -> Encoded:
+        """The sample of a record before truncation.
 
         Raises:
             BadRecord: The template cannot render the conversation, or it has no answer.
         """
-        return len(self._encode(record, _UNLIMITED).tokens)
+        return self._encode(record, _UNLIMITED)
+
+    def length(self, record: Record) -> int:
+        """Number of tokens of a record before truncation; raises as ``whole``."""
+        return len(self.whole(record).tokens)
 
     def _encode(self, record: Record, sequence_length: int) -> Encoded:
         return encode(record, self.tokenizer, self.template, self.num_image_tokens, sequence_length)

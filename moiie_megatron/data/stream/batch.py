@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from moiie_megatron.data.encode.encoder import IGNORE
-from moiie_megatron.data.stream.example import Example, SkippedSample
+from moiie_megatron.data.stream.example import Example, Notice, SkippedSample
 from moiie_megatron.layout.token_types import IMAGE, PADDING
 
 
@@ -28,6 +28,7 @@ class Batch:
         num_image_tokens: Positions per image.
         record_ids: One per sample.
         skipped_samples: Samples that were skipped while the batch was read.
+        notices: What was noticed about its samples.
         cu_seqlens: int32 (c + 1,) on the CPU: the boundaries of the segments of a packed row, its
             samples and then its padding (``data/stream/packing.py``; b is 1).  None: every row is
             one sample.
@@ -41,6 +42,7 @@ class Batch:
     num_image_tokens: int
     record_ids: tuple[str, ...]
     skipped_samples: tuple[SkippedSample, ...] = ()
+    notices: tuple[Notice, ...] = ()
     cu_seqlens: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -112,4 +114,5 @@ def collate(
         skipped_samples=tuple(
             skipped for example in examples for skipped in example.skipped_samples
         ),
+        notices=tuple(notice for example in examples for notice in example.notices),
     )

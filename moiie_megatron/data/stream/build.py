@@ -60,7 +60,9 @@ def build_encoding(config: RunConfig) -> Encoding:
         UserError: The template does not fit the tokenizer, or the tokenizer has more ids than
             the model has embeddings.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.image_token)
+    tokenizer = load_tokenizer(
+        config.data.tokenizer, config.data.image_token, config.data.markers_in_text
+    )
     if tokenizer.vocab_size > config.language.vocab_size:
         raise UserError(
             f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} ids but "

@@ -51,7 +51,7 @@ from moiie_megatron.data.records.energon_index import DATASET_FILE
 from moiie_megatron.data.records.parse import parse_record
 from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.batch import Batch as MicroBatch
-from moiie_megatron.data.stream.example import Example, SkippedSample
+from moiie_megatron.data.stream.example import Example, SkippedSample, notices
 from moiie_megatron.data.stream.flat_item import FlatItem, flatten
 from moiie_megatron.data.stream.order import Blend
 from moiie_megatron.data.stream.settings import LoaderSettings
@@ -282,7 +282,9 @@ class _TaskEncoder(DefaultTaskEncoder):
             (io.BytesIO(file), path)
             for path, (_, file) in zip(record.images, sample.images, strict=True)
         )
-        return _EncodedSample.derive_from(sample, example=Example(encoded, images, record.id))
+        told = notices(encoded, "data.sources")  # energon does not say which one
+        example = Example(encoded, images, record.id, notices=told)
+        return _EncodedSample.derive_from(sample, example=example)
 
     @stateless
     def batch(self, samples: list[_EncodedSample]) -> _Step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from moiie_megatron.data.records.llava import BadRecord
@@ -32,11 +32,12 @@ class LiteralBackend:
     def __init__(self, backend: Any, markers: Sequence[str], image_token: str) -> None:
         from tokenizers import AddedToken, Tokenizer
 
-        values = json.loads(backend.to_str())
-        added, values["added_tokens"] = values["added_tokens"], []
-        self._backend: Any = Tokenizer.from_str(json.dumps(values))
         self._markers = [*markers, image_token]
         stands_for = {marker: chr(_TOKENS + i) for i, marker in enumerate(self._markers)}
+        values = json.loads(backend.to_str())
+        added, values["added_tokens"] = values["added_tokens"], []
+        _rename(values["normalizer"], stands_for)
+        self._backend: Any = Tokenizer.from_str(json.dumps(values))
         self._ids: dict[int, int] = {}
         for token in added:
             flags = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized")}
@@ -47,12 +48,11 @@ class LiteralBackend:
         self._quoted = {marker: chr(_QUOTED + i) for i, marker in enumerate(self._markers)}
         self._written = re.compile(f"{self._found.pattern}|[{chr(_QUOTED)}-\U0010ffff]")
         self._stands_for = stands_for
+        unknown = self.encode(chr(_TOKENS - 1))[0]
         for marker in self._markers:
             token_id = backend.token_to_id(marker)
-            if (
-                self.encode(marker)[0] != [token_id]
-                or token_id in self.encode(self.quote(marker))[0]
-            ):
+            spelled = self.encode(self.quote(marker))[0]
+            if token_id not in self.encode(marker)[0] or token_id in set(spelled) - set(unknown):
                 raise UserError(
                     f"data.markers_in_text is text but the tokenizer cannot spell {marker}: use "
                     "tokens."
@@ -89,3 +89,11 @@ class LiteralBackend:
         encoding = self._backend.encode("".join(parts), add_special_tokens=False)
         ids = [self._ids.get(i, i) for i in encoding.ids]
         return ids, [(origin[start], origin[end]) for start, end in encoding.offsets]
+
+
+def _rename(normalizer: dict[str, Any] | None, stands_for: Mapping[str, str]) -> None:
+    """Put the stand-ins into a pattern that names markers (``sentencepiece_model.py``)."""
+    pattern = (normalizer or {}).get("pattern", {})
+    for marker in sorted(stands_for, key=len, reverse=True):
+        if "Regex" in pattern:
+            pattern["Regex"] = pattern["Regex"].replace(re.escape(marker), stands_for[marker])

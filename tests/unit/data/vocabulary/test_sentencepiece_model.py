@@ -131,19 +131,6 @@ def test_a_tokenizer_json_is_copied_with_what_lies_beside_it(
     assert ids_of(load_tokenizer(tmp_path)) == ids_of(llama3)
 
 
-@pytest.fixture(scope="module")
-def unigram(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Normalized text and unigram pieces: no exact form in the tokenizers library."""
-    prefix = tmp_path_factory.mktemp("unigram") / "tokenizer"
-    text = ["a red cat sits on the mat", "what is it? it is 7 or 3", "a line of text"] * 9
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(prefix), model_type="unigram",
-        vocab_size=60, hard_vocab_limit=False, user_defined_symbols=["<|user|>", "<|end|>"],
-        minloglevel=2, num_threads=1,
-    )  # fmt: skip
-    return prefix.parent
-
-
 def test_a_model_without_an_exact_form(unigram: Path) -> None:
     tokenizer = load_tokenizer(unigram)
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(unigram / "tokenizer.model"))
