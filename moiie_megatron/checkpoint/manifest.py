@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -91,10 +92,11 @@ class Manifest:
 def note_digests(shards: Iterable[str | Path]) -> None:
     """Write the digest of every large file beside it, for ``write_manifest``.
 
-    Whoever has written the files calls this: they are still in memory.
+    Whoever has written the files calls this: they are still in memory.  Where it fails,
+    ``write_manifest`` reads the files itself.
     """
     large = [path for path in map(Path, shards) if path.is_file() and _is_large(path)]
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with suppress(OSError, UserError), ThreadPoolExecutor(_THREADS) as pool:
         for path, digest in zip(large, pool.map(_large_digest, large), strict=True):
             _noted(path).write_text(digest)
 

@@ -6,6 +6,7 @@ strategies; every rank writes and reads its own optimizer state (``optimizer_sha
 
 from __future__ import annotations
 
+import gc
 import queue
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,7 +73,14 @@ def with_digests(request: AsyncRequest) -> AsyncRequest:
 
 def _write_with_digests(write: Any, rank: int, files: list[Any], results: Any) -> None:
     write(rank, files, results)
-    note_digests(path for path, *_ in files)
+    # In a forked process a collection would free the parent's tensors on the GPU.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        note_digests(path for path, *_ in files)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _write_files(transforms: list[Any], _rank: int, files: list[Any], results: Any) -> None:
