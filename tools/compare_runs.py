@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.dist_env import connect_store, dist_env_from
-from moiie_megatron.mcore.process_lifetime import start_child
+from moiie_megatron.mcore.process_lifetime import start_child, stop_launcher
 from moiie_megatron.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def compare_layouts(arguments: argparse.Namespace) -> int:
             try:
                 launcher.wait()
             finally:
-                launcher.kill()  # after an interruption; its processes end with it
+                stop_launcher(launcher, signal.SIGKILL, seconds=5)  # after an interruption
             done = verdicts.read_text().splitlines() if verdicts.exists() else []
             # If the launch died, some of its layouts have no verdict.
             failed += len(ours) - done.count("PASS")

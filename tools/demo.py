@@ -12,19 +12,17 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from moiie_megatron.cli.program import run_program
-from moiie_megatron.mcore.process_lifetime import start_child
+from moiie_megatron.mcore.process_lifetime import start_child, stop_launcher
 from moiie_megatron.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,32 +142,11 @@ def follow(command: Sequence[str], threads: int) -> int:
                 print(line, end="", flush=True)
         process.wait()
     except BaseException:
-        stop(process)
+        stop_launcher(process, signal.SIGTERM, SAVE_SECONDS)  # training saves
         raise
     if process.returncode:
         print(f"error: {' '.join(command[:7])} ... failed.", file=sys.stderr, flush=True)
     return process.returncode
-
-
-def stop(process: subprocess.Popen[str]) -> None:
-    """Let the ranks of a training save, which they do on SIGTERM, and end the program."""
-    if process.poll() is None:
-        launcher = psutil.Process(process.pid)
-        launcher.suspend()  # torchrun would report its ranks as failed
-        ranks = launcher.children()
-        for rank in ranks:
-            rank.terminate()
-        deadline = time.monotonic() + SAVE_SECONDS
-        while any(map(is_alive, ranks)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    process.kill()
-    process.wait()
-
-
-def is_alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    return False
 
 
 def collect_metrics(plan: Plan) -> dict[str, list[dict[str, Any]]]:

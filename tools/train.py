@@ -26,7 +26,7 @@ from moiie_megatron.utils.signals import SignalWatch
 UNFINISHED = 3  # exit code of --is-done; 1 is an error, 2 an error in the arguments
 
 
-def main(signals: SignalWatch) -> int:
+def main(signals: SignalWatch | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="YAML file of the first run")
     parser.add_argument(

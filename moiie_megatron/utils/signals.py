@@ -56,7 +56,7 @@ class SignalWatch:
     The process ends at once if the main thread does not notice a signal within ``grace`` seconds,
     or on a second SIGINT.  Signals that are ignored from the start (``nohup``, background jobs of
     a script) stay ignored.  Forked processes ignore SIGINT, which a terminal sends to them as
-    well, and SIGTERM ends them.
+    well, and what ``call`` has given another handler; the other signals end them.
 
     Args:
         more: Further signals that raise ``Stopped``.
@@ -70,6 +70,7 @@ class SignalWatch:
         self._is_patient = False
         self._is_ending = False
         self._before: dict[int, Any] = {}
+        self._raising: set[int] = set()
         self._read_end = self._write_end = -1
 
     def __enter__(self) -> SignalWatch:
@@ -78,6 +79,7 @@ class SignalWatch:
         # From now on Python also writes the number of every signal here, at once.
         signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self.call(self._numbers, self._raise)
+        self._raising = set(self._before)
         _watches().append(self)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
         return self
@@ -98,6 +100,7 @@ class SignalWatch:
 
         for number in numbers:
             if signal.getsignal(number) is not signal.SIG_IGN:
+                self._raising.discard(number)
                 before = signal.signal(number, note)
                 self._before.setdefault(number, before)
 
@@ -113,7 +116,8 @@ class SignalWatch:
     def reset_in_fork(self) -> None:
         """Called in a forked process."""
         for number in self._before:
-            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+            ends = number in self._raising and number != signal.SIGINT
+            signal.signal(number, signal.SIG_DFL if ends else signal.SIG_IGN)
 
     def _raise(self, number: int) -> None:
         if not self._is_ending:  # else files are being removed

@@ -67,6 +67,22 @@ def main():
     time.sleep(60)
 run_program(main)
 """
+NOTES = """
+import signal
+def main(watch):
+    noted = []
+    watch.call([signal.SIGTERM], noted.append)
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    print(child, flush=True)
+    while not noted:
+        time.sleep(0.05)
+    time.sleep(1)
+watch = SignalWatch(grace=0.2)
+run_program(partial(main, watch), watch)
+"""
 PRINTS = """
 def main():
     for number in range(100_000):
@@ -124,6 +140,18 @@ def test_a_fork_ends_with_the_program() -> None:
         assert is_running(child)
         process.kill()
         wait_until(lambda: not is_running(child), lambda: "the fork lives", timeout=5)
+
+
+def test_a_fork_outlives_a_signal_that_the_program_notes() -> None:
+    """As writers of checkpoints must, when a whole process group is told to stop."""
+    with program(NOTES) as process:
+        child = int(process.first)  # type: ignore[attr-defined]
+        os.kill(child, signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert is_running(child) and process.poll() is None
+        assert process.wait(20) == 0
+    wait_until(lambda: not is_running(child), lambda: "the fork lives", timeout=5)
 
 
 def test_a_reader_that_has_enough() -> None:
