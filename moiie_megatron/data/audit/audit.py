@@ -99,7 +99,7 @@ def audit(
 
 @dataclass(frozen=True)
 class _Measured:
-    """One record: tokens, images, what is not used, special tokens in the text, why it is skipped."""
+    """One record: tokens, images, what is noted of it, and why it is skipped, if it is."""
 
     length: int
     num_images: int
