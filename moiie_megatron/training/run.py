@@ -236,8 +236,6 @@ class Run:
                     ", ".join(rounded),
                 )
         LOGGER.info("%s", start.dataset.describe_epoch())
-        for line in start.dataset.describe_notes() if context.rank == 0 else ():
-            LOGGER.info("%s", line)
         dist.barrier()
 
 

@@ -191,7 +191,7 @@ def _record(
     if pictures:
         files = [picture.file for picture in pictures]
         record["image"] = files[0] if len(files) == 1 else files
-        record["scans"] = [scan for picture in pictures for scan in picture.scans]
+        record["_scans"] = [scan for picture in pictures for scan in picture.scans]
     if kind is not None:
         record["kind"] = kind
     return {**record, "conversations": conversations}

@@ -4,7 +4,7 @@ LLaVA's names (``conversations``, ``from``, ``value``, ``human``, ``gpt``, ``ima
 messages (``messages``, ``role``, ``content``, ``user``, ``assistant``, ``images``, and content in
 parts) and a system prompt in a key of its own are read; docs/data.md lists them.  A key that may
 name a picture, a video or a sound and is not read makes a record unusable, because the model would
-be trained to answer about what it does not see.  Any other key is left alone and noted.
+be trained to answer about what it does not see.  Any other key is left alone and noted, unless it begins with an underscore.
 """
 
 from __future__ import annotations
@@ -67,7 +67,11 @@ def parse_record(value: Any, default_id: str = "") -> Record:
         turns[first] = replace(turns[first], text=text)
     elif placeholders != len(images):
         raise BadRecord(f"{placeholders} {PLACEHOLDER} placeholders but {len(images)} images")
-    notes += [f"key {str(key)[:80]!r} is not read" for key in value if key not in _KNOWN]
+    notes += [
+        f"key {str(key)[:80]!r} is not read"
+        for key in value
+        if key not in _KNOWN and not key.startswith("_")
+    ]
     # JSON can express a lone surrogate, which could not be printed.
     name = str(value.get("id", default_id)).encode(errors="backslashreplace").decode()
     notes = [note.encode(errors="backslashreplace").decode() for note in notes]

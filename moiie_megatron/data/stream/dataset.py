@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Final
 
 from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageLoader
@@ -16,8 +13,6 @@ from moiie_megatron.data.records.llava import BadRecord, RecordFile
 from moiie_megatron.data.stream.example import Example, notices
 from moiie_megatron.data.stream.order import Blend
 from moiie_megatron.utils.errors import UserError
-
-_FIRST: Final = 1000  # records in which a run looks for what it does not use
 
 
 @dataclass(frozen=True)
@@ -68,14 +63,6 @@ class LlavaDataset:
         """One line for the log: the number of samples of every source in an epoch."""
         return self.blend.describe_epoch([source.label for source in self.sources])
 
-    def describe_notes(self) -> list[str]:
-        """For the log: what is not used of the first records of every source, if there is any."""
-        return [
-            f"{source.label}: of its first {_FIRST:,} records {', '.join(found)}"
-            for source in self.sources
-            if (found := _notes(source.records))
-        ]
-
     @property
     def num_image_tokens(self) -> int:
         return self.encoding.num_image_tokens
@@ -101,7 +88,7 @@ class LlavaDataset:
             images = source.images.load_all(record.images)
         except BadRecord as error:
             raise BadRecord(error.reason, str(source.records.path), index) from error
-        return Example(encoded, images, record.id, notices=notices(encoded, source.label))
+        return Example(encoded, images, record.id, notices=notices(record, encoded, source.label))
 
     def _locate(self, i: int) -> tuple[Source, int]:
         """The source of sample ``i`` and its record number there."""
@@ -109,11 +96,3 @@ class LlavaDataset:
             raise IndexError(f"the dataset has {len(self)} samples, no sample {i}")
         number = bisect_right(self._ends, i)
         return self.sources[number], i - (self._ends[number - 1] if number else 0)
-
-
-def _notes(records: RecordFile) -> list[str]:
-    counts: Counter[str] = Counter()
-    for i in range(min(_FIRST, len(records))):
-        with suppress(BadRecord):  # reported where it is skipped
-            counts.update(records[i].notes)
-    return [f"{note} ({count:,})" for note, count in counts.most_common()]

@@ -114,10 +114,6 @@ class EnergonDataset:
         names = [name or Path(path).name for path, _, name in self.sources]
         return self.blend.describe_epoch(names) + " (energon draws them at random)"
 
-    def describe_notes(self) -> list[str]:
-        """Nothing: shards are not read before the run starts."""
-        return []
-
     def write_blend(self, path: Path) -> None:
         """Write energon's description of the blend (a MetadatasetV2)."""
         parts = [
@@ -262,9 +258,9 @@ class _TaskEncoder(DefaultTaskEncoder):
     @stateless
     def encode_sample(self, sample: _RawSample) -> _EncodedSample:
         if not sample.record:
-            names = ", ".join(f"{sample.__key__}.{name}" for name, _ in sample.images[:2])
+            found = ", ".join(f"{sample.__key__}.{name}" for name, _ in sample.images[:2])
             raise BadRecord(
-                f"the sample {sample.__key__} has {names or 'no file'} but no "
+                f"the sample {sample.__key__} has {found or 'no file'} but no "
                 f"{sample.__key__}.json: the name of a sample ends at the first dot"
             )
         try:
@@ -282,7 +278,7 @@ class _TaskEncoder(DefaultTaskEncoder):
             (io.BytesIO(file), path)
             for path, (_, file) in zip(record.images, sample.images, strict=True)
         )
-        told = notices(encoded, "data.sources")  # energon does not say which one
+        told = notices(record, encoded, "data.sources")  # energon does not say which one
         example = Example(encoded, images, record.id, notices=told)
         return _EncodedSample.derive_from(sample, example=example)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moiie_megatron.data.encode.encoder import Encoded
+from moiie_megatron.data.records.record import Record
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,10 @@ class Example:
     notices: tuple[Notice, ...] = ()
 
 
-def notices(encoded: Encoded, source: str) -> tuple[Notice, ...]:
-    """What an encoded sample says of its source."""
-    return tuple(
-        Notice(
-            source,
-            f"{marker} in the text becomes a special token (data.markers_in_text=text keeps it "
-            "as text)",
-        )
+def notices(record: Record, encoded: Encoded, source: str) -> tuple[Notice, ...]:
+    """What a sample says of its source: what is not read of its record, and special tokens."""
+    markers = [
+        f"{marker} in the text becomes a special token (data.markers_in_text=text keeps it as text)"
         for marker in encoded.markers
-    )
+    ]
+    return tuple(Notice(source, what) for what in (*record.notes, *markers))

@@ -128,7 +128,7 @@ def test_other_keys_are_noted() -> None:
     extra = {"width": 640, "image_id": 7, "dataset": "coco", "videogame": "chess"}
     found = parse_record({**extra, "conversations": [TEXT, GPT]})
     assert found.notes == tuple(f"key {key!r} is not read" for key in extra)
-    known = {"id": 1, "kind": "which", "question_id": 3, "category": "x"}
+    known = {"_comment": "x", "id": 1, "kind": "which", "question_id": 3, "category": "x"}
     assert not parse_record({**known, "conversations": [TEXT, GPT]}).notes
 
 

@@ -10,6 +10,7 @@ import pytest
 from moiie_megatron.data.encode.images import ImageLoader
 from moiie_megatron.data.records.llava import BadRecord, RecordFile
 from moiie_megatron.data.stream.dataset import LlavaDataset, Source
+from moiie_megatron.data.stream.example import Notice
 from tests.helpers.user_errors import user_error
 
 
@@ -46,12 +47,11 @@ def test_bad_samples_name_file_and_record(dataset: LlavaDataset, corpus: Path) -
     assert (caught.value.file, caught.value.index) == (str(corpus / "records.jsonl"), 5)
 
 
-def test_what_is_not_used_of_the_first_records(dataset: LlavaDataset, tmp_path: Path) -> None:
-    assert dataset.describe_notes() == []
+def test_what_is_not_read_is_noticed(dataset: LlavaDataset, tmp_path: Path) -> None:
     (source, *_) = dataset.sources
-    value = {**source.records.value(0), "width": 5}
     file = tmp_path / "wide.jsonl"
-    file.write_text((json.dumps(value) + "\n") * 3 + "{}\n")
+    file.write_text(json.dumps({**source.records.value(0), "width": 5}) + "\n")
     wide = Source(RecordFile(file), source.images, name="wide")
-    (line,) = LlavaDataset([source, wide], dataset.encoding).describe_notes()
-    assert line == "wide: of its first 1,000 records key 'width' is not read (3)"
+    both = LlavaDataset([source, wide], dataset.encoding)
+    assert both[len(both) - 1].notices == (Notice("wide", "key 'width' is not read"),)
+    assert both[0].notices == ()
