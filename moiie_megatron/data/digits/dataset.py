@@ -181,7 +181,7 @@ def _grid(tiles: np.ndarray) -> Image.Image:
 def _record(
     name: str, pictures: list[_Picture], exchanges: list[tuple[str, str]], kind: str | None = None
 ) -> dict[str, Any]:
-    """A LLaVA record; ``scans`` and ``kind`` are extra keys that LLaVA readers ignore."""
+    """A LLaVA record; ``_scans`` and ``kind`` are extra keys that LLaVA readers ignore."""
     conversations = []
     for question, answer in exchanges:
         conversations.append({"from": "human", "value": question})

@@ -4,7 +4,8 @@ LLaVA's names (``conversations``, ``from``, ``value``, ``human``, ``gpt``, ``ima
 messages (``messages``, ``role``, ``content``, ``user``, ``assistant``, ``images``, and content in
 parts) and a system prompt in a key of its own are read; docs/data.md lists them.  A key that may
 name a picture, a video or a sound and is not read makes a record unusable, because the model would
-be trained to answer about what it does not see.  Any other key is left alone and noted, unless it begins with an underscore.
+be trained to answer about what it does not see.  Any other key is left
+alone and noted, unless it begins with an underscore.
 """
 
 from __future__ import annotations
