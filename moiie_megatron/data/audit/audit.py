@@ -132,8 +132,8 @@ class _Measurements(Dataset[Any]):
             record = self.source.records[i]
             num_images, notes = len(record.images), record.notes
             if self._encoding is not None:
-                whole = self._encoding.whole(record)
-                length, markers = len(whole.tokens), whole.markers
+                length = self._encoding.length(record)
+                markers = self._encoding.markers(record)
                 if length > self._encoding.sequence_length:
                     self._encoding.encode(record)  # refuses a record that truncation spoils
             for path in record.images if self._decode_images else ():

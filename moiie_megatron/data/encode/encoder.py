@@ -61,8 +61,7 @@ def encode(
             the conversation.
     """
     try:
-        turns = _quoted(record.turns, tokenizer)
-        segments = template.render(turns)
+        segments = template.render(_quoted(record.turns, tokenizer))
         ids, trainable, types = _tokenize(segments, tokenizer, num_image_tokens)
     except BadRecord:
         raise
@@ -84,7 +83,7 @@ def encode(
         torch.tensor(labels, dtype=torch.int64),
         torch.tensor(types[:sequence_length], dtype=torch.int8),
         record.images,
-        _markers(turns, tokenizer),
+        find_markers(record.turns, tokenizer),
     )
 
 
@@ -110,9 +109,10 @@ def encode_prompt(
     return torch.tensor(ids, dtype=torch.int64), torch.tensor(types, dtype=torch.int8)
 
 
-def _markers(quoted: Sequence[Turn], tokenizer: Tokenizer) -> tuple[str, ...]:
-    found = {marker for turn in quoted for marker in tokenizer.markers.findall(turn.text)}
-    return tuple(sorted(found))
+def find_markers(turns: Sequence[Turn], tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Special tokens in the text of turns that become their ids; each once, sorted."""
+    texts = (turn.text for turn in _quoted(turns, tokenizer))
+    return tuple(sorted({marker for text in texts for marker in tokenizer.markers.findall(text)}))
 
 
 def _quoted(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[Turn]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from moiie_megatron.data.encode.encoder import Encoded, encode
+from moiie_megatron.data.encode.encoder import Encoded, encode, find_markers
 from moiie_megatron.data.encode.templates import Template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
 from moiie_megatron.data.records.llava import Record
@@ -37,17 +37,17 @@ class Encoding:
         """
         return self._encode(record, self.sequence_length)
 
-    def whole(self, record: Record) -> Encoded:
-        """The sample of a record before truncation.
+    def length(self, record: Record) -> int:
+        """Number of tokens of a record before truncation.
 
         Raises:
             BadRecord: The template cannot render the conversation, or it has no answer.
         """
-        return self._encode(record, _UNLIMITED)
+        return len(self._encode(record, _UNLIMITED).tokens)
 
-    def length(self, record: Record) -> int:
-        """Number of tokens of a record before truncation; raises as ``whole``."""
-        return len(self.whole(record).tokens)
+    def markers(self, record: Record) -> tuple[str, ...]:
+        """Special tokens in the text of a record that become their ids (``Encoded.markers``)."""
+        return find_markers(record.turns, self.tokenizer)
 
     def _encode(self, record: Record, sequence_length: int) -> Encoded:
         return encode(record, self.tokenizer, self.template, self.num_image_tokens, sequence_length)

@@ -37,13 +37,14 @@ class LiteralBackend:
         values = json.loads(backend.to_str())
         added, values["added_tokens"] = values["added_tokens"], []
         _rename(values["normalizer"], stands_for)
-        self._backend: Any = Tokenizer.from_str(json.dumps(values))
+        literal: Any = Tokenizer.from_str(json.dumps(values))
         self._ids: dict[int, int] = {}
         for token in added:
             flags = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized")}
             content = stands_for.get(token["content"], token["content"])
-            self._backend.add_tokens([AddedToken(content, special=False, **flags)])
-            self._ids[self._backend.token_to_id(content)] = token["id"]
+            literal.add_tokens([AddedToken(content, special=False, **flags)])
+            self._ids[literal.token_to_id(content)] = token["id"]
+        self._backend = literal
         self._found = re.compile("|".join(map(re.escape, self._markers)))
         self._quoted = {marker: chr(_QUOTED + i) for i, marker in enumerate(self._markers)}
         self._written = re.compile(f"{self._found.pattern}|[{chr(_QUOTED)}-\U0010ffff]")
