@@ -12,7 +12,7 @@ from moiie_megatron.data.records.llava import Record, RecordFile
 from moiie_megatron.utils.errors import UserError
 from tests.helpers.fuzz import damaged, time_limit
 
-ROUNDS = 1000  # for every suffix
+ROUNDS = 400  # for every suffix
 TURNS = [
     {"from": "human", "value": "<image>\nwas ist \u00fcber \U0001f600?"},
     {"from": "gpt", "value": "7"},
