@@ -54,8 +54,8 @@ class SignalWatch:
     """In the ``with`` block SIGINT, SIGTERM and SIGHUP raise ``Stopped`` in the main thread.
 
     The process ends at once if the main thread does not notice a signal within ``grace`` seconds,
-    or on a second SIGINT.  Signals that are ignored from the start (``nohup``, background jobs of
-    a script) stay ignored.  Forked processes ignore SIGINT, which a terminal sends to them as
+    or on a second SIGINT.  SIGINT and SIGHUP stay ignored where they are from the start (background
+    jobs of a script, ``nohup``).  Forked processes ignore SIGINT, which a terminal sends to them as
     well, and what ``call`` has given another handler; the other signals end them.
 
     Args:
@@ -87,7 +87,8 @@ class SignalWatch:
     def __exit__(self, *_: object) -> None:
         _watches().remove(self)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # What was only noted may be sent again while the program ends.
+            signal.signal(number, handler if number in self._raising else signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         os.close(self._write_end)  # ends the thread, which closes the other end
 
@@ -99,10 +100,12 @@ class SignalWatch:
             handle(number)
 
         for number in numbers:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._raising.discard(number)
-                before = signal.signal(number, note)
-                self._before.setdefault(number, before)
+            is_ignored = signal.getsignal(number) is signal.SIG_IGN
+            if is_ignored and number in (signal.SIGINT, signal.SIGHUP):
+                continue
+            self._raising.discard(number)
+            before = signal.signal(number, note)
+            self._before.setdefault(number, before)
 
     @contextmanager
     def patient(self) -> Iterator[None]:
