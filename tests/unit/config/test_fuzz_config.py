@@ -19,11 +19,11 @@ from tests.helpers.fuzz import damaged, time_limit
 from tests.unit.config.minimal import MINIMAL
 
 ROUNDS = 250
-PAIRS = 150
+PAIRS = 80
 VALUES = [
     "null", "true", "0", "-1", "1", "2", "3.5", "-0.0", "1e-300", "1e999", ".nan", ".inf", "-.inf",
     "''", "' '", "text", "[]", "[1, 2]", "{}", "{a: 1}", "[[[]]]", "2020-01-01", "0x1F", "1_000",
-    "~", "!!binary aGk=", "[{records: a.json, images: b}]", "[{}]", "[null]", "'${NONE}'", "'../..'",
+    "~", "!!binary aGk=", "[{records: a.json, images: b}]", "[{}]", "[null]", "'${NONE}'",
 ]  # fmt: skip
 
 
