@@ -141,7 +141,7 @@ def test_ids_are_the_same_everywhere(kind: Path, name: str) -> None:
         with_lines = as_parts(conversation)
         for n, turn in enumerate(conversation):
             if turn.role == "user":
-                asked = conversation[: n + 1]
+                asked: Sequence[Turn] = conversation[: n + 1]
                 assert pair.processed_text(asked) == pair.prompt(asked), title
                 asked = with_lines[: n + 1]
                 assert pair.processed(asked, True) == pair.prompt(asked), title
