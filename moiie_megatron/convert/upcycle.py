@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from moiie_megatron.checkpoint.directory import PROCESSOR_FILES, copy_tokenizer
+from moiie_megatron.config.messages import first_problem
 from moiie_megatron.config.schema import LanguageConfig, MoEConfig, RunConfig
 from moiie_megatron.convert.checkpoint_output import (
     MARKER,
@@ -48,6 +50,8 @@ from moiie_megatron.utils.directories import check_output
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.progress import ProgressFn
 
+_MAX_PERTURB = 100.0  # times the root mean square of a tensor
+
 
 @dataclass(frozen=True)
 class UpcycleOptions:
@@ -76,14 +80,17 @@ class UpcycleOptions:
             UserError: Numbers that do not fit the variant.
         """
         vision, shared, text = self.experts or (None, None, None)
-        section = MoEConfig(
-            variant=self.variant,
-            num_vision_experts=vision,
-            num_shared_experts=shared,
-            num_text_experts=text,
-            layers=self.layers,  # type: ignore[arg-type]  # checked by MoEConfig
-            top_k=self.top_k,
-        )
+        try:
+            section = MoEConfig(
+                variant=self.variant,
+                num_vision_experts=vision,
+                num_shared_experts=shared,
+                num_text_experts=text,
+                layers=self.layers,  # type: ignore[arg-type]  # checked by MoEConfig
+                top_k=self.top_k,
+            )
+        except ValidationError as error:
+            raise UserError(f"moe.{first_problem(error, MoEConfig)}") from None
         layout = section.layout
         return section.model_copy(
             update={
@@ -125,8 +132,8 @@ def upcycle_checkpoint(
     """
     options, llm, vision, out = options or UpcycleOptions(), Path(llm), Path(vision), Path(out)
     check_output(out, force=force, marker=MARKER)
-    if options.perturb < 0:
-        raise UserError(f"perturb is {options.perturb}: use 0 or more.")
+    if not 0 <= options.perturb <= _MAX_PERTURB:
+        raise UserError(f"perturb is {options.perturb}: use 0 to {_MAX_PERTURB:g}.")
     sources = _open(llm, vision, connector, options)
     config = run_from_checkpoint(
         out,

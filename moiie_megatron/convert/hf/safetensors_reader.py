@@ -153,7 +153,14 @@ class SafetensorsSource:
             return [self.directory / _SINGLE]
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            TypeError,
+            RecursionError,
+        ) as error:
             raise _unreadable(index, error) from error
         files = [self.directory / name for name in names]
         for file in files:
