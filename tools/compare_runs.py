@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moiie_megatron.cli.arguments import check_range
 from moiie_megatron.cli.launch import exit_code
 from moiie_megatron.cli.overrides import parse_with_overrides
 from moiie_megatron.cli.program import run_program
@@ -132,6 +133,8 @@ def layouts(processes: int, own_variant: str) -> Iterator[Layout]:
 
 def compare_layouts(arguments: argparse.Namespace) -> int:
     """Run all layouts, one torchrun per number of processes; return the exit code."""
+    check_range(arguments, "processes", 1)
+    check_range(arguments, "tolerance", 0)
     own_variant = load_config(arguments.config, arguments.overrides).moe.variant
     table = [
         layout
@@ -275,6 +278,9 @@ def take_step(
 
 def compare_losses(arguments: argparse.Namespace) -> int:
     """Compare the losses of two runs; return the exit code."""
+    from moiie_megatron.analysis.records import read_metrics
+
+    check_range(arguments, "tolerance", 0)
     runs = []
     for name in (arguments.a, arguments.b):
         path = Path(name)
@@ -283,7 +289,7 @@ def compare_losses(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"{path} does not exist: name two output directories or metrics.jsonl files."
             )
-        runs.append({line["step"]: line for line in map(json.loads, path.open())})
+        runs.append({line["step"]: line for line in read_metrics(path, ["lm_loss"])})
     first, second = runs
     common = sorted(first.keys() & second.keys())
     print(f"{len(common)} common steps of {len(first)} and {len(second)}")

@@ -16,11 +16,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moiie_megatron.cli.arguments import check_range
 from moiie_megatron.cli.launch import exit_code
 from moiie_megatron.cli.program import run_program
 from moiie_megatron.cli.progress_bar import progress_bar
 from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.utils.errors import UserError
+
+MAX_DEGREE = 1 << 20
 
 
 def add_upcycle(commands: Any) -> None:
@@ -193,9 +196,7 @@ def add_verify(commands: Any) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> None:
-    tolerance = arguments.tolerance
-    if not tolerance >= 0:
-        raise UserError(f"--tolerance is {tolerance}: use 0 or more.")
+    check_range(arguments, "tolerance", 0)
     from moiie_megatron.convert.open_model import open_weights
     from moiie_megatron.convert.verify import compare_tensors
 
@@ -210,8 +211,8 @@ def verify(arguments: argparse.Namespace) -> None:
 
         differences, left_out = compare_logits(a, b)
         print(*(d.line() for d in differences), *left_out, sep="\n")
-        within = all(d.maximum <= tolerance for d in differences)
-        parts.append(f"logits {'within' if within else 'beyond'} {tolerance:g}")
+        within = all(d.maximum <= arguments.tolerance for d in differences)
+        parts.append(f"logits {'within' if within else 'beyond'} {arguments.tolerance:g}")
         same &= within
     parts[0] = "tensors equal" if tensors.is_equal else f"{len(tensors.mismatches)} tensors differ"
     print(f"{'SAME' if same else 'DIFFERENT'}: {', '.join(parts)}", flush=True)
@@ -231,11 +232,11 @@ def add_reshard(commands: Any) -> None:
         f"optimizer state and all else in it. {note}",
     )
     parser.add_argument("ckpt", help="checkpoint, or output folder of a run")
-    parser.add_argument("--tp", type=_degree, default=1, metavar="N", help="tensor parallelism")
-    parser.add_argument("--pp", type=_degree, default=1, metavar="N", help="pipeline stages")
-    parser.add_argument("--ep", type=_degree, default=1, metavar="N", help="expert parallelism")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallelism")
+    parser.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages")
+    parser.add_argument("--ep", type=int, default=1, metavar="N", help="expert parallelism")
     parser.add_argument(
-        "--etp", type=_degree, default=1, metavar="N", help="tensor parallelism of the experts"
+        "--etp", type=int, default=1, metavar="N", help="tensor parallelism of the experts"
     )
     parser.add_argument("--out", required=True, metavar="CKPT2")
     parser.add_argument("--force", action="store_true", help="replace an earlier checkpoint")
@@ -246,6 +247,8 @@ def reshard(arguments: argparse.Namespace) -> None:
     from moiie_megatron.config.schema import ParallelConfig
     from moiie_megatron.convert.reshard import reshard_checkpoint
 
+    for name in ("tp", "pp", "ep", "etp"):
+        check_range(arguments, name, 1, MAX_DEGREE)
     parallel = ParallelConfig(
         tensor=arguments.tp,
         pipeline=arguments.pp,
@@ -286,12 +289,6 @@ def _experts(text: str | None) -> tuple[int, int, int] | None:
             f"--experts is {text!r}: give the numbers of vision, shared and text experts as 1,2,1."
         ) from None
     return vision, shared, number_of_text
-
-
-def _degree(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no degree of parallelism: use 1 or more")
-    return int(text)
 
 
 def _layers(text: str) -> str | list[int]:

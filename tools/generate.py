@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from moiie_megatron.cli.arguments import check_range
 from moiie_megatron.cli.launch import exit_code
 from moiie_megatron.cli.program import run_program
 from moiie_megatron.config.validate import check_config
@@ -40,8 +41,7 @@ def main() -> int:
     dist_env = dist_env_from(os.environ)
 
     def task() -> None:
-        if arguments.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}: use 1 or more.")
+        check_range(arguments, "max_new_tokens", 1)
         for image in arguments.image:
             if not Path(image).is_file():
                 raise UserError(f"--image is {image}, which does not exist: name an image file.")

@@ -96,6 +96,6 @@ def _model_ends(file: Path) -> Any:
     """``eos_token_id`` of a model's configuration, if there is one that can be read."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content.get("eos_token_id") if isinstance(content, dict) else None

@@ -31,7 +31,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         if self._depth > _MAX_DEPTH:
-            raise _problem(f"it is nested more than {_MAX_DEPTH} deep", self.peek_event())
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise _problem(f"it is nested more than {_MAX_DEPTH} deep", event)
         self._depth += 1
         node: yaml.Node | None = super().compose_node(parent, index)
         self._depth -= 1

@@ -8,7 +8,6 @@ no process group, no Megatron.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.layout.experts import moe_layers
 from moiie_megatron.utils.directories import check_output
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.json_file import read_json_object
 from moiie_megatron.utils.progress import ProgressFn
 
 _FIRST = f"{weight_map.CONNECTOR}linear_1.weight"
@@ -186,11 +186,8 @@ def _processor(directory: Path) -> dict[str, Any]:
         _, given = read_config(directory)
         is_padded = given.get("image_aspect_ratio") == "pad"
         return {"image_mode": "pad" if is_padded else "square", "image_token": "<image>"}
-    try:
-        content = json.loads(file.read_text())
-        mode, token = content.get("image_mode", "square"), content.get("image_token", "<image>")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read ({error}): copy it again.") from error
+    content = read_json_object(file, "copy it again")
+    mode, token = content.get("image_mode", "square"), content.get("image_token", "<image>")
     if mode not in ("square", "pad"):
         raise UserError(f"image_mode is {mode} in {file}: use square or pad.")
     return {"image_mode": mode, "image_token": token}

@@ -16,8 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from moiie_megatron.checkpoint.directory import PROCESSOR_FILES, copy_tokenizer
+from moiie_megatron.config.messages import first_problem
 from moiie_megatron.config.schema import LanguageConfig, MoEConfig, RunConfig
 from moiie_megatron.convert.checkpoint_output import (
     MARKER,
@@ -77,14 +79,17 @@ class UpcycleOptions:
             UserError: Numbers that do not fit the variant.
         """
         vision, shared, text = self.experts or (None, None, None)
-        section = MoEConfig(
-            variant=self.variant,
-            num_vision_experts=vision,
-            num_shared_experts=shared,
-            num_text_experts=text,
-            layers=self.layers,  # type: ignore[arg-type]  # checked by MoEConfig
-            top_k=self.top_k,
-        )
+        try:
+            section = MoEConfig(
+                variant=self.variant,
+                num_vision_experts=vision,
+                num_shared_experts=shared,
+                num_text_experts=text,
+                layers=self.layers,  # type: ignore[arg-type]  # checked by MoEConfig
+                top_k=self.top_k,
+            )
+        except ValidationError as error:
+            raise UserError(f"moe.{first_problem(error, MoEConfig)}") from None
         layout = section.layout
         return section.model_copy(
             update={

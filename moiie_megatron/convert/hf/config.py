@@ -7,7 +7,6 @@ is refused: weights of the right shapes would load in silence.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from moiie_megatron.convert.hf.tied_embeddings import OUTPUT_LAYER, has_own_outp
 from moiie_megatron.families import hf_config
 from moiie_megatron.families.registry import language_family, vision_family
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.json_file import read_json_object
 
 # A run may use fewer positions than the model has.
 _FREE = ("max_position_embeddings",)
@@ -129,15 +129,7 @@ def read_config(directory: str | Path) -> tuple[Path, dict[str, Any]]:
         UserError: It is missing or no JSON object.
     """
     file = Path(directory) / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file} cannot be read ({error}): a pretrained model needs its config.json."
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} does not hold a JSON object: copy it again.")
-    return file, content
+    return file, read_json_object(file, "a pretrained model needs its config.json, copy it again")
 
 
 def _subsection(given: dict[str, Any], name: str) -> dict[str, Any]:

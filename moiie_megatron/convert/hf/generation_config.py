@@ -56,7 +56,7 @@ def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, []
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return {}, [f"{file} cannot be read ({error}): the export has default values instead."]
     if not isinstance(content, dict):
         return {}, [f"{file} is no JSON object: the export has default values instead."]
