@@ -34,7 +34,7 @@ def main() -> int:
 
     # Imported here because torch and Megatron take seconds: --help answers at once.
     from moiie_megatron.checkpoint.directory import find_checkpoint
-    from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
+    from moiie_megatron.data.records.record import PLACEHOLDER, Turn
     from moiie_megatron.evaluation.generate import Generator, checkpoint_config
     from moiie_megatron.mcore.parallel import ParallelContext
 

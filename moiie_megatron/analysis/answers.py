@@ -12,7 +12,7 @@ from PIL import Image
 
 from moiie_megatron.analysis.scores import Outcome, read_scores
 from moiie_megatron.data.encode.images import ImageLoader
-from moiie_megatron.data.records.llava import PLACEHOLDER, BadRecord
+from moiie_megatron.data.records.record import PLACEHOLDER, BadRecord
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.text import same_answer
 

@@ -26,7 +26,7 @@ from moiie_megatron.data.encode.images import ImageLoader, normalize
 from moiie_megatron.data.encode.stop_ids import stop_ids
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
-from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
+from moiie_megatron.data.records.record import PLACEHOLDER, Turn
 from moiie_megatron.families.registry import vision_family
 from moiie_megatron.layout.token_types import PADDING, TEXT
 from moiie_megatron.mcore.parallel import ParallelContext

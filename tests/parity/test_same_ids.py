@@ -14,7 +14,7 @@ from moiie_megatron.data.encode.choose_template import choose_template
 from moiie_megatron.data.encode.encoder import encode, encode_prompt
 from moiie_megatron.data.encode.templates import Template, load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
-from moiie_megatron.data.records.llava import PLACEHOLDER, Record, Turn
+from moiie_megatron.data.records.record import PLACEHOLDER, Record, Turn
 from moiie_megatron.hf.build_processor import build_processor
 from moiie_megatron.hf.processing_moiie import MoiieProcessor
 from tests.helpers.tokenizer_kinds import KINDS

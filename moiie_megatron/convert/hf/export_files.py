@@ -19,7 +19,7 @@ from moiie_megatron.data.encode.stop_ids import GENERATION_FILE, learned_end, st
 from moiie_megatron.data.encode.templates import Template, load_template
 from moiie_megatron.data.encode.tokenizer_template import UnusableTemplate
 from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
-from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
+from moiie_megatron.data.records.record import PLACEHOLDER, Turn
 from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
 from moiie_megatron.hf.auto_files import write_remote_code
 from moiie_megatron.hf.build_processor import build_processor

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from moiie_megatron.data.encode.encoding import Encoding
-from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.dataset import Source
 from moiie_megatron.data.stream.example import SkippedSample
 from moiie_megatron.utils.errors import UserError

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from moiie_megatron.data.digits import questions as ask
-from moiie_megatron.data.records.llava import PLACEHOLDER
+from moiie_megatron.data.records.record import PLACEHOLDER
 from moiie_megatron.utils.errors import UserError
 
 MANIFEST: Final = "manifest.json"

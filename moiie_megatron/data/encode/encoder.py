@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moiie_megatron.data.encode.templates import Segment, Template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import PLACEHOLDER, BadRecord, Record, Turn
+from moiie_megatron.data.records.record import PLACEHOLDER, BadRecord, Record, Turn
 from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.utils.errors import UserError
 

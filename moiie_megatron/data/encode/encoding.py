@@ -8,7 +8,7 @@ from typing import Final
 from moiie_megatron.data.encode.encoder import Encoded, encode, find_markers
 from moiie_megatron.data.encode.templates import Template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import Record
+from moiie_megatron.data.records.record import Record
 
 _UNLIMITED: Final = 2**40  # tokens
 

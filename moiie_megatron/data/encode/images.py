@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moiie_megatron.data.encode import png
 from moiie_megatron.data.encode.pixels import as_rgb, as_square, upright
-from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.utils.errors import UserError
 
 # Formats that hold pixels and nothing else: for EPS, PIL would start Ghostscript.

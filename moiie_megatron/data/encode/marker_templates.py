@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from moiie_megatron.data.encode.chat_jinja import markers_jinja, plain_jinja
 from moiie_megatron.data.encode.segments import Segment
 from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
+from moiie_megatron.data.records.record import PLACEHOLDER, Turn
 from moiie_megatron.families.family import ChatFormat
 from moiie_megatron.utils.errors import UserError
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from moiie_megatron.data.records.llava import Turn
+from moiie_megatron.data.records.record import Turn
 
 
 @dataclass(frozen=True)

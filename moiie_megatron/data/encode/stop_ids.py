@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moiie_megatron.data.encode.segments import Template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import Turn
+from moiie_megatron.data.records.record import Turn
 
 GENERATION_FILE = "generation_config.json"
 

@@ -12,7 +12,7 @@ from moiie_megatron.data.encode.marker_templates import MarkerTemplate, PlainTem
 from moiie_megatron.data.encode.segments import Segment, Template
 from moiie_megatron.data.encode.tokenizer_template import TokenizerTemplate
 from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import PLACEHOLDER
+from moiie_megatron.data.records.record import PLACEHOLDER
 from moiie_megatron.families.registry import chat_formats
 from moiie_megatron.utils.errors import UserError
 

@@ -12,7 +12,7 @@ from moiie_megatron.data.encode.chat_jinja import own_template, tokenizer_jinja
 from moiie_megatron.data.encode.marker_templates import bos_text
 from moiie_megatron.data.encode.segments import Segment
 from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
+from moiie_megatron.data.records.record import PLACEHOLDER, Turn
 from moiie_megatron.utils.errors import UserError
 
 # Two rounds, of words that no template writes by itself.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from moiie_megatron.data.records.llava import PLACEHOLDER
+from moiie_megatron.data.records.record import PLACEHOLDER
 from moiie_megatron.data.vocabulary.fast_tokenizer import (
     load_fast_tokenizer,
     load_metadata,

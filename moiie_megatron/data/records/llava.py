@@ -16,10 +16,7 @@ import numpy as np
 
 from moiie_megatron.data.records.index import open_ranges, record_ranges
 from moiie_megatron.data.records.parse import parse_record
-from moiie_megatron.data.records.record import PLACEHOLDER as PLACEHOLDER
-from moiie_megatron.data.records.record import BadRecord as BadRecord
-from moiie_megatron.data.records.record import Record as Record
-from moiie_megatron.data.records.record import Turn as Turn
+from moiie_megatron.data.records.record import BadRecord, Record
 from moiie_megatron.utils.errors import UserError
 
 

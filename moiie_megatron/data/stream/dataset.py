@@ -9,7 +9,8 @@ from itertools import accumulate
 
 from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageLoader
-from moiie_megatron.data.records.llava import BadRecord, RecordFile
+from moiie_megatron.data.records.llava import RecordFile
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.example import Example, notices
 from moiie_megatron.data.stream.order import Blend
 from moiie_megatron.utils.errors import UserError

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from numpy.random import Philox, SeedSequence
 
-from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.example import Example, SkippedSample
 from moiie_megatron.utils.errors import UserError
 

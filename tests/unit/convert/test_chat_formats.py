@@ -19,7 +19,7 @@ from moiie_megatron.convert.upcycle import upcycle_checkpoint
 from moiie_megatron.data.encode.encoder import encode_prompt
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
-from moiie_megatron.data.records.llava import Turn
+from moiie_megatron.data.records.record import Turn
 from tests.helpers.tiny_hf import write_language, write_vision
 from tests.helpers.tiny_tokenizer import CHATML, LLAMA3, PHI3, write_byte_tokenizer
 from tests.helpers.user_errors import user_error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moiie_megatron.data.records.llava import Turn
+from moiie_megatron.data.records.record import Turn
 from moiie_megatron.evaluation.ask import ask, check_images
 from moiie_megatron.evaluation.generate import Generator, Prompt
 from moiie_megatron.evaluation.questions import Question, read_questions

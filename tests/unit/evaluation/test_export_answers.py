@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from moiie_megatron.checkpoint.directory import find_checkpoint
 from moiie_megatron.convert.export import export_checkpoint
-from moiie_megatron.data.records.llava import Turn
+from moiie_megatron.data.records.record import Turn
 from moiie_megatron.evaluation.generate import Generator
 from tests.helpers.launch import ROOT
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moiie_megatron.data.records.llava import Turn
+from moiie_megatron.data.records.record import Turn
 from moiie_megatron.evaluation.questions import Question, read_questions
 from tests.helpers.user_errors import user_error
 

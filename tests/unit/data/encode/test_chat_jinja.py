@@ -14,7 +14,7 @@ from moiie_megatron.data.encode.marker_templates import bos_text
 from moiie_megatron.data.encode.stop_ids import learned_end, stop_ids
 from moiie_megatron.data.encode.templates import Template, load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import Record, Turn
+from moiie_megatron.data.records.record import Record, Turn
 from moiie_megatron.layout.token_types import IMAGE
 from moiie_megatron.utils.errors import UserError
 from tests.unit.data.encode import chat_templates

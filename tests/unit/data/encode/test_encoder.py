@@ -8,7 +8,7 @@ import torch
 from moiie_megatron.data.encode.encoder import Encoded, encode, encode_prompt
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import BadRecord, Record, Turn
+from moiie_megatron.data.records.record import BadRecord, Record, Turn
 
 
 def record(question: str, answer: str, *images: str) -> Record:

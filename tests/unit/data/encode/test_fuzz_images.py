@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from moiie_megatron.data.encode.images import ImageDecoder
-from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.records.record import BadRecord
 from tests.helpers.fuzz import damaged, time_limit
 
 SIDE = 24

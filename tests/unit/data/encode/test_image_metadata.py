@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 from torch import Tensor
 
 from moiie_megatron.data.encode.images import ImageDecoder
-from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.records.record import BadRecord
 
 SIDE = 16
 PIXELS = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from moiie_megatron.data.encode.images import ImageLoader, normalize
-from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.families.registry import vision_family
 from tests.helpers.user_errors import user_error
 

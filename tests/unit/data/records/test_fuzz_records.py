@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moiie_megatron.data.records.llava import Record, RecordFile
+from moiie_megatron.data.records.llava import RecordFile
+from moiie_megatron.data.records.record import Record
 from moiie_megatron.utils.errors import UserError
 from tests.helpers.fuzz import damaged, time_limit
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from moiie_megatron.data.records.llava import BadRecord, RecordFile, Turn, parse_record
+from moiie_megatron.data.records.llava import RecordFile
+from moiie_megatron.data.records.parse import parse_record
+from moiie_megatron.data.records.record import BadRecord, Turn
 from tests.helpers.user_errors import user_error
 
 HUMAN = {"from": "human", "value": "what?"}

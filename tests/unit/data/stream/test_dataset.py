@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from moiie_megatron.data.encode.images import ImageLoader
-from moiie_megatron.data.records.llava import BadRecord, RecordFile
+from moiie_megatron.data.records.llava import RecordFile
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.dataset import LlavaDataset, Source
 from moiie_megatron.data.stream.example import Notice
 from tests.helpers.user_errors import user_error

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.flat_item import flatten
 from moiie_megatron.data.stream.packing import PackingSpec, pack
 from tests.unit.data.stream.streams import assert_same_stream, example, text

@@ -10,7 +10,7 @@ import pytest
 from moiie_megatron.data.encode.encoder import Encoded, encode, encode_prompt
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
-from moiie_megatron.data.records.llava import BadRecord, Record, Turn
+from moiie_megatron.data.records.record import BadRecord, Record, Turn
 from tests.helpers.tokenizer_kinds import KINDS
 from tests.helpers.user_errors import user_error
 
