@@ -190,6 +190,8 @@ def test_impossible_options(llm: Path, vision: Path, tmp_path: Path) -> None:
     _refused(("moe.layers", "[9]", "interleaved"), llm, vision, out, layers=[9])
     _refused(("perturb", "-1.0", "0 or more"), llm, vision, out, perturb=-1.0)
     _refused(("moe.top_k", "4", "3 experts"), llm, vision, out, top_k=4)
+    _refused(("moe.top_k", "1", "2 or more"), llm, vision, out, top_k=1)
+    _refused(("moe.top_k", "0", "above 0"), llm, vision, out, top_k=0)
 
 
 def test_truncated_weights(copied: Path, vision: Path, tmp_path: Path) -> None:
