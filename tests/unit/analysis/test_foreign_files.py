@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 from moiie_megatron.analysis.records import read_metrics
-from moiie_megatron.analysis.report import write_report
 from moiie_megatron.analysis.scores import read_scores
 from moiie_megatron.routing_stats.reading import read_routing
 from tests.helpers.user_errors import user_error
-from tests.unit.analysis.test_report import make_run
 from tests.unit.routing_stats.routing_records import RECORDS
 
 GOOD = b'{"step": 1, "lm_loss": NaN}\n'
@@ -61,11 +59,3 @@ def test_foreign_scores(tmp_path: Path) -> None:
         file.write_text(text)
         with user_error(file, "tools/evaluate.py"):
             read_scores(file)
-
-
-def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    (tmp_path / "file").touch()
-    with user_error(tmp_path / "file"):
-        write_report([run], tmp_path / "file" / "report.html")
-    assert list(tmp_path.glob("*.writing")) == []
