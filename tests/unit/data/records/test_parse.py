@@ -121,6 +121,8 @@ def test_videos_and_sounds(key: str) -> None:
 def test_placeholders_of_videos_and_sounds(placeholder: str) -> None:
     turn = {"from": "human", "value": f"{placeholder}\nWhat?"}
     assert placeholder in refused({"conversations": [turn, GPT]})
+    answer = {"from": "gpt", "value": f"{placeholder} is an element of HTML."}
+    assert parse_record({"conversations": [TEXT, answer]}).turns
 
 
 def test_other_keys_are_noted() -> None:
