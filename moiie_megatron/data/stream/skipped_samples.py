@@ -126,7 +126,7 @@ class SkippedSampleMonitor:
         if (
             not skipped_samples
             or self.num_read < self.minimum
-            or self.num_skipped <= self.max_fraction * self.num_read
+            or self.num_skipped <= self._most()
         ):
             return
         last = skipped_samples[-1]
@@ -136,3 +136,15 @@ class SkippedSampleMonitor:
             f"data.max_skipped_fraction {self.max_fraction:.1%}: repair the data or raise the "
             f"limit; last: {last.file}[{last.index}]: {last.reason}."
         )
+
+    def _most(self) -> float:
+        """Skipped samples that are not too many.
+
+        So many that data of which exactly ``max_fraction`` cannot be used stay below in the order
+        of the run too, which is random: four standard deviations above the mean, and four samples
+        for the beginning of a run, where the distribution is not yet normal.
+        """
+        if self.max_fraction == 0.0:
+            return 0.0
+        mean = self.max_fraction * self.num_read
+        return mean + 4 * math.sqrt(mean * (1 - self.max_fraction)) + 4
