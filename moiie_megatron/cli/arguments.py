@@ -24,5 +24,5 @@ def check_range(
     value = getattr(arguments, name)
     if value is None or (lowest <= value and (highest is None or value <= highest)):
         return
-    wanted = f"{lowest:g} or more" if highest is None else f"{lowest:g} to {highest:g}"
+    wanted = f"{lowest} or more" if highest is None else f"from {lowest} to {highest}"
     raise UserError(f"--{name.replace('_', '-')} is {value}: use {wanted}.")

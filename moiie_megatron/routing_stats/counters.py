@@ -1,4 +1,7 @@
-"""What the routers of the whole model did, summed over its layers' counters and over ranks."""
+"""What the routers of the whole model did, summed over its layers' counters and over ranks.
+
+Shape letters: see ``moe/__init__.py``.
+"""
 
 from __future__ import annotations
 

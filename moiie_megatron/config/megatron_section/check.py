@@ -9,15 +9,16 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from moiie_megatron.config.megatron_section.allowed import ALLOWED, Allowed
 from moiie_megatron.config.megatron_section.fields import classify
 from moiie_megatron.config.messages import advice, describe, divisors, listed, show
-from moiie_megatron.config.schema import RunConfig, Section
+from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.utils.errors import UserError
 
 PAGE = "docs/megatron-section.md"
+_CONFIG = ConfigDict(allow_inf_nan=False)
 
 
 def megatron_fields(config: RunConfig) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def _value(name: str, value: Any) -> Any:
         raise UserError(f"{key} is {show(value)}, but {known.reason}: {known.instead}.")
     if value is None:
         return None
-    adapter: TypeAdapter[Any] = TypeAdapter(known.kind, config=Section.model_config)
+    adapter: TypeAdapter[Any] = TypeAdapter(known.kind, config=_CONFIG)
     try:
         return adapter.validate_python(value)
     except ValidationError as error:

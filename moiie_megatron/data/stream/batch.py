@@ -28,10 +28,10 @@ class Batch:
         num_image_tokens: Positions per image.
         record_ids: One per sample.
         skipped_samples: Samples that were skipped while the batch was read.
-        notices: What was noticed about its samples.
         cu_seqlens: int32 (c + 1,) on the CPU: the boundaries of the segments of a packed row, its
             samples and then its padding (``data/stream/packing.py``; b is 1).  None: every row is
             one sample.
+        notices: What was noticed about its samples.
     """
 
     tokens: Tensor
@@ -42,8 +42,8 @@ class Batch:
     num_image_tokens: int
     record_ids: tuple[str, ...]
     skipped_samples: tuple[SkippedSample, ...] = ()
-    notices: tuple[Notice, ...] = ()
     cu_seqlens: Tensor | None = None
+    notices: tuple[Notice, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokens.device.type != "cpu":

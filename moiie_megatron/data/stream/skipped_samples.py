@@ -123,11 +123,7 @@ class SkippedSampleMonitor:
         """
         self.num_skipped += len(skipped_samples)
         self.num_read += num_used + len(skipped_samples)
-        if (
-            not skipped_samples
-            or self.num_read < self.minimum
-            or self.num_skipped <= self._most()
-        ):
+        if not skipped_samples or self.num_read < self.minimum or self.num_skipped <= self._most():
             return
         last = skipped_samples[-1]
         raise UserError(

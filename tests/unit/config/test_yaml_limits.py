@@ -81,7 +81,6 @@ def test_an_alias_may_be_used(tmp_path: Path) -> None:
         ("train.epochs=1e30", ("train.epochs", "1e+06")),
         ("language.num_layers=2147483647", ("language.num_layers", "10000")),
         ("moe.num_shared_experts=100000", ("moe.num_shared_experts", "256")),
-        ("megatron.hidden_dropout='0.1'", ("megatron.hidden_dropout", "without quotes")),
         ("megatron.init_method_std=.inf", ("megatron.init_method_std", "inf")),
         ("megatron.recompute_granularity=full", ("recompute_method", "recompute_num_layers")),
         (
