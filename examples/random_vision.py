@@ -11,6 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from moiie_megatron.cli.program import run_program
+from moiie_megatron.utils.directories import new_directory
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -35,11 +38,10 @@ def main() -> None:
         patch_size=7,
         vision_use_head=False,  # only patch features are used
     )
-    beside = options.out.with_name(options.out.name + ".writing")
-    SiglipVisionModel(config).save_pretrained(beside)
-    beside.rename(options.out)
+    with new_directory(options.out, num_bytes=1 << 20, force=True, marker="config.json") as beside:
+        SiglipVisionModel(config).save_pretrained(beside)
     print(f"{options.out} holds a SigLIP with random weights.")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

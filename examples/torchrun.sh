@@ -22,7 +22,8 @@
 # OMP_NUM_THREADS  threads of every process; default 8 where there are GPUs, else 1
 # PYTHON           default: .venv/bin/python if it exists, else python
 #
-# On SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 0.
+# On SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 0; on Ctrl-C it saves, too,
+# and the code is 130, which ends scripts.  A second Ctrl-C ends at once, unsaved.
 
 set -euo pipefail
 
@@ -64,8 +65,10 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Signals go to the workers and not to torchrun, which would kill them 30 s after SIGTERM, end with
 # code 1, and die of SIGUSR1: it ignores that one from the start, as what it starts inherits.
 trap '' USR1
+set -m # a process group of its own, so that a Ctrl-C in the terminal does not reach torchrun
 "$PYTHON" -m torch.distributed.run "${options[@]}" "$@" &
 agent=$!
+set +m
 
 # shellcheck disable=SC2317,SC2329 # called by stop
 workers_of() { # their process ids in one line
@@ -73,6 +76,7 @@ workers_of() { # their process ids in one line
 }
 
 is_stopping=false
+is_interrupted=false
 # shellcheck disable=SC2317,SC2329 # called by trap
 stop() {
     local workers=()
@@ -81,6 +85,7 @@ stop() {
     if [[ -z $(workers_of "$agent") ]]; then # nothing has begun, so there is nothing to save
         kill -TERM "$agent" 2>/dev/null || true
         wait "$agent" 2>/dev/null || true
+        $is_interrupted && exit 130
         exit 0
     fi
     # Again and again: a worker that is still importing does not listen yet.
@@ -92,20 +97,23 @@ stop() {
 }
 trap stop TERM USR1
 # shellcheck disable=SC2317,SC2329 # called by trap
-interrupt() { # ends at once, unsaved; torchrun listens to SIGINT only when it has workers
-    is_stopping=true
-    if [[ -z $(workers_of "$agent") ]]; then
-        kill -TERM "$agent" 2>/dev/null || true
-    else
-        kill -INT "$agent" 2>/dev/null || true
-    fi
+interrupt() {
+    is_interrupted=true
+    # The workers die with it.
+    trap 'kill -KILL "$agent" 2>/dev/null || true; exit 130' INT
+    echo "Saving after this step; a second Ctrl-C ends at once, unsaved." >&2
+    stop
 }
 trap interrupt INT
+trap 'kill -KILL "$agent" 2>/dev/null || true; exit 129' HUP
 
 status=0
 wait "$agent" || status=$?
 if $is_stopping; then # the signal has ended that wait
     status=0
     wait "$agent" || status=$?
+fi
+if $is_interrupted && ((status == 0)); then
+    status=130
 fi
 exit "$status"

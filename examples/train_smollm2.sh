@@ -52,6 +52,11 @@ echo "$question"
 from moiie_megatron.data.digits.dataset import write_digits
 write_digits(sys.argv[1], train=1000, test=20)' "$OUTPUT/data"
 
+# bf16 on a CPU that has instructions for it; others take minutes for a step.
+precision=$("$PYTHON" -c 'from moiie_megatron.utils.cpu_features import fast_precision
+print(fast_precision())')
+echo "Training in $precision, which is the faster precision on this CPU."
+
 # The converted checkpoint describes a run that starts from it; what is particular comes here.
 overrides=(
     "output=$OUTPUT/stage2"
@@ -61,7 +66,7 @@ overrides=(
     # Parts that start fresh learn faster than what is pretrained.
     "stage.learning_rates={vision: 1.0e-3, connector: 1.0e-3, language: 1.0e-4, moe: 1.0e-4}"
     train.epochs=null "train.steps=$STEPS" train.global_batch_size=8 train.micro_batch_size=2
-    train.precision=bf16 train.device=cpu
+    "train.precision=$precision" train.device=cpu
     "parallel.expert=$NPROC"
     checkpoint.interval=1000 checkpoint.keep=1
 )

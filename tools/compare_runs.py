@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import os
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,12 +22,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moiie_megatron.cli.arguments import check_range
 from moiie_megatron.cli.launch import exit_code
 from moiie_megatron.cli.overrides import parse_with_overrides
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.dist_env import connect_store, dist_env_from
+from moiie_megatron.mcore.process_lifetime import start_child, stop_launcher
 from moiie_megatron.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -130,6 +133,8 @@ def layouts(processes: int, own_variant: str) -> Iterator[Layout]:
 
 def compare_layouts(arguments: argparse.Namespace) -> int:
     """Run all layouts, one torchrun per number of processes; return the exit code."""
+    check_range(arguments, "processes", 1)
+    check_range(arguments, "tolerance", 0)
     own_variant = load_config(arguments.config, arguments.overrides).moe.variant
     table = [
         layout
@@ -154,14 +159,17 @@ def compare_layouts(arguments: argparse.Namespace) -> int:
                     }
                 )
             )
-            subprocess.run(
+            launcher = start_child(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
                     "--local-addr=localhost",  # the host name of a container may not resolve
                     *("--nproc-per-node", str(processes), __file__, "worker", str(job)),
-                ],
-                check=False,
+                ]
             )
+            try:
+                launcher.wait()
+            finally:
+                stop_launcher(launcher, signal.SIGKILL, seconds=5)  # after an interruption
             done = verdicts.read_text().splitlines() if verdicts.exists() else []
             # If the launch died, some of its layouts have no verdict.
             failed += len(ours) - done.count("PASS")
@@ -270,6 +278,9 @@ def take_step(
 
 def compare_losses(arguments: argparse.Namespace) -> int:
     """Compare the losses of two runs; return the exit code."""
+    from moiie_megatron.analysis.records import read_metrics
+
+    check_range(arguments, "tolerance", 0)
     runs = []
     for name in (arguments.a, arguments.b):
         path = Path(name)
@@ -278,7 +289,7 @@ def compare_losses(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"{path} does not exist: name two output directories or metrics.jsonl files."
             )
-        runs.append({line["step"]: line for line in map(json.loads, path.open())})
+        runs.append({line["step"]: line for line in read_metrics(path, ["lm_loss"])})
     first, second = runs
     common = sorted(first.keys() & second.keys())
     print(f"{len(common)} common steps of {len(first)} and {len(second)}")
@@ -334,4 +345,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -13,20 +13,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from pathlib import Path
 from typing import Any
 
+from moiie_megatron.cli.arguments import check_range
 from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.cli.progress_bar import progress_bar
 from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.utils.errors import UserError
+
+MAX_DEGREE = 1 << 20
 
 
 def add_upcycle(commands: Any) -> None:
     parser = commands.add_parser("upcycle", help="dense language model + vision encoder -> MoIIE")
     parser.add_argument("--llm", required=True, metavar="DIR", help="Hugging Face language model")
     parser.add_argument("--vision", required=True, metavar="DIR", help="vision encoder")
-    parser.add_argument("--connector", metavar="FILE", help="safetensors; default: a fresh one")
+    parser.add_argument("--connector", metavar="FILE", help="safetensors, .bin; default: fresh")
     parser.add_argument("--out", required=True, metavar="CKPT")
     parser.add_argument(
         "--variant", choices=("dense", "vanilla", "modality", "moiie"), default="moiie"
@@ -43,6 +47,7 @@ def add_upcycle(commands: Any) -> None:
 def upcycle(arguments: argparse.Namespace) -> None:
     from moiie_megatron.checkpoint.directory import CONFIG_FILE
     from moiie_megatron.config.load import load_saved_config
+    from moiie_megatron.convert.hf.config import is_untied_by_weights, untied_note
     from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 
     options = UpcycleOptions(
@@ -53,6 +58,7 @@ def upcycle(arguments: argparse.Namespace) -> None:
         perturb=arguments.perturb,
         seed=arguments.seed,
     )
+    notes: list[str] = []
     with progress_bar("upcycling") as progress:
         out = upcycle_checkpoint(
             arguments.llm,
@@ -62,9 +68,14 @@ def upcycle(arguments: argparse.Namespace) -> None:
             connector=arguments.connector,
             force=arguments.force,
             progress=progress,
+            note=notes.append,
         )
-    print(f"{out}: see conversion_report.json there; train with checkpoint.init_from={out}")
-    if load_saved_config(out / CONFIG_FILE).stage.template == "plain":
+    started = f"{out}: see conversion_report.json there; train with checkpoint.init_from={out}"
+    print(started, *notes, sep="\n")
+    config = load_saved_config(out / CONFIG_FILE)
+    if is_untied_by_weights(config.language, arguments.llm):
+        print(f"{untied_note(arguments.llm)}.")
+    if config.stage.template == "plain":
         print(
             "The tokenizer has no chat template, so stage.template is plain, which learns the last "
             "answer without its question: set stage.template for conversations."
@@ -82,11 +93,21 @@ def add_export(commands: Any) -> None:
 def export(arguments: argparse.Namespace) -> None:
     from moiie_megatron.convert.export import export_checkpoint
 
+    notes: list[str] = []
     with progress_bar("exporting") as progress:
         out = export_checkpoint(
-            arguments.ckpt, arguments.out, force=arguments.force, progress=progress
+            arguments.ckpt,
+            arguments.out,
+            force=arguments.force,
+            progress=progress,
+            note=notes.append,
         )
-    print(f"{out}: AutoModelForImageTextToText.from_pretrained({str(out)!r}, ...) loads it")
+    print_exported(out, notes)
+
+
+def print_exported(out: Path, notes: list[str]) -> None:
+    loads = f"AutoModelForImageTextToText.from_pretrained({str(out)!r}, ...) loads it"
+    print(f"{out}: {loads}", *notes, sep="\n")
 
 
 def add_import(commands: Any) -> None:
@@ -143,6 +164,7 @@ def add_extract(commands: Any) -> None:
 def extract(arguments: argparse.Namespace) -> None:
     from moiie_megatron.convert.extract import extract_expert
 
+    notes: list[str] = []
     with progress_bar("extracting") as progress:
         out = extract_expert(
             arguments.ckpt,
@@ -150,8 +172,9 @@ def extract(arguments: argparse.Namespace) -> None:
             arguments.out,
             force=arguments.force,
             progress=progress,
+            note=notes.append,
         )
-    print(f"{out}: AutoModelForImageTextToText.from_pretrained({str(out)!r}, ...) loads it")
+    print_exported(out, notes)
 
 
 def add_verify(commands: Any) -> None:
@@ -173,9 +196,7 @@ def add_verify(commands: Any) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> None:
-    tolerance = arguments.tolerance
-    if not tolerance >= 0:
-        raise UserError(f"--tolerance is {tolerance}: use 0 or more.")
+    check_range(arguments, "tolerance", 0)
     from moiie_megatron.convert.open_model import open_weights
     from moiie_megatron.convert.verify import compare_tensors
 
@@ -190,8 +211,8 @@ def verify(arguments: argparse.Namespace) -> None:
 
         differences, left_out = compare_logits(a, b)
         print(*(d.line() for d in differences), *left_out, sep="\n")
-        within = all(d.maximum <= tolerance for d in differences)
-        parts.append(f"logits {'within' if within else 'beyond'} {tolerance:g}")
+        within = all(d.maximum <= arguments.tolerance for d in differences)
+        parts.append(f"logits {'within' if within else 'beyond'} {arguments.tolerance:g}")
         same &= within
     parts[0] = "tensors equal" if tensors.is_equal else f"{len(tensors.mismatches)} tensors differ"
     print(f"{'SAME' if same else 'DIFFERENT'}: {', '.join(parts)}", flush=True)
@@ -211,11 +232,11 @@ def add_reshard(commands: Any) -> None:
         f"optimizer state and all else in it. {note}",
     )
     parser.add_argument("ckpt", help="checkpoint, or output folder of a run")
-    parser.add_argument("--tp", type=_degree, default=1, metavar="N", help="tensor parallelism")
-    parser.add_argument("--pp", type=_degree, default=1, metavar="N", help="pipeline stages")
-    parser.add_argument("--ep", type=_degree, default=1, metavar="N", help="expert parallelism")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallelism")
+    parser.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages")
+    parser.add_argument("--ep", type=int, default=1, metavar="N", help="expert parallelism")
     parser.add_argument(
-        "--etp", type=_degree, default=1, metavar="N", help="tensor parallelism of the experts"
+        "--etp", type=int, default=1, metavar="N", help="tensor parallelism of the experts"
     )
     parser.add_argument("--out", required=True, metavar="CKPT2")
     parser.add_argument("--force", action="store_true", help="replace an earlier checkpoint")
@@ -226,6 +247,8 @@ def reshard(arguments: argparse.Namespace) -> None:
     from moiie_megatron.config.schema import ParallelConfig
     from moiie_megatron.convert.reshard import reshard_checkpoint
 
+    for name in ("tp", "pp", "ep", "etp"):
+        check_range(arguments, name, 1, MAX_DEGREE)
     parallel = ParallelConfig(
         tensor=arguments.tp,
         pipeline=arguments.pp,
@@ -268,12 +291,6 @@ def _experts(text: str | None) -> tuple[int, int, int] | None:
     return vision, shared, number_of_text
 
 
-def _degree(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no degree of parallelism: use 1 or more")
-    return int(text)
-
-
 def _layers(text: str) -> str | list[int]:
     if text in ("interleaved", "all"):
         return text
@@ -304,4 +321,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moiie_megatron.utils.errors import UserError
+from moiie_megatron.cli.program import run_program
+from moiie_megatron.mcore.process_lifetime import start_child, stop_launcher
 from moiie_megatron.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +30,7 @@ STAGES = ("dense", "stage1", "stage2")
 PROCESSES = 2
 TRAIN_IMAGES, TEST_IMAGES = 6000, 100
 REPORT_EVERY = 25  # steps
+SAVE_SECONDS = 60
 PLOTS = ("losses.png", "pathways.png", "groups.png", "load_map.png")
 
 
@@ -73,12 +76,7 @@ def main() -> int:
         help="a few steps of each stage: tests that it runs, not that it learns",
     )
     arguments = parser.parse_args()
-    plan = Plan(Path(arguments.out).absolute(), arguments.quick)
-    try:
-        return run(plan)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run(Plan(Path(arguments.out).absolute(), arguments.quick))
 
 
 def run(plan: Plan) -> int:
@@ -135,12 +133,17 @@ def evaluate(plan: Plan) -> int:
 def follow(command: Sequence[str], threads: int) -> int:
     """Run a program and print its output, with every 25th of its step lines."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
+    process = start_child(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    try:
         for line in process.stdout:
             step = re.match(r"step (\d+)/(\d+) ", line)
             if step is None or step[1] in ("1", step[2]) or int(step[1]) % REPORT_EVERY == 0:
                 print(line, end="", flush=True)
+        process.wait()
+    except BaseException:
+        stop_launcher(process, signal.SIGTERM, SAVE_SECONDS)  # training saves
+        raise
     if process.returncode:
         print(f"error: {' '.join(command[:7])} ... failed.", file=sys.stderr, flush=True)
     return process.returncode
@@ -207,4 +210,4 @@ def heading(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
+from moiie_megatron.cli.arguments import check_range
 from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.run import run_distributed
@@ -33,15 +34,14 @@ def main() -> int:
 
     # Imported here because torch and Megatron take seconds: --help answers at once.
     from moiie_megatron.checkpoint.directory import find_checkpoint
-    from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
+    from moiie_megatron.data.records.record import PLACEHOLDER, Turn
     from moiie_megatron.evaluation.generate import Generator, checkpoint_config
     from moiie_megatron.mcore.parallel import ParallelContext
 
     dist_env = dist_env_from(os.environ)
 
     def task() -> None:
-        if arguments.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}: use 1 or more.")
+        check_range(arguments, "max_new_tokens", 1)
         for image in arguments.image:
             if not Path(image).is_file():
                 raise UserError(f"--image is {image}, which does not exist: name an image file.")
@@ -67,4 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
+from moiie_megatron.cli.arguments import check_range
 from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.dist_env import DistEnv, dist_env_from
 from moiie_megatron.mcore.run import run_distributed
@@ -58,8 +59,7 @@ def main() -> int:
         if not target.exists():
             raise UserError(f"{target} does not exist: name a run or a checkpoint.")
         for name in ("last", "samples"):
-            if getattr(arguments, name) < 1:
-                raise UserError(f"--{name} is {getattr(arguments, name)}: use 1 or more.")
+            check_range(arguments, name, 1)
         if (arguments.records is None) != (arguments.images is None):
             raise UserError("--records and --images are used together: give both or neither.")
         if measures and arguments.out is None:
@@ -137,4 +137,4 @@ def measure(arguments: argparse.Namespace, dist_env: DistEnv, out: Path) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -3,7 +3,8 @@
 ``prepare_data.py validate CONFIG`` reads every record and image of a run's sources as training
 would: it counts and measures the samples, names those that training would skip, and says what
 packing would gain (``--skip-images``: without opening image files).  ``--records`` and ``--images``
-take the place of a run's configuration.  ``prepare_data.py jsonl FILE.json`` converts a JSON array
+take the place of a run's configuration.  ``prepare_data.py clean`` reads them in the same way and
+writes the records that can be used.  ``prepare_data.py jsonl FILE.json`` converts a JSON array
 to JSON lines.  ``prepare_data.py webdataset --records FILE --images DIR --out DIR`` writes tar
 shards.
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from moiie_megatron.cli.launch import exit_code
 from moiie_megatron.cli.overrides import parse_with_overrides
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.cli.progress_bar import progress_bar
 from moiie_megatron.config.families import template_names
 from moiie_megatron.config.messages import listed
@@ -46,7 +48,12 @@ def add_validate(commands: Any) -> None:
 
 def validate(arguments: argparse.Namespace) -> None:
     from moiie_megatron.data.audit.audit import audit
-    from moiie_megatron.data.audit.report import packing_lines, summarize
+    from moiie_megatron.data.audit.report import (
+        marker_lines,
+        note_lines,
+        packing_lines,
+        summarize,
+    )
 
     sources, encoding, max_skipped_fraction = _sources(arguments)
     summaries: list[dict[str, Any]] = []
@@ -64,12 +71,59 @@ def validate(arguments: argparse.Namespace) -> None:
         skipped_samples += found.skipped_samples
     samples = sum(len(source.records) for source in sources)
     _print_table(summaries)
-    for line in packing_lines(summaries):
+    for line in [
+        *note_lines(summaries),
+        *marker_lines(summaries),
+        *packing_lines(summaries),
+    ]:
         print(line)
     if arguments.json:
         report = {"samples": samples, "skipped": len(skipped_samples), "sources": summaries}
         _write_json(Path(arguments.json), report)
     _report_skipped(skipped_samples, samples, max_skipped_fraction)
+
+
+def add_clean(commands: Any) -> None:
+    parser = commands.add_parser("clean", help="write the records that can be used")
+    _add_source_options(parser)
+    parser.add_argument("--skip-images", action="store_true", help="do not open image files")
+    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="a new file")
+    parser.set_defaults(task=clean, max_skipped_fraction=1.0)
+
+
+def clean(arguments: argparse.Namespace) -> None:
+    from moiie_megatron.data.audit.audit import audit
+    from moiie_megatron.data.records.convert import check_new_lines, write_lines
+
+    out = Path(arguments.out)
+    check_new_lines(out)
+    sources, encoding, _ = _sources(arguments)
+    if len(sources) != 1:
+        raise UserError(
+            f"data.sources has {len(sources)} sources: clean them one by one, with --records and "
+            "--images."
+        )
+    (source,) = sources
+    with progress_bar(f"reading {source.label}", unit="records") as progress:
+        found = audit(
+            source,
+            encoding,
+            decode_images=not arguments.skip_images,
+            workers=arguments.workers,
+            progress=progress,
+        )
+    skipped = {sample.index for sample in found.skipped_samples}
+    kept = [i for i in range(len(source.records)) if i not in skipped]
+    if not kept:
+        first = found.skipped_samples[0].reason
+        raise UserError(
+            f"None of the {len(source.records):,} records of {source.records.path} can be used: "
+            f"repair them; the first: {first}."
+        )
+    with progress_bar(f"writing {out.name}", unit="records") as progress:
+        write_lines(source.records, kept, out, progress)
+    _report_skipped(found.skipped_samples, len(source.records), 1.0)
+    print(f"{out}: {len(kept):,} of {len(source.records):,} records")
 
 
 def add_jsonl(commands: Any) -> None:
@@ -94,6 +148,7 @@ def add_webdataset(commands: Any) -> None:
     parser.add_argument("--records", required=True, metavar="FILE")
     parser.add_argument("--images", required=True, metavar="DIR")
     parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--allow-outside-images", action="store_true")
     parser.add_argument("--samples-per-shard", type=_positive, default=10_000, metavar="N")
     parser.add_argument("--force", action="store_true", help="replace earlier shards")
     _add_limit(parser)
@@ -105,7 +160,7 @@ def webdataset(arguments: argparse.Namespace) -> None:
     from moiie_megatron.data.records.webdataset import write_shards
     from moiie_megatron.utils.directories import new_directory
 
-    source = _plain_source(arguments.records, arguments.images, "square")
+    source = _plain_source(arguments, "square")
     final = Path(arguments.out)
     limit = 0.01 if arguments.max_skipped_fraction is None else arguments.max_skipped_fraction
     size = source.records.path.stat().st_size
@@ -145,6 +200,11 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     direct.add_argument("--image-mode", choices=("square", "pad"), default="square")
     direct.add_argument("--sequence-length", type=_positive, default=4096, metavar="N")
+    direct.add_argument(
+        "--allow-outside-images",
+        action="store_true",
+        help="as data.allow_outside_images=true: follow links out of the directory",
+    )
     parser.add_argument(
         "--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes"
     )
@@ -183,7 +243,7 @@ def _sources(arguments: argparse.Namespace) -> tuple[list[Source], Encoding | No
         return build_sources(config), build_encoding(config), limit
     if not arguments.records or not arguments.images:
         raise UserError("Give the configuration of a run, or both --records and --images.")
-    source = _plain_source(arguments.records, arguments.images, arguments.image_mode)
+    source = _plain_source(arguments, arguments.image_mode)
     limit = 0.01 if limit is None else limit
     if arguments.tokenizer is None:
         return [source], None, limit
@@ -197,14 +257,15 @@ def _sources(arguments: argparse.Namespace) -> tuple[list[Source], Encoding | No
     return [source], encoding, limit
 
 
-def _plain_source(records: str, images: str, mode: Any) -> Source:
+def _plain_source(arguments: argparse.Namespace, mode: Any) -> Source:
     from moiie_megatron.data.encode.images import ImageLoader
     from moiie_megatron.data.records.llava import RecordFile
     from moiie_megatron.data.stream.dataset import Source
 
     # Images are decoded only to find unusable ones: the size of the result does not matter.
-    loader = ImageLoader(images, 32, mode, mean=(0.5, 0.5, 0.5))
-    return Source(RecordFile(records), loader)
+    outside = arguments.allow_outside_images
+    loader = ImageLoader(arguments.images, 32, mode, mean=(0.5, 0.5, 0.5), allow_outside=outside)
+    return Source(RecordFile(arguments.records), loader)
 
 
 def _print_table(summaries: Sequence[dict[str, Any]]) -> None:
@@ -265,11 +326,11 @@ def _fraction(text: str) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
-    for add in (add_validate, add_jsonl, add_webdataset):
+    for add in (add_validate, add_clean, add_jsonl, add_webdataset):
         add(commands)
     arguments = parse_with_overrides(parser)
     return exit_code(lambda: arguments.task(arguments), DistEnv())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

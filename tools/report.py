@@ -7,10 +7,10 @@ output directories; no model is loaded.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.mcore.dist_env import DistEnv
 
 
@@ -44,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

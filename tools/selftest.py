@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import sys
 from pathlib import Path
 
 from moiie_megatron.cli.launch import exit_code, leave
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.mcore.dist_env import dist_env_from
 
 
@@ -33,8 +32,6 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     dist_env = dist_env_from(os.environ)
-    # What torchrun sends when another rank has died; temporary files are removed then, too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     codes: list[int] = []
 
     def task() -> None:
@@ -62,4 +59,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

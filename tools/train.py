@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+import signal
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from moiie_megatron.cli.launch import check_runs, exit_code
+from moiie_megatron.cli.program import run_program
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.run import run_sequentially
 from moiie_megatron.planning.parameters import count_parameters, format_parameters
 from moiie_megatron.training.stop import StopRequest
+from moiie_megatron.utils.signals import SignalWatch
 
 UNFINISHED = 3  # exit code of --is-done; 1 is an error, 2 an error in the arguments
 
 
-def main() -> int:
+def main(signals: SignalWatch | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="YAML file of the first run")
     parser.add_argument(
@@ -35,7 +38,8 @@ def main() -> int:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the configuration and print parameter counts, without allocating anything",
+        help="check the configuration, tokenizer and template and print parameter counts, without "
+        "allocating anything",
     )
     parser.add_argument(
         "--is-done",
@@ -45,8 +49,6 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     dist_env = dist_env_from(os.environ)
     stop = StopRequest()
-    if not (arguments.dry_run or arguments.is_done):
-        stop.listen()
     unfinished = False
 
     def task() -> None:
@@ -56,6 +58,7 @@ def main() -> int:
         ]
         if arguments.dry_run:
             for config in configs if dist_env.rank == 0 else ():
+                check_tokenizer(config)
                 print(format_parameters(count_parameters(config)))
             return
         if arguments.is_done:
@@ -66,9 +69,24 @@ def main() -> int:
         # Importing Megatron takes seconds: errors of the configuration come first.
         from moiie_megatron.training.loop import train
 
+        stop.listen(signals)
         run_sequentially(configs, dist_env, partial(train, stop=stop), lambda: stop.reason is None)
 
     return exit_code(task, dist_env) or (UNFINISHED if unfinished else 0)
+
+
+def check_tokenizer(config: RunConfig) -> None:
+    """Read the tokenizer and try the template, where the tokenizer is on this machine.
+
+    Raises:
+        UserError: The tokenizer cannot be read, or the template does not fit it.
+    """
+    if Path(config.data.tokenizer).exists():
+        from moiie_megatron.data.encode.templates import load_template
+        from moiie_megatron.data.encode.tokenizers import load_tokenizer
+
+        tokenizer = load_tokenizer(config.data.tokenizer, config.data.image_token)
+        load_template(config.stage.template, tokenizer)
 
 
 def report_progress(configs: Sequence[RunConfig]) -> bool:
@@ -93,4 +111,5 @@ def split_runs(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signals = SignalWatch(more=[signal.SIGUSR1])
+    run_program(partial(main, signals), signals)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
+from moiie_megatron.analysis.scores import Outcome, read_scores
 from moiie_megatron.data.encode.images import ImageLoader
-from moiie_megatron.data.records.llava import PLACEHOLDER, BadRecord
+from moiie_megatron.data.records.record import PLACEHOLDER, BadRecord
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.text import same_answer
 
@@ -70,47 +69,34 @@ def read_answers(path: str | Path) -> Answers:
     Raises:
         UserError: The file cannot be read, or that tool did not write it.
     """
-    try:
-        scores = json.loads(Path(path).read_text(encoding="utf-8"))
-        kinds = tuple(
-            (kind, part["questions"], part["accuracy"], part["blanked_accuracy"])
-            for kind, part in scores["by_kind"].items()
-        )
-        outcomes, root = scores["outcomes"], scores.get("images", "")
-        shown = tuple(_answer(outcome, root) for outcome in _sample(outcomes, _SHOWN))
-        return Answers(
-            scores["questions"], scores["accuracy"], scores["blanked_accuracy"], kinds, shown
-        )
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"The scores {path} cannot be read ({error}): run tools/evaluate.py --out {path}."
-        ) from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} holds no scores ({error!r}): name a file that tools/evaluate.py --out wrote."
-        ) from error
+    scores = read_scores(path)
+    kinds = tuple(
+        (kind, part.questions, part.accuracy, part.blanked_accuracy)
+        for kind, part in scores.by_kind.items()
+    )
+    shown = tuple(_answer(outcome, scores.images) for outcome in _sample(scores.outcomes, _SHOWN))
+    return Answers(scores.questions, scores.accuracy, scores.blanked_accuracy, kinds, shown)
 
 
-def _sample(outcomes: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+def _sample(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
     """``count`` outcomes at equal distances: files are often sorted by kind."""
     count = min(count, len(outcomes))
     return [outcomes[number * len(outcomes) // count] for number in range(count)]
 
 
-def _answer(outcome: Mapping[str, Any], root: str) -> Answer:
+def _answer(outcome: Outcome, root: str) -> Answer:
     images, missing = [], ""
-    for path in outcome.get("images", ()):
+    for path in outcome.images:
         try:
             images.append(_thumbnail(root, path))
         except UserError as error:
             missing = error.reason if isinstance(error, BadRecord) else str(error)
-    expected, answer = outcome["expected"], outcome["answer"]
     return Answer(
-        question=outcome.get("question", "").replace(PLACEHOLDER, "").strip(),
-        expected=expected,
-        answer=answer,
-        blanked_answer=outcome["blanked_answer"],
-        is_correct=same_answer(answer, expected),
+        question=outcome.question.replace(PLACEHOLDER, "").strip(),
+        expected=outcome.expected,
+        answer=outcome.answer,
+        blanked_answer=outcome.blanked_answer,
+        is_correct=same_answer(outcome.answer, outcome.expected),
         images=tuple(images),
         missing=missing,
     )

@@ -76,10 +76,14 @@ def group_legend(figure: Figure, groups: Sequence[str]) -> None:
 
 
 def save_png(figure: Figure, out: str | Path) -> Path:
-    """Write the figure, in a directory that is created if needed."""
+    """Write the figure, in a directory that is created if needed.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
+        file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, format="png", dpi=DPI)
     return out
 

@@ -31,6 +31,7 @@ from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.files import atomic_write
 from moiie_megatron.utils.jsonl import Records, read_records
 
+_SHOWN = ("lm_loss", "seconds", "tokens_per_second")  # of every step
 _ROWS = 100  # of a table of problems; further rows are only counted
 _AVERAGED_STEPS = 50  # of the routing figures
 _FINAL_STEPS = 20  # whose median is called the final loss
@@ -61,7 +62,8 @@ def write_report(
         ``out``.
 
     Raises:
-        UserError: A directory is not that of a run, or one of its files cannot be read.
+        UserError: A directory is not that of a run, one of its files cannot be read, or the report
+            cannot be written.
     """
     directories = [Path(run) for run in runs]
     if not directories:
@@ -73,8 +75,8 @@ def write_report(
     answers = None if scores is None else read_answers(scores)
     page = _render(stages, answers)
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(page, encoding="utf-8")
     return out
 
@@ -111,7 +113,7 @@ def _stage(name: str, directory: Path) -> dict[str, Any]:
             f"{directory} is not the output directory of a run (it has no config.yaml): name one."
         )
     config = load_saved_config(directory / "config.yaml")
-    metrics = read_metrics(directory / "metrics.jsonl")
+    metrics = read_metrics(directory / "metrics.jsonl", _SHOWN)
     routing = directory / "routing.jsonl"
     has_routing = routing.exists() and routing.stat().st_size > 0
     written = datetime.fromtimestamp((directory / "metrics.jsonl").stat().st_mtime, UTC)
@@ -123,7 +125,7 @@ def _stage(name: str, directory: Path) -> dict[str, Any]:
         "figures": _figures(metrics),
         "written": written.strftime("%Y-%m-%d %H:%M UTC"),
         "metrics": metrics,
-        "routing": read_routing(routing) if has_routing else [],
+        "routing": read_routing(routing, of_training=True) if has_routing else [],
         "problems": _problems(directory),
         "skipped_samples": metrics[-1].get("skipped_samples", 0),
         "checkpoints": _checkpoints(directory),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from matplotlib.ticker import (
 from moiie_megatron.analysis.curves import running_median
 from moiie_megatron.analysis.figure import COLOURS, INK, save_png, tidy
 from moiie_megatron.analysis.records import read_metrics
+from moiie_megatron.analysis.scores import read_scores
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.planning.parameters import count_parameters
 from moiie_megatron.utils.errors import UserError
@@ -76,20 +76,15 @@ def read_run(output: str | Path) -> VariantRun:
     """
     output = Path(output)
     config = load_saved_config(output / "config.yaml")
-    try:
-        scores = json.loads((output / SCORES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"The scores {output / SCORES_FILE} cannot be read ({error}): evaluate the run first."
-        ) from None
+    scores = read_scores(output / SCORES_FILE)
     count = count_parameters(config)
     return VariantRun(
         variant=config.moe.variant,
         seed=config.train.seed,
-        records=read_metrics(output / "metrics.jsonl"),
-        questions=scores["questions"],
-        accuracy=scores["accuracy"],
-        blanked_accuracy=scores["blanked_accuracy"],
+        records=read_metrics(output / "metrics.jsonl", ("lm_loss", "tokens", "tokens_per_second")),
+        questions=scores.questions,
+        accuracy=scores.accuracy,
+        blanked_accuracy=scores.blanked_accuracy,
         activated=count.activated,
         total=count.total,
     )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from moiie_megatron.data.encode.stop_ids import GENERATION_FILE
+from moiie_megatron.data.vocabulary.tokenizer_files import tokenizer_files
 from moiie_megatron.utils.errors import UserError
 
 FORMAT_VERSION = 2  # 1 described the run in sentences (older_progress.py)
@@ -13,14 +18,6 @@ CONFIG_FILE = "run.yaml"
 REPORT_FILE = "conversion_report.json"
 EARLIER_REPORT_FILE = "receipt.json"  # what it was called in version 0.1.0
 LATEST_FILE = "latest"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 PROCESSOR_FILES = ("preprocessor_config.json",)
 
 
@@ -75,12 +72,30 @@ def find_checkpoint(path: str | Path) -> Path:
 def copy_tokenizer(source: Path, directory: Path) -> None:
     """Copy a tokenizer, and a processor if one lies beside it, into a directory.
 
+    The copy is read as the source is (``data/vocabulary/tokenizer_files.py``).  The ids at which a
+    model stops come along: out of its ``config.json`` where it has no ``generation_config.json``,
+    as in transformers.
+
     Args:
-        source: A directory or a single file.
+        source: A directory or a single file; a directory may have no tokenizer.
     """
-    if source.is_file():
-        shutil.copy(source, directory / source.name)
-        return
-    for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
-        if (source / name).exists():
-            shutil.copy(source / name, directory / name)
+    files: dict[str, Path] = {}
+    with suppress(UserError):
+        files = tokenizer_files(source).copies()
+    if source.is_dir():
+        files |= {name: source / name for name in PROCESSOR_FILES if (source / name).exists()}
+    for name, file in files.items():
+        shutil.copy(file, directory / name)
+    if source.is_dir() and GENERATION_FILE not in files:
+        ends = _model_ends(source / "config.json")
+        if ends is not None:
+            (directory / GENERATION_FILE).write_text(json.dumps({"eos_token_id": ends}) + "\n")
+
+
+def _model_ends(file: Path) -> Any:
+    """``eos_token_id`` of a model's configuration, if there is one that can be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content.get("eos_token_id") if isinstance(content, dict) else None

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moiie_megatron.checkpoint.save_load import load_common, read_sharded, sharding_metadata
-from moiie_megatron.families.weight_map import CONNECTOR, EXPERTS, ROUTER, dense_name
+from moiie_megatron.checkpoint.stored_state import read_stored_tensors
+from moiie_megatron.checkpoint.verify_files import verify_files
+from moiie_megatron.families.weight_map import CONNECTOR, EXPERTS, ROUTER, VOCABULARY, dense_name
+from moiie_megatron.layout.vocabulary import is_padded_vocab
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.model import MoIIEModel
@@ -36,10 +39,17 @@ def load_weights(
         new_connector: The connector keeps its fresh weights.
 
     Raises:
-        UserError: There is no checkpoint, or its tensors do not fit the model.
+        UserError: There is no checkpoint, a file of it is damaged, or its tensors do not fit the
+            model.
     """
     load_common(checkpoint)
-    present = {t.key: t for t in dist_checkpointing.load_tensors_metadata(str(checkpoint)).values()}
+    verify_files(checkpoint, context)
+    stored = read_stored_tensors(checkpoint).state_dict_metadata
+    present = {
+        name: tuple(entry.size)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
     # Each distinct shard is read once: all local experts of a layer read the same dense one.
     wanted: dict[str, ShardedTensor] = {}
     entries: list[tuple[Any, list[str]]] = []
@@ -51,7 +61,7 @@ def load_weights(
             if new_connector and shard.key.startswith(CONNECTOR):
                 continue
             source = shard if shard.key in present else _dense_shard(shard)
-            _check(source, present, checkpoint)
+            _check(source, present, checkpoint, model)
             name = f"{source.key}@{source.global_offset}"
             # Reading changes the shape of what it is given: the model's own entry keeps its data.
             wanted.setdefault(name, replace(source))
@@ -100,14 +110,26 @@ def _fresh(shard: ShardedTensor) -> Tensor:
     return torch.empty(shard.local_shape, dtype=shard.dtype, device=shard.data.device)
 
 
-def _check(shard: ShardedTensor, present: dict[str, ShardedTensor], checkpoint: Path) -> None:
+def _check(
+    shard: ShardedTensor,
+    present: dict[str, tuple[int, ...]],
+    checkpoint: Path,
+    model: MoIIEModel,
+) -> None:
     if shard.key not in present:
         raise UserError(
             f"The checkpoint {checkpoint} has no tensor {shard.key}: it belongs to another model."
         )
-    have = tuple(present[shard.key].global_shape)
-    if have != tuple(shard.global_shape):
+    have, want = present[shard.key], tuple(shard.global_shape)
+    if (
+        # Rows that pad the vocabulary may be more or fewer: Megatron allows for that.
+        shard.key in VOCABULARY
+        and have[1:] == want[1:]
+        and is_padded_vocab(have[0], model.language_model.num_tokens)
+    ):
+        return
+    if have != want:
         raise UserError(
             f"{shard.key} has shape {have} in the checkpoint {checkpoint} but this run wants "
-            f"{tuple(shard.global_shape)}: use the same language, vision and moe sections."
+            f"{want}: use the same language, vision and moe sections."
         )

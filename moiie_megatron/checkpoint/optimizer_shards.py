@@ -34,6 +34,26 @@ def is_distributed(optimizer: Any) -> bool:
     return all(hasattr(part, "gbuf_ranges") for part in optimizer.chained_optimizers)
 
 
+def begin_state(optimizer: Any) -> None:
+    """Give an optimizer that has not updated anything yet the state that its first update expects.
+
+    The moments are zeros and the number of steps is 0, as the optimizers themselves begin; with a
+    state from an update nothing changes.  Needed before a save, since Megatron-Core asserts that
+    there is a number of steps.
+
+    Args:
+        optimizer: Megatron's chained optimizer, distributed.
+    """
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        if inner is None or inner.state:
+            continue
+        part.init_state_fn(inner, part.config)
+        if isinstance(inner, torch.optim.AdamW):  # the others count in the parameter groups
+            for parameter, values in inner.state.items():
+                values["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+
+
 def optimizer_shards(optimizer: Any, model_state: Mapping[str, Any]) -> dict[str, ShardedTensor]:
     """The optimizer state that this rank owns; the shards are views of it.
 

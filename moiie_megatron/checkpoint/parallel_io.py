@@ -6,6 +6,7 @@ strategies; every rank writes and reads its own optimizer state (``optimizer_sha
 
 from __future__ import annotations
 
+import gc
 import queue
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import Tensor
 
+from moiie_megatron.checkpoint.manifest import note_digests
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.patches.dist_checkpointing import plan_save
 
@@ -56,6 +58,29 @@ def write_in_turn(request: AsyncRequest) -> AsyncRequest:
     # Its arguments so far are those of write_preloaded_data in front of the file's number.
     transforms = request.async_fn.args[0]
     return request._replace(async_fn=partial(_write_files, transforms), preload_fn=None)
+
+
+def with_digests(request: AsyncRequest) -> AsyncRequest:
+    """A request whose writers also note the digests of large files for the manifest.
+
+    They have just written them: nothing is read from the disk, and a save in the background does
+    not keep the training waiting.
+    """
+    if request.async_fn is None:
+        return request
+    return request._replace(async_fn=partial(_write_with_digests, request.async_fn))
+
+
+def _write_with_digests(write: Any, rank: int, files: list[Any], results: Any) -> None:
+    write(rank, files, results)
+    # In a forked process a collection would free the parent's tensors on the GPU.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        note_digests(path for path, *_ in files)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _write_files(transforms: list[Any], _rank: int, files: list[Any], results: Any) -> None:

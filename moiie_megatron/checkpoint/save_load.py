@@ -16,15 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION
 from moiie_megatron.checkpoint.older_progress import renamed_counters
 from moiie_megatron.checkpoint.optimizer_shards import (
+    begin_state,
     is_distributed,
     keep_settings,
     load_optimizer_settings,
@@ -34,11 +33,14 @@ from moiie_megatron.checkpoint.optimizer_shards import (
 )
 from moiie_megatron.checkpoint.parallel_io import begin_save, load_strategy
 from moiie_megatron.checkpoint.progress import Progress
+from moiie_megatron.checkpoint.stored_state import read_common, read_stored_tensors
+from moiie_megatron.checkpoint.verify_files import verify_files
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.patches.dist_checkpointing import (
     add_dummy_step_state,
     distinguish_parameter_groups,
 )
+from moiie_megatron.mcore.patches.dist_pickles import refuse_code_in_checkpoints
 from moiie_megatron.utils.errors import UserError
 
 
@@ -86,25 +88,28 @@ def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str,
     """Load weights, optimizer, schedule and RNG into ``parts``, from any parallel layout.
 
     Raises:
-        UserError: There is no checkpoint, it is of a newer version, or does not fit the model.
+        UserError: There is no checkpoint, a file of it is damaged, it is of a newer version, or
+            does not fit the model.
     """
     distinguish_parameter_groups()
     metadata = sharding_metadata(context)
     common = load_common(checkpoint)
+    verify_files(checkpoint, context)
     state = _sharded_state(parts, context, metadata)
-    if common["world_size"] != context.size:
+    if common.get("world_size") != context.size:
         del state["rng"]  # one state per rank, meaningless for another number of ranks
-    _keep_absent_objects(state["model"], checkpoint)
+    _keep_objects(state["model"])
     optimizer, shards = parts["optimizer"], {}
+    updates = Progress.from_state(common["progress"]).updates
     if is_distributed(optimizer):
-        updates = Progress.from_state(common["progress"]).updates
         load_optimizer_settings(optimizer, common["optimizer"], updates)
         shards = optimizer_shards(optimizer, state["model"])
         # The shards are views, and read in place; what is handed over may be changed.
         state["optimizer_shards"] = {name: replace(shard) for name, shard in shards.items()}
     else:
+        # Without an update there are no moments, neither there nor here.
         state["optimizer"] = optimizer.sharded_state_dict(
-            state["model"], is_loading=True, metadata=metadata
+            state["model"], is_loading=updates > 0, metadata=metadata
         )
     loaded = read_sharded(checkpoint, state, context)
     parts["model"].load_state_dict(loaded["model"])
@@ -125,42 +130,25 @@ def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str,
             part.load_state_dict(counters[name])
 
 
-def _keep_absent_objects(model_state: dict[str, Any], checkpoint: Path) -> None:
-    """Ask only for those objects of the model that a checkpoint has; the others stay as they are.
+def _keep_objects(model_state: dict[str, Any]) -> None:
+    """Ask for tensors alone: objects of the model stay as they are.
 
-    Transformer Engine's modules have an extra state, which is empty but with FP8; checkpoints of
-    local modules have none.
+    Transformer Engine's modules have an extra state.  It is empty but with FP8, which the
+    configuration refuses, and Transformer Engine unpickles it.
     """
-    objects = {k: v for k, v in model_state.items() if isinstance(v, ShardedObject)}
-    if objects:
-        present = load_sharded_metadata(str(checkpoint))
-        for name, entry in objects.items():
-            if entry.unique_key not in present:
-                model_state[name] = LocalNonpersistentObject(entry.data)
+    for name, entry in model_state.items():
+        if isinstance(entry, ShardedObject):
+            model_state[name] = LocalNonpersistentObject(entry.data)
 
 
 def load_common(checkpoint: Path) -> dict[str, Any]:
-    """The part of a checkpoint that is equal on all ranks: progress, versions, schedule.
+    """``read_common``; from then on Megatron-Core reads checkpoints without running code in them.
 
     Raises:
-        UserError: There is no checkpoint, it is not of this project, or of a newer version.
+        UserError: See ``read_common``.
     """
-    if not checkpoint.is_dir():
-        raise UserError(f"There is no checkpoint {checkpoint}: name a step_... directory.")
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-    except (CheckpointingException, OSError, EOFError, RuntimeError) as error:
-        raise UserError(
-            f"{checkpoint} is not a complete Megatron checkpoint ({_first_line(error)}): use a "
-            "directory named step_... under a run's checkpoints, or a converted checkpoint."
-        ) from error
-    version = common.get("format_version")
-    if version is None or version > FORMAT_VERSION:
-        raise UserError(
-            f"{checkpoint} has format version {version}, this program reads up to "
-            f"{FORMAT_VERSION}: update moiie-megatron."
-        )
-    return common
+    refuse_code_in_checkpoints()
+    return read_common(checkpoint)
 
 
 def read_sharded(
@@ -174,6 +162,7 @@ def read_sharded(
     try:
         return dist_checkpointing.load(state, str(checkpoint), load_strategy(context), **options)
     except (Exception, CheckpointException) as error:  # the readers raise many types
+        read_stored_tensors(checkpoint)  # torch does not tell why it could not read it
         # Torch wraps the ranks' errors in a BaseException whose own text only counts them.
         causes = error.failures.values() if isinstance(error, CheckpointException) else ()
         cause = next((inner for inner, _ in causes), error)
@@ -204,6 +193,7 @@ def _optimizer_state(
 ) -> dict[str, Any]:
     if not is_distributed(optimizer):
         return {"optimizer": optimizer.sharded_state_dict(model_state, metadata=metadata)}
+    begin_state(optimizer)
     state = {"optimizer": optimizer_settings(optimizer, updates)}
     # Without one (nothing is trained on this pipeline stage) there is nothing to write.
     if shards := without_copies(optimizer_shards(optimizer, model_state)):

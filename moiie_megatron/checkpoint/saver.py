@@ -7,6 +7,7 @@ fork (GPU tensors are copied to the host before), and training goes on.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, copy_tokenizer, step_directory
 from moiie_megatron.checkpoint.finalize import finalize, unfinished_directory
-from moiie_megatron.checkpoint.parallel_io import write_in_turn
+from moiie_megatron.checkpoint.parallel_io import with_digests, write_in_turn
 from moiie_megatron.checkpoint.progress import Progress
 from moiie_megatron.checkpoint.save_load import request_save
 from moiie_megatron.config.load import dump_config
@@ -57,21 +58,22 @@ class CheckpointSaver:
         self._parts = parts
         self._report = report
         self._pending = AsyncCallsQueue()
+        self._final: Path | None = None  # of the save that has been begun last
 
     def save(self, progress: Progress) -> None:
         """Save; with ``checkpoint.asynchronous`` return as soon as the state is copied."""
         self.drain()
         started = time.monotonic()
-        final = step_directory(self._config.output, progress.step)
+        self._final = final = step_directory(self._config.output, progress.step)
         with self._failures(final):
             request = request_save(
                 unfinished_directory(final), self._context, self._parts, progress
             )
             request.add_finalize_fn(partial(self._finish, final, started))
             if self._config.checkpoint.asynchronous:
-                self._pending.schedule_async_request(request)
+                self._pending.schedule_async_request(with_digests(request))
             else:
-                write_in_turn(request).execute_sync()
+                with_digests(write_in_turn(request)).execute_sync()
 
     def poll(self) -> None:
         """Finish a save whose writers are done on all ranks.
@@ -106,11 +108,18 @@ class CheckpointSaver:
         try:
             yield
         except OSError as error:  # rank 0 alone, while it completes the folder
+            self._remove_unfinished()
             raise UserError(_failed(path, str(error))) from error
         except CheckpointException as error:
             reason = [next((str(cause) for cause, _ in error.failures.values()), "")]
             dist.broadcast_object_list(reason, src=0)
+            self._remove_unfinished()
             raise UserError(_failed(path, reason[0])) from error
+
+    def _remove_unfinished(self) -> None:
+        """Make room again; no rank is writing any more."""
+        if self._context.rank == 0 and self._final is not None:
+            shutil.rmtree(unfinished_directory(self._final), ignore_errors=True)
 
 
 def _failed(path: Path, reason: str) -> str:

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from moiie_megatron.cli.log import configure_logging
+from moiie_megatron.cli.output import is_file_problem, report_file_problem
 from moiie_megatron.config.optional_dependencies import check_extras
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate import check_config, check_paths
@@ -67,6 +68,8 @@ def exit_code(task: Callable[[], None], dist_env: DistEnv) -> int:
     try:
         task()
     except Exception as error:
+        if is_file_problem(error):
+            return leave(report_file_problem(error))
         if _is_first_to_fail(dist_env):
             if isinstance(error, UserError):
                 print(f"error: {error}", file=sys.stderr, flush=True)

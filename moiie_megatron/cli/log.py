@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from moiie_megatron.cli.output import silence_output
+
 PACKAGE = "moiie_megatron"
 
 
@@ -12,7 +14,10 @@ class _StandardOutput(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        print(prefix + record.getMessage(), flush=True)
+        try:
+            print(prefix + record.getMessage(), flush=True)
+        except OSError:  # its reader has gone, or the disk is full: the work goes on
+            silence_output()
 
 
 def configure_logging(rank: int) -> None:

@@ -19,6 +19,7 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.utils.errors import UserError
 
+_MAX_KEYS = 10  # in front of the = of an override; the schema has up to four
 # ${NAME} is a variable; $${NAME} is the text ${NAME} (each further $ is kept).
 _VARIABLE = re.compile(r"(\$+)\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -112,8 +113,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _text(path: Path, what: str) -> str:
+    """The text of a file, or as much of it as ``yaml_text.parse`` needs to refuse it."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(yaml_text.MAX_CHARACTERS + 1)
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist: name a YAML file.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -158,9 +161,11 @@ def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
     """A copy of ``data`` with one override ``a.b=c``."""
     key, equals, text = override.partition("=")
     keys = key.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(keys) or len(keys) > _MAX_KEYS:
         raise UserError(f"The override {show(override)} is not of the form section.key=value.")
-    return _with_value(data, keys, yaml_text.parse(text, where=f"The override {override}"), "")
+    return _with_value(
+        data, keys, yaml_text.parse(text, where=f"The override {show(override)}"), ""
+    )
 
 
 def _with_value(node: Any, keys: list[str], value: Any, parent: str) -> dict[str, Any]:

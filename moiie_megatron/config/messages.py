@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
+from datetime import date
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from moiie_megatron.config import yaml_text
 from moiie_megatron.config.renamed_keys import RENAMED
+from moiie_megatron.config.section import MAX_FLOAT, MAX_INT, MAX_SEED, MIN_FLOAT
 
+# Limits of types, which are told only where a value is beyond them.
+_WIDE = (MIN_FLOAT, MAX_FLOAT, -MAX_INT, MAX_INT, MAX_SEED)
 _MAX_VALUE_LENGTH = 80
 
 
@@ -27,7 +33,8 @@ def listed(names: Iterable[object], last: str = "or") -> str:
 
 def divisors(number: int) -> str:
     """The divisors of ``number`` as text, or ``a divisor of`` it if there are more than eight."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
     return listed(divisors) if len(divisors) <= 8 else f"a divisor of {number}"
 
 
@@ -41,9 +48,11 @@ def unknown_key(key: str, name: str, allowed: Sequence[str]) -> str:
     """
     if key in RENAMED:
         return f"{key} is not a known key: it is called {RENAMED[key]} now."
+    if not allowed:
+        return f"{key} is not a known key: use text."
     close = difflib.get_close_matches(name, allowed, n=1)
-    advice = f"did you mean {close[0]}?" if close else f"use {listed(sorted(allowed))}."
-    return f"{key} is not a known key: {advice}"
+    instead = f"did you mean {close[0]}?" if close else f"use {listed(sorted(allowed))}."
+    return f"{key} is not a known key: {instead}"
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
@@ -93,7 +102,42 @@ def _sentence(detail: Any, schema: dict[str, Any]) -> tuple[str, str]:
         return _unknown(path[:-1], path[-1], parent)
     if detail["type"] == "missing":
         return key, f"{key} is missing: give {describe(node, defs)}."
-    return key, f"{key} is {show(detail['input'])}: use {describe(node, defs)}."
+    return key, f"{key} is {show(detail['input'])}: use {advice(detail, node, defs)}."
+
+
+def advice(detail: Any, node: dict[str, Any], defs: dict[str, Any]) -> str:
+    """What to use instead of a value that pydantic has refused.
+
+    Args:
+        detail: The error, from ``ValidationError.errors()``.
+        node: The JSON schema of the value.
+        defs: The definitions of the whole schema (``$defs``).
+    """
+    return describe(node, defs) + _wide_limit(detail) + _hint(detail)
+
+
+def _wide_limit(detail: Any) -> str:
+    """The limit of its type that a number is beyond, which ``describe`` leaves out."""
+    context = detail.get("ctx", {})
+    for name, words in (("le", "at most"), ("ge", "at least")):
+        limit = context.get(name)
+        if limit in _WIDE and (name == "le" or detail["input"] > 0):
+            return f", {words} {limit if isinstance(limit, int) else format(limit, 'g')}"
+    return ""
+
+
+def _hint(detail: Any) -> str:
+    """What the type of the value does not say: YAML reads a text without quotes as a number."""
+    kind, value = detail["type"], detail["input"]
+    if kind == "string_too_short":
+        return " that is not empty"
+    if kind == "string_type" and isinstance(value, bool | int | float | date):
+        return " in quotes"
+    if kind in ("int_type", "float_type", "bool_type") and isinstance(value, str):
+        read = yaml_text.scalar(value)
+        if isinstance(read, bool if kind == "bool_type" else int | float):
+            return " without quotes"
+    return ""
 
 
 def _unknown(path: list[str], name: str, node: dict[str, Any]) -> tuple[str, str]:
@@ -143,7 +187,9 @@ def describe(node: dict[str, Any], defs: dict[str, Any]) -> str:
         return f"a mapping with the keys {listed(node['properties'], 'and')}"
     kind = node.get("type")
     if kind == "array":
-        return f"a list ({describe(resolve(node['items'], defs), defs)} each)"
+        count = node.get("minItems")
+        what = "list" if count is None else f"list of {count}"
+        return f"a {what} ({describe(resolve(node['items'], defs), defs)} each)"
     if kind == "object":
         names = node.get("propertyNames", {}).get("enum")
         return f"a mapping with keys from {listed(names, 'and')}" if names else "a mapping"
@@ -153,15 +199,19 @@ def describe(node: dict[str, Any], defs: dict[str, Any]) -> str:
 
 
 def _bounds(node: dict[str, Any]) -> str:
-    if "minimum" in node and "maximum" in node:
-        return f" from {node['minimum']:g} to {node['maximum']:g}"
-    if "minimum" in node and "exclusiveMaximum" in node:
-        return f" from {node['minimum']:g} to below {node['exclusiveMaximum']:g}"
-    for name, words in (
-        ("exclusiveMinimum", "above"),
-        ("minimum", "not below"),
-        ("maximum", "not above"),
-    ):
-        if name in node:
-            return f" {words} {node[name]:g}"
-    return ""
+    """The limits of a number in words, without those of its type."""
+    words = []
+    lower, above = node.get("minimum"), node.get("exclusiveMinimum")
+    upper, below = node.get("maximum"), node.get("exclusiveMaximum")
+    if lower == MIN_FLOAT:
+        lower, above = None, 0
+    lower, upper = (None if limit in _WIDE else limit for limit in (lower, upper))
+    if lower is not None and upper is not None:
+        words.append(f"from {lower:g} to {upper:g}")
+    elif lower is not None and below is not None:
+        words.append(f"from {lower:g} to below {below:g}")
+    else:
+        words += [f"not below {lower:g}"] if lower is not None else []
+        words += [f"above {above:g}"] if above is not None else []
+        words += [f"not above {upper:g}"] if upper is not None else []
+    return " " + " and ".join(words) if words else ""

@@ -6,10 +6,19 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field
 
 from moiie_megatron.config.families import LANGUAGE_FAMILIES, VISION_FAMILIES
-from moiie_megatron.config.section import Fraction, NonNegativeInt, Section
+from moiie_megatron.config.section import (
+    MAX_FLOAT,
+    MAX_INT,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Text,
+)
 from moiie_megatron.layout.experts import ExpertLayout
 
 
@@ -28,6 +37,9 @@ LanguageFamilyName = Annotated[
 VisionFamilyName = Annotated[
     str, _one_of(VISION_FAMILIES), Field(json_schema_extra={"enum": [*VISION_FAMILIES]})
 ]
+# Lists of layers and of experts are made, and experts placed by a search over them.
+LayerCount = Annotated[int, Field(gt=0, le=10_000)]
+ExpertCount = Annotated[int, Field(ge=0, le=256)]
 
 
 class RopeScaling(Section):
@@ -61,10 +73,10 @@ class LongRope(Section):
     long_factor: list[PositiveFloat] = Field(
         description="divisors in long sequences, one per pair of channels of a head"
     )
-    factor: Annotated[float, Field(ge=1.0)] = Field(
+    factor: Annotated[float, Field(ge=1.0, le=MAX_FLOAT)] = Field(
         description="max_position_embeddings / original_max_position_embeddings"
     )
-    original_max_position_embeddings: Annotated[int, Field(gt=1)] = Field(
+    original_max_position_embeddings: Annotated[int, Field(gt=1, le=MAX_INT)] = Field(
         4096, description="length of the longest short sequence, in positions"
     )
 
@@ -84,7 +96,7 @@ class LanguageConfig(Section):
     """
 
     family: LanguageFamilyName = Field(description="model family")
-    num_layers: PositiveInt = Field(description="transformer layers")
+    num_layers: LayerCount = Field(description="transformer layers")
     hidden_size: PositiveInt = Field(description="channels of a hidden state")
     ffn_hidden_size: PositiveInt = Field(
         description="channels inside the FFN, and inside each expert"
@@ -108,7 +120,7 @@ class LanguageConfig(Section):
     sliding_window: PositiveInt | None = Field(
         None, description="tokens that a token attends to, itself included; null: all before it"
     )
-    pretrained: str | None = Field(
+    pretrained: Text | None = Field(
         None, description="Hugging Face directory with the initial weights; null: random weights"
     )
 
@@ -124,7 +136,7 @@ class VisionConfig(Section):
     family: VisionFamilyName = Field(description="model family")
     hidden_size: PositiveInt = Field(description="channels of a hidden state")
     ffn_hidden_size: PositiveInt = Field(description="channels inside the FFN")
-    num_layers: PositiveInt = Field(description="transformer layers")
+    num_layers: LayerCount = Field(description="transformer layers")
     num_attention_heads: PositiveInt = Field(description="attention heads")
     image_size: PositiveInt = Field(description="height and width of an input image, in pixels")
     patch_size: PositiveInt = Field(description="height and width of a patch, in pixels")
@@ -132,7 +144,7 @@ class VisionConfig(Section):
         description="activation of the FFN, as transformers names it"
     )
     norm_epsilon: PositiveFloat = Field(1e-6, description="epsilon of LayerNorm")
-    feature_layer: Annotated[int, Field(le=-1)] = Field(
+    feature_layer: Annotated[int, Field(ge=-MAX_INT, le=-1)] = Field(
         -2,
         description="layer whose output is the image features, counted from the end: -1 is the "
         "last",
@@ -140,7 +152,7 @@ class VisionConfig(Section):
     recompute: bool = Field(
         False, description="recompute activations in the backward pass, to save memory"
     )
-    pretrained: str | None = Field(
+    pretrained: Text | None = Field(
         None, description="Hugging Face directory with the initial weights; null: random weights"
     )
 
@@ -166,20 +178,20 @@ class MoEConfig(Section):
         description="dense: no experts; vanilla: shared experts only; modality: vision and text "
         "experts; moiie: vision, shared and text experts",
     )
-    num_vision_experts: NonNegativeInt | None = Field(
+    num_vision_experts: ExpertCount | None = Field(
         None, description="experts for image tokens only; null: the paper's four-expert model"
     )
-    num_shared_experts: NonNegativeInt | None = Field(
+    num_shared_experts: ExpertCount | None = Field(
         None, description="experts for all tokens; null: the paper's four-expert model"
     )
-    num_text_experts: NonNegativeInt | None = Field(
+    num_text_experts: ExpertCount | None = Field(
         None, description="experts for text tokens only; null: the paper's four-expert model"
     )
     layers: Literal["interleaved", "all"] | list[int] = Field(
         "interleaved",
         description="layers that hold experts: interleaved (1, 3, 5, ...), all, or indices from 0",
     )
-    top_k: PositiveInt = Field(2, description="experts that process each token")
+    top_k: PositiveInt = Field(2, description="experts that process each token, 2 or more")
     vision_aux_loss_coeff: NonNegativeFloat = Field(
         0.001, description="coefficient of the load-balancing loss of the vision router"
     )

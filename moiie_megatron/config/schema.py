@@ -7,9 +7,9 @@ machine.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, field_validator
 
 from moiie_megatron.config.model_schema import (
     ConnectorConfig,
@@ -21,7 +21,18 @@ from moiie_megatron.config.model_schema import (
     VisionConfig,
     VisionFamilyName,
 )
-from moiie_megatron.config.section import Fraction, NonNegativeInt, Section
+from moiie_megatron.config.section import (
+    MIN_FLOAT,
+    Fraction,
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Seed,
+    Text,
+)
 from moiie_megatron.layout.experts import moe_layers
 from moiie_megatron.layout.placement import Placement, place_experts
 from moiie_megatron.layout.stages import layers_of_stages
@@ -91,20 +102,21 @@ class StageConfig(Section):
         """``learning_rates: {vision: null}`` removes a part from a preset's list."""
         if not isinstance(rates, dict):
             return rates
-        return {part: rate for part, rate in rates.items() if rate is not None}
+        parts = get_args(Part)
+        return {key: rate for key, rate in rates.items() if rate is not None or key not in parts}
 
 
 class SourceConfig(Section):
     """LLaVA records and the directory of their images; or, with ``loader: energon``, tar shards."""
 
-    records: str = Field(
+    records: Text = Field(
         description="file of LLaVA records (.json or .jsonl); with loader energon a directory of "
         "tar shards, which hold the images too"
     )
     images: str | None = Field(
         None, description="directory that image paths are relative to; not used with shards"
     )
-    weight: PositiveFloat = Field(
+    weight: Annotated[float, Field(ge=MIN_FLOAT, le=1000.0)] = Field(
         1.0, description="how often an epoch sees each sample; 0.5 is every other epoch"
     )
     name: str | None = Field(None, description="name in messages; null: the name of the file")
@@ -116,13 +128,19 @@ class DataConfig(Section):
     sources: list[SourceConfig] = Field(
         description="data sets of the mixture; a list, or the path of a YAML file with a list"
     )
-    tokenizer: str = Field(
-        description="directory with tokenizer.json, or a SentencePiece .model file"
+    tokenizer: Text = Field(
+        description="directory with tokenizer.json or a SentencePiece .model file, or that file; "
+        "special and added tokens and the chat template are read from the files beside it"
     )
     sequence_length: PositiveInt = Field(
         description="longest sample, in tokens; longer ones are truncated"
     )
     image_token: str = Field("<image>", description="text of the image token in the vocabulary")
+    markers_in_text: Literal["tokens", "text"] = Field(
+        "tokens",
+        description="special tokens that stand in the text of a conversation become their ids, as "
+        "in transformers, or are kept as text, which spells them",
+    )
     padding: Literal["longest", "sequence_length"] = Field(
         "longest",
         description="pad a micro-batch to its longest row, or to sequence_length",
@@ -139,8 +157,13 @@ class DataConfig(Section):
         "(tools/prepare_data.py webdataset) from disk or object storage, and resumes with the "
         "same number of ranks and workers only",
     )
-    num_workers: NonNegativeInt = Field(
+    num_workers: Annotated[int, Field(ge=0, le=256)] = Field(
         2, description="worker processes of each rank; 0 loads in the training process"
+    )
+    allow_outside_images: bool = Field(
+        False,
+        description="read images outside the image directory too: through symbolic links out of "
+        "it, and under absolute paths",
     )
     max_skipped_fraction: Fraction = Field(
         0.01, description="stop if more than this fraction of the samples is unusable"
@@ -150,8 +173,8 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with a cosine schedule; the learning rates are in the stage section."""
 
-    beta1: Fraction = Field(0.9, description="decay of the first moment")
-    beta2: Fraction = Field(0.999, description="decay of the second moment")
+    beta1: FractionBelowOne = Field(0.9, description="decay of the first moment")
+    beta2: FractionBelowOne = Field(0.999, description="decay of the second moment")
     epsilon: PositiveFloat = Field(1e-8, description="epsilon of Adam")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     clip_grad: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0: no clipping")
@@ -172,11 +195,13 @@ class TrainConfig(Section):
         "row in units of data.sequence_length",
     )
     steps: PositiveInt | None = Field(None, description="optimizer steps; give this or epochs")
-    epochs: PositiveFloat | None = Field(None, description="passes over the data")
+    epochs: Annotated[float, Field(ge=MIN_FLOAT, le=1e6)] | None = Field(
+        None, description="passes over the data"
+    )
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="dtype of weights and activations; the optimizer keeps fp32 copies"
     )
-    seed: NonNegativeInt = Field(1234, description="seed of initial weights and sample order")
+    seed: Seed = Field(1234, description="seed of initial weights and sample order")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="auto: cuda if there is a GPU; else cpu, if torch is built without CUDA",
@@ -194,7 +219,7 @@ class TrainConfig(Section):
     exit_after_minutes: PositiveFloat | None = Field(
         None, description="save and exit after the step in which the program has run this long"
     )
-    timeout_minutes: PositiveInt = Field(
+    timeout_minutes: Annotated[int, Field(gt=0, le=525_600)] = Field(
         10,
         description="longest wait of a collective for the other ranks, also while they write or "
         "read a checkpoint; then the run fails",
@@ -216,7 +241,7 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """The initial weights, and how checkpoints are saved."""
 
-    init_from: str | None = Field(
+    init_from: Text | None = Field(
         None, description="checkpoint of an earlier stage with the initial weights"
     )
     new_connector: bool = Field(
@@ -250,7 +275,7 @@ class LogConfig(Section):
         10,
         description="steps between records of routing.jsonl; every checkpoint writes one too",
     )
-    wandb_project: str | None = Field(
+    wandb_project: Text | None = Field(
         None, description="project of Weights & Biases to report to (extra: wandb); null: none"
     )
 
@@ -258,7 +283,7 @@ class LogConfig(Section):
 class RunConfig(Section):
     """One training run."""
 
-    output: str = Field(
+    output: Text = Field(
         description="output directory for checkpoints, logs and the resolved configuration"
     )
     language: LanguageConfig

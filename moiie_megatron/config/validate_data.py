@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Literal
 
+from moiie_megatron.config.messages import show
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.utils.errors import UserError
 
@@ -108,10 +109,13 @@ def check_exists(
         UserError: With the key, the path and what to name instead.
     """
     found = Path(path)
-    fits = {"file": found.is_file, "directory": found.is_dir, "any": found.exists}[want]()
-    if not fits:
+    try:
+        fits = {"file": found.is_file, "directory": found.is_dir, "any": found.exists}[want]()
         state = f"is not {what}" if found.exists() else "does not exist"
-        raise UserError(f"{key} is {path!r}, which {state}: name {what} that exists.")
+    except OSError as error:  # a name that is too long, a directory that is closed to this user
+        fits, state = False, f"cannot be used ({error.strerror})"
+    if not fits:
+        raise UserError(f"{key} is {show(path)}, which {state}: name {what} that exists.")
 
 
 def has_energon() -> bool:

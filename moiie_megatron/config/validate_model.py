@@ -25,6 +25,13 @@ def check_language(config: RunConfig) -> None:
             "language.rope_scaling and language.longrope are both given: a model has one of them, "
             "set the other to null."
         )
+    rope = language.rope_scaling
+    if rope is not None and rope.low_freq_factor >= rope.high_freq_factor:
+        raise UserError(
+            f"language.rope_scaling.low_freq_factor is {rope.low_freq_factor} but "
+            f"language.rope_scaling.high_freq_factor is {rope.high_freq_factor}: use a smaller low "
+            "one."
+        )
     if language.head_dim is None and (language.hidden_size % heads or language.head_size % 2):
         raise UserError(
             f"language.hidden_size is {language.hidden_size} but language.num_attention_heads is "

@@ -20,7 +20,7 @@ def check_parallel(config: RunConfig) -> None:
             f"parallel.pipeline is {parallel.pipeline} but language.num_layers is "
             f"{language.num_layers}: use {divisors(language.num_layers)}."
         )
-    for key in ("num_attention_heads", "ffn_hidden_size", "vocab_size"):
+    for key in ("num_attention_heads", "ffn_hidden_size"):
         value = getattr(language, key)
         if value % tensor:
             raise UserError(

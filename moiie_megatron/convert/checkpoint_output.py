@@ -11,6 +11,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION
+from moiie_megatron.checkpoint.manifest import write_manifest
 from moiie_megatron.checkpoint.progress import Progress
 from moiie_megatron.config.load import dump_config
 from moiie_megatron.config.schema import RunConfig
@@ -121,6 +122,7 @@ class CheckpointOutput:
         if self.report is not None:
             self.report.write(self.directory)
         self.writer.finish(common)
+        write_manifest(self.directory)
 
 
 def initial_state(seed: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from moiie_megatron.config import yaml_text
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import LanguageConfig, MoEConfig, RunConfig, VisionConfig
+from moiie_megatron.data.encode.choose_template import choose_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
 from moiie_megatron.families.registry import language_family
 
@@ -66,8 +67,11 @@ def run_from_checkpoint(
         return load_saved_config(file)
 
 
-def template_of(llm: Path, language: LanguageConfig) -> str:
-    """``stage.template``: the tokenizer's own where it has one."""
-    if load_tokenizer(llm).chat_template is not None:
-        return "tokenizer"
-    return language_family(language.family).default_template
+def template_of(llm: Path, language: LanguageConfig) -> tuple[str, str | None]:
+    """``stage.template``, and a sentence where it is not the tokenizer's own template.
+
+    Raises:
+        UserError: See ``choose_template``.
+    """
+    default = language_family(language.family).default_template
+    return choose_template(load_tokenizer(llm), default)

@@ -23,7 +23,7 @@ from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.utils.directories import check_output, new_directory
 from moiie_megatron.utils.errors import UserError
-from moiie_megatron.utils.progress import ProgressCounter, ProgressFn
+from moiie_megatron.utils.progress import NoteFn, ProgressCounter, ProgressFn
 
 MARKER = "config.json"  # by which an export is recognised before it is replaced
 
@@ -52,6 +52,7 @@ def export_checkpoint(
     force: bool = False,
     bytes_per_file: int = 5_000_000_000,
     progress: ProgressFn | None = None,
+    note: NoteFn | None = None,
 ) -> Path:
     """Write a directory that transformers loads with ``trust_remote_code=True``.
 
@@ -62,6 +63,7 @@ def export_checkpoint(
         force: Replace an earlier export at ``out``.
         bytes_per_file: Largest size of a file, unless a single tensor is larger.
         progress: Told about every tensor written.
+        note: Told what the export cannot promise, or leaves out.
 
     Returns:
         ``out``.
@@ -72,7 +74,7 @@ def export_checkpoint(
     """
     out = Path(out)
     check_output(out, force=force, marker=MARKER)
-    export_from(CheckpointReader(checkpoint), out, force, bytes_per_file, progress)
+    export_from(CheckpointReader(checkpoint), out, force, bytes_per_file, progress, note)
     return out
 
 
@@ -82,6 +84,7 @@ def export_from(
     force: bool = False,
     bytes_per_file: int = 5_000_000_000,
     progress: ProgressFn | None = None,
+    note: NoteFn | None = None,
 ) -> None:
     """``export_checkpoint`` for what reads like a checkpoint."""
     rows = exported_rows(reader.config)
@@ -94,7 +97,9 @@ def export_from(
         SafetensorsWriter(folder, names, bytes_per_file) as writer,
     ):
         # First, because what they need may be missing.
-        write_files(reader.folder, reader.config, folder, dtype)
+        for sentence in write_files(reader.folder, reader.config, folder, dtype):
+            if note:
+                note(sentence)
         counter = ProgressCounter(total, progress)
         for row, _ in plan:
             whole = reader.get_bytes(row.megatron, row.expert)

@@ -18,7 +18,7 @@ from moiie_megatron.families import weight_map
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.utils.directories import check_output
 from moiie_megatron.utils.errors import UserError
-from moiie_megatron.utils.progress import ProgressFn
+from moiie_megatron.utils.progress import NoteFn, ProgressFn
 
 
 def extract_expert(
@@ -28,6 +28,7 @@ def extract_expert(
     *,
     force: bool = False,
     progress: ProgressFn | None = None,
+    note: NoteFn | None = None,
 ) -> Path:
     """Write a dense model that transformers loads with ``trust_remote_code=True``.
 
@@ -37,6 +38,7 @@ def extract_expert(
             layer.
         force: Replace an earlier export at ``out``.
         progress: Told about every tensor written.
+        note: Told what the export cannot promise, or leaves out.
 
     Returns:
         ``out``.
@@ -48,7 +50,8 @@ def extract_expert(
     out = Path(out)
     check_output(out, force=force, marker=MARKER)
     reader = CheckpointReader(checkpoint)
-    export_from(OneExpert(reader, chosen_experts(reader, experts)), out, force, progress=progress)
+    expert = OneExpert(reader, chosen_experts(reader, experts))
+    export_from(expert, out, force, progress=progress, note=note)
     return out
 
 

@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
+from moiie_megatron.families.weight_map import VOCABULARY
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.model import MoIIEModel
 
@@ -50,7 +51,7 @@ def fill_model(model: MoIIEModel, get: Get) -> list[str]:
             if full is None:
                 left.add(shard.key)
             else:
-                shard.data.copy_(full[_slices(shard, full)])
+                _copy(shard, full, model.language_model.num_tokens)
         # A factory may have built copies instead of views.
         storage = owner.data.untyped_storage().data_ptr()
         if any(shard.data.untyped_storage().data_ptr() != storage for shard in shards):
@@ -79,9 +80,21 @@ def _expert(shard: ShardedTensor) -> int | None:
     return shard.global_offset[0] if shard.prepend_axis_num else None
 
 
-def _slices(shard: ShardedTensor, full: Tensor) -> tuple[slice, ...]:
-    """Where this shard lies in the full tensor."""
+def _copy(shard: ShardedTensor, full: Tensor, num_tokens: int) -> None:
+    slices = _slices(shard, full, num_tokens)
+    part = full[slices]
+    if part.shape == shard.data.shape:
+        shard.data.copy_(part)
+    else:  # the end of the vocabulary in a padded table
+        shard.data.zero_()
+        shard.data[: len(part)].copy_(part)
+
+
+def _slices(shard: ShardedTensor, full: Tensor, num_tokens: int) -> tuple[slice, ...]:
+    """Where this shard lies in the full tensor, which may end before it (padded vocabularies)."""
     shape = shard.global_shape[shard.prepend_axis_num :]
+    if shard.key in VOCABULARY and full.shape[0] == num_tokens:
+        shape = (num_tokens, *shape[1:])
     if tuple(full.shape) != tuple(shape):
         raise UserError(
             f"{shard.key} has shape {tuple(full.shape)} in the source and {tuple(shape)} in the "

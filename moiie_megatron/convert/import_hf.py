@@ -8,7 +8,6 @@ no process group, no Megatron.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,13 @@ from moiie_megatron.convert.checkpoint_output import MARKER, checkpoint_output, 
 from moiie_megatron.convert.conversion_report import ConversionReport
 from moiie_megatron.convert.default_run_config import run_from_checkpoint, template_of
 from moiie_megatron.convert.fresh_weights import fresh_connector
-from moiie_megatron.convert.hf.config import read_config, read_language_config, read_moe_config
+from moiie_megatron.convert.hf.config import (
+    is_untied_by_weights,
+    read_config,
+    read_language_config,
+    read_moe_config,
+    untied_note,
+)
 from moiie_megatron.convert.hf.reader import HfReader, language_reader, vision_reader
 from moiie_megatron.convert.hf.trained_experts import Groups, TrainedExperts, read_trained_experts
 from moiie_megatron.convert.hf.trained_vision import Tower, find_vision
@@ -33,6 +38,7 @@ from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.layout.experts import moe_layers
 from moiie_megatron.utils.directories import check_output
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.json_file import read_json_object
 from moiie_megatron.utils.progress import ProgressFn
 
 _FIRST = f"{weight_map.CONNECTOR}linear_1.weight"
@@ -80,7 +86,8 @@ def import_checkpoint(
     directory, out = Path(directory), Path(out)
     check_output(out, force=force, marker=MARKER)
     source = _Source.open(directory, None if vision is None else Path(vision), groups)
-    config = _config(directory, out, source, last_image_token_as_text)
+    template, reason = template_of(directory, source.language)
+    config = _config(directory, out, source, template, last_image_token_as_text)
     weights = _Weights(source, config)
     plan = [(row, weights.info(row)) for row in weights.rows]
     operation = {
@@ -100,7 +107,8 @@ def import_checkpoint(
             output.write(row, weights.get_bytes(row), config.moe.layout)
         copy_tokenizer(directory, output.directory)
         output.finish(config, initial_state(_SEED))
-    return Imported(out, tuple(_notes(source, config)))
+    notes = [*([reason] if reason else []), *_notes(source, config)]
+    return Imported(out, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,7 @@ class _Source:
 
 
 def _config(
-    directory: Path, out: Path, source: _Source, last_image_token_as_text: bool
+    directory: Path, out: Path, source: _Source, template: str, last_image_token_as_text: bool
 ) -> RunConfig:
     first, embedding = (
         source.decoder.info(_FIRST, None),
@@ -161,7 +169,7 @@ def _config(
                 "last_image_token_as_text": last_image_token_as_text or moe.last_image_token_as_text
             }
         ),
-        template=template_of(directory, source.language),
+        template=template,
         dtype=embedding.dtype,
         seed=_SEED,
     )
@@ -178,11 +186,8 @@ def _processor(directory: Path) -> dict[str, Any]:
         _, given = read_config(directory)
         is_padded = given.get("image_aspect_ratio") == "pad"
         return {"image_mode": "pad" if is_padded else "square", "image_token": "<image>"}
-    try:
-        content = json.loads(file.read_text())
-        mode, token = content.get("image_mode", "square"), content.get("image_token", "<image>")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read ({error}): copy it again.") from error
+    content = read_json_object(file, "copy it again")
+    mode, token = content.get("image_mode", "square"), content.get("image_token", "<image>")
     if mode not in ("square", "pad"):
         raise UserError(f"image_mode is {mode} in {file}: use square or pad.")
     return {"image_mode": mode, "image_token": token}
@@ -239,6 +244,9 @@ class _Weights:
 
 def _notes(source: _Source, config: RunConfig) -> list[str]:
     notes = []
+    directory = source.decoder.source.directory
+    if is_untied_by_weights(source.language, directory):
+        notes.append(f"{untied_note(directory)}.")
     if source.experts.is_reference and not config.moe.last_image_token_as_text:
         notes.append(
             "The names are the reference's: if its published code trained the model, import it "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from moiie_megatron.checkpoint.directory import EARLIER_REPORT_FILE, REPORT_FILE
 from moiie_megatron.convert.dcp.reader import CheckpointReader
 from moiie_megatron.families import weight_map
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.json_file import read_json_object
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -80,8 +80,8 @@ def format_description(description: dict[str, Any]) -> str:
 
 
 def _conversion(file: Path) -> dict[str, Any]:
+    content = read_json_object(file, "delete it or copy it again")
     try:
-        content = json.loads(file.read_text())
         equal = [x for layer in content["experts_equal_dense_ffn"].values() for x in layer.values()]
         return {
             "operation": content["operation"],
@@ -90,5 +90,5 @@ def _conversion(file: Path) -> dict[str, Any]:
             "equal_experts": sum(equal),
             "sources": content["sources"],
         }
-    except (ValueError, KeyError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error}): delete it or copy it again.") from error

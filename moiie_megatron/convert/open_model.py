@@ -83,9 +83,9 @@ def open_weights(path: str | Path) -> Weights:
     """
     folder = Path(path)
     if not folder.is_dir():
+        what = f"{path} is a file" if folder.exists() else f"There is no folder {path}"
         raise UserError(
-            f"There is no folder {path}: name a Hugging Face directory, a checkpoint or the output "
-            "folder of a run."
+            f"{what}: name a Hugging Face directory, a checkpoint or the output folder of a run."
         )
     if (folder / CONFIG_FILE).is_file() or latest_checkpoint(folder) is not None:
         return _megatron(find_checkpoint(folder))

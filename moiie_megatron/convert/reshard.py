@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE
-from moiie_megatron.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from moiie_megatron.checkpoint.manifest import MANIFEST_FILE
 from moiie_megatron.config.schema import ParallelConfig, RunConfig
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.convert.checkpoint_output import MARKER, checkpoint_output
@@ -71,7 +71,6 @@ def reshard_checkpoint(
             output.writer.write_object(name, reader.get_object(name))
         _copy_files(reader.folder, output.directory)
         output.finish(config, reader.common)
-        write_manifest(output.directory)
     return out
 
 

@@ -8,6 +8,7 @@ Tensor by tensor, one at a time; no GPU, no process group, no Megatron.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,8 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from moiie_megatron.checkpoint.directory import PROCESSOR_FILES, copy_tokenizer
+from moiie_megatron.config.messages import first_problem
 from moiie_megatron.config.schema import LanguageConfig, MoEConfig, RunConfig
 from moiie_megatron.convert.checkpoint_output import (
     MARKER,
@@ -46,7 +49,7 @@ from moiie_megatron.families.weight_map import WeightMapping
 from moiie_megatron.layout.experts import Variant, moe_layers
 from moiie_megatron.utils.directories import check_output
 from moiie_megatron.utils.errors import UserError
-from moiie_megatron.utils.progress import ProgressFn
+from moiie_megatron.utils.progress import NoteFn, ProgressFn
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,17 @@ class UpcycleOptions:
             UserError: Numbers that do not fit the variant.
         """
         vision, shared, text = self.experts or (None, None, None)
-        section = MoEConfig(
-            variant=self.variant,
-            num_vision_experts=vision,
-            num_shared_experts=shared,
-            num_text_experts=text,
-            layers=self.layers,  # type: ignore[arg-type]  # checked by MoEConfig
-            top_k=self.top_k,
-        )
+        try:
+            section = MoEConfig(
+                variant=self.variant,
+                num_vision_experts=vision,
+                num_shared_experts=shared,
+                num_text_experts=text,
+                layers=self.layers,  # type: ignore[arg-type]  # checked by MoEConfig
+                top_k=self.top_k,
+            )
+        except ValidationError as error:
+            raise UserError(f"moe.{first_problem(error, MoEConfig)}") from None
         layout = section.layout
         return section.model_copy(
             update={
@@ -103,6 +109,7 @@ def upcycle_checkpoint(
     connector: str | Path | None = None,
     force: bool = False,
     progress: ProgressFn | None = None,
+    note: NoteFn | None = None,
 ) -> Path:
     """Write a checkpoint that training can start from and that can be exported.
 
@@ -112,9 +119,11 @@ def upcycle_checkpoint(
         llm: Hugging Face directory of a language model, with its tokenizer.  Experts
             that it has are taken as they are (Vanilla MoE).
         vision: Hugging Face directory of a vision encoder, or one that holds it.
-        connector: Safetensors file with a trained connector; a fresh one otherwise.
+        connector: File (safetensors or ``.bin``) or directory with a trained connector; a fresh
+            one otherwise.
         force: Replace an earlier checkpoint at ``out``.
         progress: Told about every tensor written.
+        note: Told why ``stage.template`` is not the tokenizer's own template.
 
     Returns:
         ``out``.
@@ -125,16 +134,19 @@ def upcycle_checkpoint(
     """
     options, llm, vision, out = options or UpcycleOptions(), Path(llm), Path(vision), Path(out)
     check_output(out, force=force, marker=MARKER)
-    if options.perturb < 0:
-        raise UserError(f"perturb is {options.perturb}: use 0 or more.")
+    if not (math.isfinite(options.perturb) and options.perturb >= 0):
+        raise UserError(f"perturb is {options.perturb}: use a finite number of at least 0.")
     sources = _open(llm, vision, connector, options)
+    template, reason = template_of(llm, sources.language)
+    if reason and note:
+        note(reason)
     config = run_from_checkpoint(
         out,
         language=sources.language,
         vision=read_vision_config(vision),
         connector_size=sources.connector_size,
         moe=sources.moe,
-        template=template_of(llm, sources.language),
+        template=template,
         dtype=sources.dtype,
         seed=options.seed,
     )
@@ -279,5 +291,10 @@ def _write(piece: _Piece, config: RunConfig, perturb: float, output: CheckpointO
                 expert=row.expert,
                 part=int(row.megatron.endswith("linear_fc2.weight")),
             )
+            if not noisy.isfinite().all():
+                raise UserError(
+                    f"perturb is {perturb}: with this noise values of {row.megatron} are not "
+                    "finite, use a smaller one."
+                )
             data = TensorBytes.of(noisy)
     output.write(row, data, config.moe.layout, dense)

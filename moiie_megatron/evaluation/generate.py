@@ -23,9 +23,10 @@ from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.encode.encoder import encode_prompt
 from moiie_megatron.data.encode.images import ImageLoader, normalize
-from moiie_megatron.data.encode.templates import Template, load_template
-from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
-from moiie_megatron.data.records.llava import PLACEHOLDER, Turn
+from moiie_megatron.data.encode.stop_ids import stop_ids
+from moiie_megatron.data.encode.templates import load_template
+from moiie_megatron.data.encode.tokenizers import load_tokenizer
+from moiie_megatron.data.records.record import PLACEHOLDER, Turn
 from moiie_megatron.families.registry import vision_family
 from moiie_megatron.layout.token_types import PADDING, TEXT
 from moiie_megatron.mcore.parallel import ParallelContext
@@ -88,10 +89,12 @@ class Generator:
         self.config = config
         self.context = context
         self.model = model.eval()
-        self.tokenizer = load_tokenizer(config.data.tokenizer, config.data.image_token)
+        self.tokenizer = load_tokenizer(
+            config.data.tokenizer, config.data.image_token, config.data.markers_in_text
+        )
         self.template = load_template(config.stage.template, self.tokenizer)
         self.statistics = vision_family(config.vision.family).statistics
-        self.stop_ids = stop_ids(self.tokenizer, self.template)
+        self.stop_ids = stop_ids(self.tokenizer, self.template, config.data.tokenizer)
 
     @classmethod
     def load(cls, directory: Path, config: RunConfig, context: ParallelContext) -> Generator:
@@ -106,8 +109,13 @@ class Generator:
 
     def image_loader(self, root: str | Path) -> ImageLoader:
         """A loader of images below ``root`` that processes them as in training."""
-        size, mode = self.config.vision.image_size, self.config.stage.image_mode
-        return ImageLoader(root, size, mode, self.statistics.mean)
+        return ImageLoader(
+            root,
+            self.config.vision.image_size,
+            self.config.stage.image_mode,
+            self.statistics.mean,
+            allow_outside=self.config.data.allow_outside_images,
+        )
 
     def prompt(self, turns: Sequence[Turn], images: Sequence[Tensor]) -> Prompt:
         """Encode a conversation that ends with a user turn.
@@ -131,6 +139,19 @@ class Generator:
         side = self.config.vision.image_size
         pixels = torch.stack(list(images)) if images else torch.empty(0, 3, side, side).byte()
         return Prompt(tokens, types, pixels)
+
+    def check_length(self, prompt: Prompt, max_new_tokens: int) -> None:
+        """Check that the answer has positions behind the prompt.
+
+        Raises:
+            UserError: Prompt and answer could exceed the model's positions.
+        """
+        length, limit = len(prompt.tokens), self.config.language.max_position_embeddings
+        if length + max_new_tokens > limit:
+            raise UserError(
+                f"A prompt of {length} tokens with {max_new_tokens} new ones exceeds "
+                f"language.max_position_embeddings {limit}: shorten the prompt or the answer."
+            )
 
     def blanked(self, prompt: Prompt) -> Prompt:
         """The same prompt with every pixel set to the encoder's mean colour."""
@@ -156,13 +177,8 @@ class Generator:
         """
         if not prompts:
             return []
-        longest = max(len(prompt.tokens) for prompt in prompts)
-        limit = self.config.language.max_position_embeddings
-        if longest + max_new_tokens > limit:
-            raise UserError(
-                f"A prompt of {longest} tokens with {max_new_tokens} new ones exceeds "
-                f"language.max_position_embeddings {limit}: shorten the prompt or the answer."
-            )
+        for prompt in prompts:
+            self.check_length(prompt, max_new_tokens)
         answers: list[list[int]] = [[] for _ in prompts]
         running = [True] * len(prompts)
         for _ in range(max_new_tokens):
@@ -225,13 +241,3 @@ class Generator:
         stacked = pad_sequence(rows, batch_first=True, padding_value=value)
         missing = self._width(stacked.shape[1]) - stacked.shape[1]
         return torch.nn.functional.pad(stacked, (0, missing), value=value)
-
-
-def stop_ids(tokenizer: Tokenizer, template: Template) -> frozenset[int]:
-    """Ids that end an answer: the end of text, and what the template teaches after a turn."""
-    sample = "a"
-    segments = template.render([Turn("user", sample), Turn("assistant", sample)])
-    trainable = [tokenizer.encode(segment.text) for segment in segments if segment.train]
-    # A chat template without an end-of-turn marker teaches the text alone.
-    markers = [ids[-1] for ids in trainable if ids[-1] not in tokenizer.encode(sample)]
-    return frozenset([tokenizer.eos_id, *markers])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.encode.encoder import IGNORE, Encoded
-from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.batch import Batch, collate
 from moiie_megatron.data.stream.dataset import LlavaDataset
 from moiie_megatron.data.stream.example import Example

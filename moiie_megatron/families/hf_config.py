@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from moiie_megatron.config.families import LANGUAGE_FAMILIES, VISION_FAMILIES
 from moiie_megatron.config.messages import first_problem, listed, show
 from moiie_megatron.config.schema import LanguageConfig, MoEConfig, Section, VisionConfig
+from moiie_megatron.config.section import MAX_FLOAT, MAX_INT
 from moiie_megatron.families.family import LanguageFamily, UnsupportedError, VisionFamily
 from moiie_megatron.families.registry import language_family, vision_family
 from moiie_megatron.utils.errors import UserError
@@ -36,6 +37,15 @@ _ROPE_FIELDS: Final = ("rotary_base", "rope_scaling", "longrope")
 _FIELDS_WITH_A_RULE: Final = (*_ROPE_FIELDS, "head_dim", "tied_embeddings")
 # Settings that transformers' configurations compute where they are left out.
 _COMPUTED: Final = ("head_dim", "num_key_value_heads", "sliding_window", "layer_types")
+
+# What is computed with before the schema has checked it.
+_COUNTS: Final = ("num_hidden_layers", "max_position_embeddings", "max_window_layers")
+_TYPES: Final = {
+    **dict.fromkeys((*_COUNTS, "original_max_position_embeddings"), "a whole number"),
+    **dict.fromkeys(("rope_theta", "factor", "attention_factor"), "a number"),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), "an object"),
+    "layer_types": "a list",
+}
 
 _SectionT = TypeVar("_SectionT", bound=Section)
 
@@ -72,11 +82,13 @@ def language_from_hf(section: Mapping[str, Any], file: Path, *, is_tied: bool) -
     """
     family = find_language_family(section, file)
     theirs = _with_defaults(family.name, section)
+    _check_types(theirs, file)
     try:
         for key, value in _BUILT_IN.items():
             if section.get(key, value) not in (value, None):
                 raise UnsupportedError(key, section[key], value)
         rope = section.get("rope_scaling") or section.get("rope_parameters") or {}
+        _check_types(rope, file)
         values = {
             ours: theirs[key]
             for ours, key in family.config.items()
@@ -182,6 +194,7 @@ def vision_from_hf(
     """
     family = find_vision_family(section, file)
     theirs = _with_defaults(family.model_type, section)
+    _check_types(theirs, file)
     if theirs["num_channels"] != 3:
         raise _unknown(file, "num_channels", theirs["num_channels"], 3)
     values = {"family": family.name} | {ours: theirs[key] for ours, key in family.config.items()}
@@ -278,6 +291,27 @@ def _section(kind: type[_SectionT], values: dict[str, Any], file: Path) -> _Sect
         return kind(**values)
     except ValidationError as error:
         raise UserError(f"{file} does not describe a model: {first_problem(error, kind)}") from None
+
+
+def _check_types(values: Mapping[str, Any], file: Path) -> None:
+    """Refuse values that no computation here can use; null is none where it may be left out.
+
+    Raises:
+        UserError: The first one.
+    """
+    for key, wanted in _TYPES.items():
+        value: Any = values.get(key)
+        if key not in values or (value is None and key not in _COUNTS):
+            continue
+        lowest = 0 if key == "max_window_layers" else 1
+        fits = {
+            "a whole number": type(value) is int and lowest <= value <= MAX_INT,
+            "a number": type(value) in (int, float) and abs(value) <= MAX_FLOAT,
+            "an object": isinstance(value, Mapping),
+            "a list": isinstance(value, list),
+        }[wanted]
+        if not fits:
+            raise UserError(f"{key} is {show(value)} in {file}: copy it again, {wanted} is needed.")
 
 
 def _unknown(file: Path, key: str, value: object, known: object) -> UserError:

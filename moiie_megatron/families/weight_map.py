@@ -31,6 +31,7 @@ EXPERTS: Final = ".mlp.experts.experts."
 
 EMBEDDING: Final = "language_model.embedding.word_embeddings.weight"
 OUTPUT_LAYER: Final = "language_model.output_layer.weight"
+VOCABULARY: Final = (EMBEDDING, OUTPUT_LAYER)  # a row for every token (layout/vocabulary.py)
 
 # Dense layers name the norm after the linear layer that Transformer Engine fuses it with; the
 # norm in front of experts stands alone.

@@ -14,6 +14,7 @@ REMOTE_FILES: Final = (
     "configuration_moiie.py",
     "language_moiie.py",
     "modeling_moiie.py",
+    "pixels_moiie.py",
     "processing_moiie.py",
     "version_moiie.py",
 )
@@ -57,7 +58,7 @@ def write_remote_code(directory: str | Path) -> list[Path]:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({error}): write it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} does not hold a JSON object: write it again.")

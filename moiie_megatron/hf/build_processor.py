@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import transformers
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
 
 from moiie_megatron.config.schema import VisionConfig
+from moiie_megatron.data.vocabulary.fast_tokenizer import load_fast_tokenizer
+from moiie_megatron.data.vocabulary.tokenizer_files import tokenizer_files
 from moiie_megatron.families.registry import vision_family
 from moiie_megatron.hf.processing_moiie import MoiieProcessor
 
@@ -20,24 +21,28 @@ def build_processor(
     image_mode: Literal["square", "pad"],
     image_token: str = "<image>",
     chat_template: str | None = None,
+    stop_ids: Collection[int] = (),
 ) -> MoiieProcessor:
     """A processor that prepares text and images as the run's data side does.
 
     ``save_pretrained`` on the result writes tokenizer, chat template and ``processor_config.json``.
 
     Args:
-        tokenizer_directory: Hugging Face folder with ``tokenizer.json``.  An image token that is
-            not in the vocabulary is added behind it, where training puts it.
+        tokenizer_directory: As ``data.tokenizer``, and read by the same function.
         vision: Family and sizes of the vision encoder.
         image_mode: ``stage.image_mode`` of the run.
         image_token: ``data.image_token`` of the run.
         chat_template: Default: the tokenizer's.
+        stop_ids: Tokens that end an answer; ``skip_special_tokens`` leaves them out of texts.
     """
-    # tokenizer.json as it is, like training; classes for single families rebuild parts of it.
-    loader: Any = PreTrainedTokenizerFast  # untyped
-    tokenizer = loader.from_pretrained(str(tokenizer_directory), local_files_only=True)
-    if image_token not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)])
+    tokenizer = load_fast_tokenizer(tokenizer_files(tokenizer_directory), image_token)
+    for stop in stop_ids:
+        marker = tokenizer.added_tokens_decoder.get(stop)
+        if marker is not None and not marker.special:
+            marker.special = True
+            tokenizer.add_tokens([marker], special_tokens=True)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template  # also where the tokenizer is loaded alone
     family = vision_family(vision.family)
     kind = getattr(transformers, family.image_processor)
     image_processor = kind(

@@ -8,14 +8,18 @@ from .version_moiie import TESTED_VERSIONS  # noqa: F401  # first: older version
 
 # isort: split
 
-import numpy as np
+import os
+
 import transformers
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import ChannelDimension, make_flat_list_of_images
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import is_torch_tensor
+
+from .pixels_moiie import as_rgb, as_square, upright
 
 
 class MoiieProcessor(ProcessorMixin):
@@ -68,12 +72,37 @@ class MoiieProcessor(ProcessorMixin):
         template = chat_template or tokenizer.chat_template
         super().__init__(image_processor, tokenizer, chat_template=template)
 
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """As in transformers, but a text that begins with the BOS token gets no second one."""
+        texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
+        if bos and texts and all(isinstance(t, str) and t.startswith(bos) for t in texts):
+            kwargs.setdefault("add_special_tokens", False)
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def apply_chat_template(
+        self, conversation: Any, *arguments: Any, processor_kwargs: Any = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; the template writes all special tokens, none are added."""
+        processor_kwargs = {"add_special_tokens": False} | (processor_kwargs or {})
+        return super().apply_chat_template(
+            conversation, *arguments, processor_kwargs=processor_kwargs, **kwargs
+        )
+
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
         """What stands in the text for one image (called by transformers)."""
         return self.image_token * self.num_image_tokens
 
-    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
-        prepared = [self._prepared(image) for image in make_flat_list_of_images(images)]
+    def prepare_inputs_layout(
+        self, images: Any = None, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Any, Any]:
+        """Opens image files (called by transformers, whose own reader clips pixels of 16 bits)."""
+        return super().prepare_inputs_layout(_with_files_opened(images), *args, **kwargs)
+
+    def _process_images(
+        self, images: Any, input_data_format: str | None = None, **kwargs: Any
+    ) -> tuple[Any, list[str]]:
+        flat = make_flat_list_of_images(images)
+        prepared = [self._prepared(image, input_data_format) for image in flat]
         size = {"height": self.image_size, "width": self.image_size}
         kwargs |= {
             "do_resize": True,
@@ -83,18 +112,37 @@ class MoiieProcessor(ProcessorMixin):
         }
         return super()._process_images(prepared, **kwargs)
 
-    def _prepared(self, image: Any) -> Image.Image:
+    def _prepared(self, image: Any, input_data_format: str | None) -> Image.Image:
         """Upright, RGB, and square in ``pad`` mode."""
         if not isinstance(image, Image.Image):
-            image = to_pil_image(image)
-        image = _as_rgb(ImageOps.exif_transpose(image))
+            image = to_pil_image(
+                image, input_data_format=input_data_format or _channel_dimension(image)
+            )
+        rgb = as_rgb(upright(image))
         if self.image_mode == "square":
-            return image
-        side = max(image.size)
-        colour = tuple(int(channel * 255) for channel in self.image_processor.image_mean)
-        square = Image.new("RGB", (side, side), colour)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return square
+            return rgb
+        return as_square(rgb, self.image_size, self.image_processor.image_mean)
+
+
+def _with_files_opened(images: Any) -> Any:
+    """The same (nested) list with a picture for the path of a file; addresses are left alone."""
+    if isinstance(images, (list, tuple)):
+        return [_with_files_opened(image) for image in images]
+    if isinstance(images, str) and os.path.isfile(images):
+        return Image.open(images)
+    return images
+
+
+def _channel_dimension(image: Any) -> ChannelDimension | None:
+    """Where the channels of an array are; None: only one side can be the channels.
+
+    An array of 3 x w x 3 or 1 x w x 3 values is read as its kind usually is: numpy arrays have the
+    channels last, tensors first.
+    """
+    ambiguous = image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[-1] in (1, 3)
+    if not ambiguous:
+        return None
+    return ChannelDimension.FIRST if is_torch_tensor(image) else ChannelDimension.LAST
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, image_token: str) -> int:
@@ -122,12 +170,3 @@ def _side(image_processor: BaseImageProcessor) -> int:
     if not size.height or size.height != size.width:
         raise ValueError(f"The image processor's size is {size}: use one height and equal width.")
     return size.height
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("An image has pixels of mode F, without a known range: save it as RGB.")
-    if image.mode.startswith("I"):  # 16 bits per pixel: PIL's own conversion clips at 255
-        pixels = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(pixels).convert("RGB")
-    return image.convert("RGB")

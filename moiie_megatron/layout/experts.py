@@ -31,10 +31,11 @@ class ExpertLayout:
         num_vision: Experts that only image tokens may use.
         num_shared: Experts that every token may use.
         num_text: Experts that only text tokens may use.
-        top_k: Experts per token.
+        top_k: Experts per token, 2 or more.
 
     Raises:
-        UserError: A negative count, or a modality with fewer experts than ``top_k``.
+        UserError: A negative count, ``top_k`` below 2, or a modality with fewer experts than
+            ``top_k``.
     """
 
     num_vision: int
@@ -48,12 +49,18 @@ class ExpertLayout:
                 raise UserError(f"moe.{name}_experts is {getattr(self, name)}: use 0 or more.")
         if not self.num_experts:
             return
+        if self.top_k < 2:
+            raise UserError(
+                f"moe.top_k is {self.top_k}: use 2 or more, because the weights of a token's "
+                "experts are normalized to 1, so that one expert alone teaches its router nothing."
+            )
         for router in self.routers:
             width = len(self.allowed(router))
             if width < self.top_k:
+                lower = "" if width < 2 else f"set moe.top_k to at most {width}, or "
                 raise UserError(
                     f"moe.top_k is {self.top_k} but the {router} router has only {width} "
-                    "experts to choose from: lower moe.top_k or add experts."
+                    f"expert{'s' if width > 1 else ''} to choose from: {lower}add experts."
                 )
 
     @classmethod

@@ -9,7 +9,14 @@ import ctypes
 import functools
 import os
 import signal
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import psutil
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -54,3 +61,52 @@ def kill_children_on_exit() -> None:
         # torchrun starts every process in a session of its own.
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getsid(0) == os.getpid():
             hooks.die_with_parent()
+
+
+def start_child(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+    """Start another program that is killed when this process ends, even when it is killed.
+
+    It has a session of its own, so that a Ctrl-C in the terminal reaches this process alone.
+
+    Args:
+        options: Of ``subprocess.Popen``.
+    """
+    kill_children_on_exit()
+    # Only with a function to call after the fork does Python call the hooks above; the kernel
+    # keeps what they set when the program is replaced.
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=_nothing, **options)
+
+
+def stop_launcher(launcher: subprocess.Popen[Any], number: signal.Signals, seconds: float) -> None:
+    """Send a signal to the ranks that torchrun has started, and end it when they have ended.
+
+    Args:
+        launcher: torchrun, or a program that starts no others.
+        seconds: After which all are killed.
+    """
+    if launcher.poll() is None:
+        process = psutil.Process(launcher.pid)
+        process.suspend()  # it would report its ranks as failed
+        waiting = process.children() or [process]
+        if waiting == [process]:
+            process.resume()
+        for one in waiting:
+            one.send_signal(number)
+        deadline = time.monotonic() + seconds
+        while any(map(_is_alive, waiting)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for one in waiting:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    launcher.kill()
+    launcher.wait()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def _nothing() -> None:
+    return None

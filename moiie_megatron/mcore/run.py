@@ -6,16 +6,20 @@ Torch and Megatron are imported when a run starts, not before.
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.dist_env import DistEnv, connect_store
+from moiie_megatron.utils.cpu_features import has_bf16_instructions
 
 if TYPE_CHECKING:
     from moiie_megatron.mcore.parallel import ParallelContext
+
+LOGGER: Final = logging.getLogger(__name__)
 
 
 def run_distributed(
@@ -49,6 +53,15 @@ def run_distributed(
         store=store,
     )
     transformer_config(config, context.device)  # what the machine lacks is told before body starts
+    if (
+        config.train.precision == "bf16"
+        and not context.device.is_cuda
+        and has_bf16_instructions() is False
+    ):
+        LOGGER.warning(
+            "train.precision is bf16, but this CPU has no BF16 instructions, and may take minutes "
+            "for what takes seconds in fp32: use train.precision=fp32."
+        )
     with own_attention_backend():
         body(context)
     destroy_parallel()

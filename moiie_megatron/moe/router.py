@@ -221,7 +221,8 @@ class ModalityRouter(MegatronModule):
         if settings.z_loss_coeff:
             z_G = z_losses(scores_TE, masks_TG, balance.all_tokens_G)
             total = total + settings.z_loss_coeff * z_G.sum()
-        self.stats.add_losses(logged_G.detach(), z_G.detach())
+        ranks = 1 if self.token_group is None else self.token_group.size()
+        self.stats.add_losses(logged_G.detach(), z_G.detach(), balance.all_tokens_G.detach(), ranks)
         if self.layout.routers == ("joint",):  # one router and loss, but a count per modality
             self._count(all_probs_TE, routing_map_TE, types_T)
         else:

@@ -1,4 +1,7 @@
-"""What the routers of the whole model did, summed over its layers' counters and over ranks."""
+"""What the routers of the whole model did, summed over its layers' counters and over ranks.
+
+Shape letters: see ``moe/__init__.py``.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ _FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class RouterLosses:
-    """Means over layers and over the micro-batches since the last report, equal on every rank.
+    """Means over layers and over micro-batches since the last report, equal on every rank.
+
+    A router's mean is over the micro-batches with tokens of its modality; 0 where none had any.
 
     Attributes:
         aux: Balance loss by router, before its coefficient; empty for a dense model.
@@ -63,11 +68,14 @@ class RoutingCounters:
         if not self.layers:
             return RouterLosses()
         routers = self.config.moe.layout.routers
-        sums = self._zeros(2 * len(routers))
-        if self.stats:  # a pipeline stage may have no MoE layer
-            sums = torch.stack([stats.losses() for stats in self.stats.values()]).sum(dim=0)
+        sums = self._zeros(3 * len(routers))
+        for stats in self.stats.values():  # a pipeline stage may have no MoE layer
+            sums += torch.cat([stats.losses(), stats.empty_G])
         dist.all_reduce(sums)
-        means = (sums / (len(self.layers) * max(self.micro_batches, 1))).tolist()
+        losses, empty_G = sums.split([2 * len(routers), len(routers)])
+        # Parts of ranks that share a micro-batch add up to one but for rounding.
+        counted_G = (len(self.layers) * self.micro_batches - empty_G).round().clamp(min=1.0)
+        means = (losses / counted_G.repeat(2)).tolist()
         self.micro_batches = 0
         for stats in self.stats.values():
             stats.reset_losses()

@@ -16,7 +16,7 @@ from torch import Tensor
 from moiie_megatron.layout.token_types import MODALITIES
 
 _ROUTING = ("tokens_M", "load_ME", "prob_ME", "rows_A", "remote_A")
-_LOSSES = ("aux_G", "z_G")
+_LOSSES = ("aux_G", "z_G", "empty_G")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class LoadStats(torch.nn.Module):
     """The same sums of one layer on its device, reduced over ranks only when they are logged.
 
     Buffers (not part of checkpoints; fp64, which counts exactly to 2**53 where fp32 stops at 17
-    million): those of ``LayerSums``, and ``aux_G`` balance losses, ``z_G`` z-losses.  Only
-    ``rows_A`` and ``remote_A`` count padding.
+    million): those of ``LayerSums``, and ``aux_G`` balance losses, ``z_G`` z-losses, ``empty_G``
+    micro-batches in which a router scored no token.  Only ``rows_A`` and ``remote_A`` count
+    padding.
     """
 
     tokens_M: Tensor
@@ -64,6 +65,7 @@ class LoadStats(torch.nn.Module):
     remote_A: Tensor
     aux_G: Tensor
     z_G: Tensor
+    empty_G: Tensor
 
     def __init__(self, num_routers: int, num_experts: int, device: torch.device) -> None:
         super().__init__()
@@ -80,10 +82,19 @@ class LoadStats(torch.nn.Module):
         self.prob_ME += prob_ME.detach()
 
     @torch.no_grad()
-    def add_losses(self, aux_G: Tensor, z_G: Tensor) -> None:
-        """Add this rank's parts of the losses of one micro-batch."""
+    def add_losses(
+        self, aux_G: Tensor, z_G: Tensor, all_tokens_G: Tensor | None = None, ranks: int = 1
+    ) -> None:
+        """Add this rank's parts of the losses of one micro-batch.
+
+        Args:
+            all_tokens_G: Tokens that each router scored; None where each has some.
+            ranks: Number of ranks that share the micro-batch; they add up to one.
+        """
         self.aux_G += aux_G
         self.z_G += z_G
+        if all_tokens_G is not None:
+            self.empty_G += (all_tokens_G == 0) / ranks
 
     @torch.no_grad()
     def add_rows(self, masks_TM: Tensor, rows_TN: Tensor, own_rank: int) -> None:
@@ -109,9 +120,9 @@ class LoadStats(torch.nn.Module):
         return torch.cat([getattr(self, name).flatten() for name in _ROUTING])
 
     def reset_losses(self) -> None:
-        """Set to zero what ``losses`` returns."""
-        self.aux_G.zero_()
-        self.z_G.zero_()
+        """Set to zero what ``losses`` returns, and the number of micro-batches without tokens."""
+        for name in _LOSSES:
+            getattr(self, name).zero_()
 
     def reset_routing(self) -> None:
         """Set to zero what ``routing`` returns."""

@@ -18,6 +18,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from moiie_megatron.mcore.process_lifetime import start_child
+
 _PROGRAM: Final = "moiie_megatron.selftest.cpu_process"
 _POLL: Final = 0.05  # seconds
 # A single process, whatever launcher started its parent.
@@ -42,7 +44,7 @@ class CpuReferences:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         self._log = directory / "reference.log"
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+            self._process = start_child(
                 [sys.executable, "-m", _PROGRAM, str(directory), str(ranks), *names],
                 env=environment,
                 stdout=log,

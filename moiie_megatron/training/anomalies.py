@@ -7,7 +7,6 @@ another one.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.order import SampleOrder
 from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.training.logging.jsonl import LostFn, append_line, refuse
 from moiie_megatron.training.step import StepResult
 
 SKIPPED_STEPS_FILE = "skipped_steps.jsonl"
@@ -58,6 +58,7 @@ class AnomalyMonitor:
 
     Args:
         order: The dataset index of every sample; None where it is unknown (energon).
+        lost: Told about a line that could not be written.
 
     Attributes:
         skipped_in_a_row: Consecutive skipped steps up to the last one.
@@ -65,13 +66,18 @@ class AnomalyMonitor:
     """
 
     def __init__(
-        self, config: RunConfig, context: ParallelContext, order: SampleOrder | None
+        self,
+        config: RunConfig,
+        context: ParallelContext,
+        order: SampleOrder | None,
+        lost: LostFn = refuse,
     ) -> None:
         self.skipped_in_a_row = 0
         self.spike: float | None = None
         self._config = config
         self._context = context
         self._order = order
+        self._lost = lost
         self._detector = SpikeDetector(config.train.spike_factor)
 
     def observe(
@@ -145,8 +151,7 @@ class AnomalyMonitor:
             # Round-robin over the ranks, as samples are dealt; packing reorders a rank's samples.
             "micro_batches": [batch for turn in zip(*parts, strict=True) for batch in turn],
         }
-        with (Path(self._config.output) / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(Path(self._config.output) / name, line, self._lost)
 
     def _indices(self, first_sample: int) -> dict[str, list[int]]:
         if self._order is None:

@@ -9,6 +9,7 @@ from typing import Final
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.garbage import collect_every
+from moiie_megatron.training.output_lock import locked_output
 from moiie_megatron.training.resume import find_start
 from moiie_megatron.training.run import Run
 from moiie_megatron.training.stop import StopRequest
@@ -26,19 +27,22 @@ def train(config: RunConfig, context: ParallelContext, stop: StopRequest | None 
         The last checkpoint.
 
     Raises:
-        UserError: Data, weights or checkpoints do not fit the configuration, a checkpoint
-            cannot be written, or too many samples or steps were skipped.
+        UserError: Another run writes to the output directory, data, weights or checkpoints do
+            not fit the configuration, a checkpoint or log cannot be written, or too many samples
+            or steps were skipped.
     """
     start = find_start(config, context)
     if start.is_finished and start.checkpoint is not None:
         LOGGER.info("%s already is the end of this run: nothing to do.", start.checkpoint)
         return start.checkpoint
-    run = Run(config, context, start, stop or StopRequest())
-    with collect_every(config.train.gc_interval) as collect:
-        while not run.is_over:
-            batches = run.next_batches()
-            result = run.step(batches)
-            run.report(batches, result)
-            run.save_if_due()
-            collect(run.progress.step)
-    return run.finish()
+    stop = stop or StopRequest()
+    with locked_output(config.output, context):
+        run = Run(config, context, start, stop)
+        with stop.taking_steps(), collect_every(config.train.gc_interval) as collect:
+            while not run.is_over:
+                batches = run.next_batches()
+                result = run.step(batches)
+                run.report(batches, result)
+                run.save_if_due()
+                collect(run.progress.step)
+            return run.finish()

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.training.logging.jsonl import LostFn, lost_sentence, refuse
 from moiie_megatron.utils.files import atomic_write
 
 
@@ -15,9 +16,13 @@ class StepProfiler:
     """torch's profiler around the steps ``profile.steps`` on the ranks ``profile.ranks``.
 
     The trace is ``OUTPUT/profile/steps_A-B_rank_R.json`` (chrome://tracing, Perfetto).
+
+    Args:
+        lost: Told about a trace that could not be written.
     """
 
-    def __init__(self, config: RunConfig, context: ParallelContext) -> None:
+    def __init__(self, config: RunConfig, context: ParallelContext, lost: LostFn = refuse) -> None:
+        self._lost = lost
         self._steps = config.profile.steps if context.rank in config.profile.ranks else None
         self._rank = context.rank
         self._directory = Path(config.output) / "profile"
@@ -40,8 +45,11 @@ class StepProfiler:
         if not last and step != self._steps[1]:
             return
         self._running.stop()
-        self._directory.mkdir(parents=True, exist_ok=True)
         final = self._directory / f"steps_{self._first}-{step}_rank_{self._rank}.json"
-        with atomic_write(final) as file:
-            self._running.export_chrome_trace(str(file))
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with atomic_write(final) as file:
+                self._running.export_chrome_trace(str(file))
+        except OSError as error:
+            self._lost(lost_sentence(final, error))
         self._running = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from moiie_megatron.mcore.gpu_environment import tf32_users
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.anomalies import AnomalyMonitor
+from moiie_megatron.training.logging.jsonl import lost_sentence
 from moiie_megatron.training.logging.memory import peak_memory
 from moiie_megatron.training.logging.run_log import RunLog, StepReport
 from moiie_megatron.training.profiling import StepProfiler
@@ -53,8 +53,8 @@ class Run:
         progress: How far it is.
 
     Raises:
-        UserError: The output directory cannot be written, or weights or the checkpoint do not
-            fit the configuration.
+        UserError: A log cannot be written, or weights or the checkpoint do not fit the
+            configuration.
     """
 
     def __init__(
@@ -65,11 +65,10 @@ class Run:
         self.progress = start.progress
         self._total_steps = start.total_steps
         self._stop = stop
-        _check_output(config, context)
         self._train_state = _build_train_state(config, context, start)
         is_energon = config.data.loader == "energon"  # has an order and a state of its own
         order = None if is_energon else SampleOrder(start.dataset.blend, config.train.seed)
-        self._anomalies = AnomalyMonitor(config, context, order)
+        self._anomalies = AnomalyMonitor(config, context, order, stop.fail)
         stream = StreamState()
         parts = self._train_state.state_parts() | {"counters": {"anomalies": self._anomalies}}
         if is_energon:
@@ -86,13 +85,18 @@ class Run:
             max_over_dp=context.max_over_dp,
             pin_memory=context.device.is_cuda,
             state=stream,
+            is_stopping=lambda: any(stop.flags(None)),
         )
         self._log = RunLog(
-            config, context, start_step=self.progress.step, total_steps=start.total_steps
+            config,
+            context,
+            start_step=self.progress.step,
+            total_steps=start.total_steps,
+            lost=stop.fail,
         )
-        self._skipped_samples = SkippedSampleLog(config, context, self.progress)
+        self._skipped_samples = SkippedSampleLog(config, context, self.progress, stop.fail)
         self._saver = CheckpointSaver(config, context, parts, self._log.saved, start.checkpoint)
-        self._profiler = StepProfiler(config, context)
+        self._profiler = StepProfiler(config, context, stop.fail)
         self._counters = RoutingCounters(config, context, self._train_state.model)
         self._train_state.ddp.train()
 
@@ -183,12 +187,16 @@ class Run:
             The last checkpoint.
 
         Raises:
-            UserError: It could not be written.
+            UserError: It, or a log, could not be written.
         """
         self._saver.drain()
         self._skipped_samples.close()
         self._log.close()
         assert self._saver.newest is not None
+        if self._stop.failure is not None:
+            raise UserError(
+                f"{self._stop.failure.rstrip('.')} (the run goes on from {self._saver.newest})."
+            )
         if self._stop.reason is not None:
             LOGGER.info(
                 "Stopped after step %d of %d because of %s: the same command goes on from %s.",
@@ -203,8 +211,12 @@ class Run:
         """Leave the resolved configuration in the output directory and say what will happen."""
         config, context = self.config, self.context
         if context.rank == 0:
-            with atomic_write(Path(config.output) / "config.yaml") as file:
-                file.write_text(dump_config(config))
+            path = Path(config.output) / "config.yaml"
+            try:
+                with atomic_write(path) as file:
+                    file.write_text(dump_config(config))
+            except OSError as error:
+                raise UserError(lost_sentence(path, error)) from error
         LOGGER.info(
             "Stage %s: %s at step %d of %d; trains %s; %d process(es) on %s.",
             config.stage.name,
@@ -244,17 +256,3 @@ def _load_initial_weights(config: RunConfig, context: ParallelContext, model: Mo
         load_weights(source, context, model, new_connector=config.checkpoint.new_connector)
         return
     load_pretrained(model, config)
-
-
-def _check_output(config: RunConfig, context: ParallelContext) -> None:
-    """Refuse an output directory that cannot be written, before the model is built."""
-    if context.rank == 0:
-        try:
-            Path(config.output).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=config.output):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"output is {config.output}, which cannot be written ({error}): name another "
-                "directory, or change its permissions."
-            ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 WRITING = ".writing"  # ends the names of files and directories that are not complete
@@ -18,12 +18,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     Yields:
         ``PATH.writing``, which does not exist yet.
+
+    Raises:
+        OSError: It cannot be written.
     """
     path = Path(path)
     beside = path.with_name(path.name + WRITING)
     try:
         yield beside
+        os.replace(beside, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise
-    os.replace(beside, path)

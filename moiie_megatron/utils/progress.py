@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 # Told after every piece of work: how much is done, and how much there is in all (bytes, samples).
 ProgressFn = Callable[[int, int], object]
+# Told sentences that a user should read.
+NoteFn = Callable[[str], object]
 
 
 class ProgressCounter:

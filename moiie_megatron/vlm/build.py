@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.layout.vocabulary import padded_vocab_size
 from moiie_megatron.mcore.config import torch_dtype, transformer_config
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.rope import scaled_rotary_embedding
@@ -35,7 +36,8 @@ def build_model(config: RunConfig, context: ParallelContext) -> MoIIEModel:
     language_model = LanguageModel(
         config=mconfig,
         transformer_layer_spec=spec,
-        vocab_size=language.vocab_size,
+        vocab_size=padded_vocab_size(language.vocab_size, context.groups.tp.size()),
+        num_tokens=language.vocab_size,
         max_sequence_length=language.max_position_embeddings,
         pre_process=context.is_first_stage,
         post_process=context.is_last_stage,

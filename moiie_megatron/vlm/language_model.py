@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -33,9 +34,16 @@ class LanguageModel(GPTModel):
 
     Megatron passes ``loss_mask`` unchanged to ``_postprocess``, where the logits are computed,
     and uses it for multi-token prediction only, which the project does not support.
+
+    Args:
+        num_tokens: Rows of the embedding table that are tokens; those behind them
+            (``layout/vocabulary.py``) have no logits and no part in a loss.
+
+    Other arguments are GPTModel's.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, num_tokens: int, **kwargs: Any) -> None:
+        self.num_tokens = num_tokens
         with built_without_apex():
             super().__init__(*args, **kwargs)
         pass_token_types_to_all_layers(self.decoder)
@@ -61,4 +69,16 @@ class LanguageModel(GPTModel):
             labelled_yh = hidden_states.flatten(0, 1).index_select(0, label_positions)
             hidden_states = labelled_yh.unsqueeze(1)
         output: Tensor = super()._postprocess(hidden_states, *args, **kwargs)
+        if self.post_process and label_positions is None:
+            return output[..., : self.num_tokens]
         return output
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Losses of the labels; ``logits`` are this rank's part of the table's rows."""
+        size = logits.shape[-1]
+        tokens_here = self.num_tokens - size * self.pg_collection.tp.rank()
+        if tokens_here < size:
+            is_token = torch.arange(size, device=logits.device) < tokens_here
+            logits = logits.masked_fill(~is_token, torch.finfo(logits.dtype).min)
+        losses: Tensor = super().compute_language_model_loss(labels, logits)
+        return losses

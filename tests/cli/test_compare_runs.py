@@ -55,6 +55,11 @@ def test_a_missing_run_is_one_sentence(tmp_path: Path) -> None:
     assert_user_error(finished, tmp_path / "a", "does not exist")
 
 
+def test_no_processes_are_one_sentence(tmp_path: Path) -> None:
+    finished = run(command(TOOL, ["layouts", tmp_path / "x.yaml", "--processes", "0"]), timeout=60)
+    assert_user_error(finished, "--processes", 0)
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> list[str]:
     """The whole table up to eight processes."""

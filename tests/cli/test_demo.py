@@ -96,7 +96,10 @@ def torchrun(*arguments: str) -> Sequence[str]:
 
 @pytest.mark.parametrize("layout", ["expert", "tensor"])
 def test_two_processes_answer_as_one(out: Path, layout: str, tmp_path: Path) -> None:
-    data, file = out / "data", tmp_path / "scores.json"
+    data, file, kept = out / "data", tmp_path / "scores.json", "scores.json.answers.jsonl"
+    if layout == "tensor":  # goes on from where one process was killed
+        answers = (out / kept).read_bytes().splitlines(keepends=True)
+        (tmp_path / kept).write_bytes(b"".join(answers[:6])[:-20])
     result = start(
         *torchrun("tools/evaluate.py", str(out / "stage2"), f"parallel.{layout}=2"),
         *("--records", str(data / "test.jsonl"), "--images", str(data / "images")),
@@ -105,6 +108,30 @@ def test_two_processes_answer_as_one(out: Path, layout: str, tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     one = json.loads((out / "scores.json").read_text())
     assert json.loads(file.read_text())["outcomes"] == one["outcomes"]
+    assert ("holds 5 answers already" in result.stdout) == (layout == "tensor")
+    assert (tmp_path / kept).read_bytes() == (out / kept).read_bytes()
+
+
+def test_questions_without_answers(out: Path, tmp_path: Path) -> None:
+    """One of LLaVA's question files, one of whose images is missing."""
+    questions = tmp_path / "questions.jsonl"
+    name = json.loads((out / "data" / "test.jsonl").read_text().splitlines()[0])["image"]
+    asked = [
+        {"question_id": 1, "image": name, "text": "Which digit is shown?"},
+        {"question_id": 2, "image": "gone.png", "text": "Which digit is shown?"},
+    ]
+    questions.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    arguments = ("--records", str(questions), "--images", str(out / "data" / "images"))
+    command = ("tools/evaluate.py", str(out / "stage2"), *arguments, "--max-new-tokens", "4")
+    result = start(*command, "--answers", str(tmp_path / "answers.jsonl"))
+    assert result.returncode == 0, result.stderr
+    assert "2 questions answered" in result.stdout and "gone.png" in result.stdout
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["question_id"] for line in lines] == ["1", "2"]
+    assert [bool(line["metadata"]["error"]) for line in lines] == [False, True]
+    result = start(*command)
+    refused = Finished(result.returncode, result.stdout, result.stderr)
+    assert_user_error(refused, "questions without answers", "--answers")
 
 
 def test_generate_prints_the_answer(out: Path) -> None:

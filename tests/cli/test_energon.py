@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import runpy
 import shutil
 import sys
+import tarfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +20,14 @@ import yaml
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.encode.encoding import Encoding
+from moiie_megatron.data.records.energon_index import index_shards
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.build import build_dataset, build_train_loader
 from moiie_megatron.data.stream.stream_state import StreamState
 from moiie_megatron.utils.errors import UserError
 from tests.helpers.damaged_data import DAMAGES, DamagedData, write_damaged
 from tests.helpers.launch import TRAIN, command, run
+from tests.helpers.open_files import few_open_files
 from tests.helpers.tiny_run import read_metrics, tiny_values, write_config
 from tests.helpers.user_errors import assert_user_error, user_error
 
@@ -125,6 +130,21 @@ def test_samples_are_those_of_the_plain_loader(
     assert seen <= set(examples) and len(seen) > 60
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_all_micro_batches_of_a_step_are_held(
+    packing: bool, shards: dict[str, Path], digits: Path, tmp_path: Path
+) -> None:
+    """Without an open file for each tensor."""
+    values = values_of(shards, digits, tmp_path / "run", "good", workers=2)
+    values["data"]["packing"] = packing
+    values["train"] |= {"global_batch_size": 128, "micro_batch_size": 1}
+    config = load(tmp_path, values)
+    with few_open_files(100):
+        (step,) = take(steps(config, StreamState()), 1)
+    assert sum(len(batch.record_ids) for batch in step) == 128
+    assert packing or len(step) == 128
+
+
 def test_an_epoch_is_the_training_part(
     shards: dict[str, Path], digits: Path, tmp_path: Path
 ) -> None:
@@ -154,6 +174,35 @@ def test_goes_on_exactly(
     again = StreamState()
     again.restore(saved)
     assert_same(take(steps(config, again), 4), rest)
+
+
+def test_a_state_runs_nothing(shards: dict[str, Path], digits: Path, tmp_path: Path) -> None:
+    """A checkpoint from anywhere may hold any bytes in its place."""
+    hostile = b"cos\nmkdir\n(V" + bytes(tmp_path / "ran") + b"\ntR."
+    state = StreamState()
+    state.restore(torch.frombuffer(bytearray(hostile), dtype=torch.uint8))
+    config = load(tmp_path, values_of(shards, digits, tmp_path / "run", "good"))
+    with user_error("energon's state in the checkpoint", "os.mkdir"):
+        take(steps(config, state), 1)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_dot_in_the_name_of_a_sample(
+    shards: dict[str, Path], digits: Path, tmp_path: Path
+) -> None:
+    """All readers of the format end the name at the first one."""
+    folder = tmp_path / "dots"
+    folder.mkdir()
+    with tarfile.open(folder / "shard_00000.tar", "w") as tar:
+        for number in range(120):
+            content = b'{"conversations": []}'
+            header = tarfile.TarInfo(f"train{number}.000017.json")
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    assert index_shards(folder, ["shard_00000.tar"])
+    values = values_of({"dots": folder}, digits, tmp_path / "run", "dots")
+    with user_error(".000017.json but no train", "first dot"):
+        take(steps(load(tmp_path, values), StreamState()), 1)
 
 
 def test_ranks_have_different_samples(
@@ -192,6 +241,31 @@ def test_nothing_usable_ends_in_a_sentence(
     values["data"]["sources"] = [{"records": str(digits / "data")}]
     with user_error(digits / "data", "energon prepare"):
         build_dataset(load(tmp_path, values))
+
+
+def test_shards_of_megatrons_llava_example(digits: Path, tmp_path: Path) -> None:
+    """KEY.jpg, and KEY.json with a list of turns; prepared as VQASample they are refused."""
+    output = tmp_path / "llava"
+    output.mkdir()
+    record = json.loads((digits / "data" / "train.jsonl").read_text().splitlines()[0])
+    picture = (digits / "data" / "images" / record["image"]).read_bytes()
+    with tarfile.open(output / "0.tar", "w") as tar:
+        for key in range(8):
+            turns = json.dumps(record["conversations"]).encode()
+            for name, content in ((f"{key}.json", turns), (f"{key}.jpg", picture)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    index_shards(output, ["0.tar"])
+    shards = {"llava": output}
+    config = load(tmp_path, values_of(shards, digits, tmp_path / "run", "llava"))
+    (batches,) = take(steps(config, StreamState()), 1)
+    assert all(len(batch.images) == len(batch.record_ids) for batch in batches)
+    assert not any(batch.skipped_samples for batch in batches)
+    kind = output / ".nv-meta" / "dataset.yaml"
+    kind.write_text(kind.read_text().replace("CrudeWebdataset", "VQASample"))
+    with user_error(output, "VQASample", "energon prepare", "CrudeWebdataset"):
+        build_dataset(config)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

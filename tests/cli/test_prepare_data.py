@@ -99,6 +99,49 @@ def test_lengths_of_records_alone(digits: Path, tmp_path: Path) -> None:
     assert_user_error(prepare("validate", *words, "--json", unwritable), "--json", unwritable)
 
 
+def test_clean_writes_what_can_be_used(damaged: DamagedData, tmp_path: Path) -> None:
+    out = tmp_path / "clean.jsonl"
+    source = ("--records", damaged.records, "--images", damaged.images)
+    cleaned = prepare("clean", *source, "--out", out, "--workers", 1).check()
+    assert "56 of 64 records" in cleaned.stdout and "and 8 more" not in cleaned.stdout
+    kept = [json.loads(line)["id"] for line in out.read_text().splitlines()]
+    assert set(kept) == damaged.good_ids and len(kept) == 56
+    again = prepare("validate", "--records", out, "--images", damaged.images, "--workers", 1)
+    assert "skipped" in again.check().stdout  # none is too many: the exit code is 0
+    assert_user_error(prepare("clean", *source, "--out", out), "exists")
+    nothing = tmp_path / "nothing.jsonl"
+    nothing.write_text("{}\n")
+    where = ("--images", damaged.images, "--out", tmp_path / "new.jsonl", "--workers", 1)
+    assert_user_error(prepare("clean", "--records", nothing, *where), "None of the 1 records")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clean.jsonl", "nothing.jsonl"]
+
+
+def test_what_is_not_read_of_records(digits: Path, tmp_path: Path) -> None:
+    record = json.loads((digits / "data" / "train.jsonl").read_text().splitlines()[0])
+    records = [{**record, "width": 5, "mask": None}, {**record, "width": 6}, record]
+    file = tmp_path / "some.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in records))
+    source = ("--records", file, "--images", digits / "data" / "images", "--workers", 1)
+    stdout = prepare("validate", *source, "--json", tmp_path / "report.json").check().stdout
+    found = "key 'width' is not read (2), key 'mask' is not read (1)"
+    assert f"some.jsonl: {found}" in stdout
+    (summary,) = json.loads((tmp_path / "report.json").read_text())["sources"]
+    assert list(summary["notes"].values()) == [2, 1]
+
+
+def test_images_behind_a_link(digits: Path, tmp_path: Path) -> None:
+    """LLaVA's usual layout links to the directories of other data sets."""
+    record = json.loads((digits / "data" / "train.jsonl").read_text().splitlines()[0])
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "coco").symlink_to(digits / "data" / "images")
+    file = tmp_path / "linked.jsonl"
+    file.write_text(json.dumps({**record, "image": f"coco/{record['image']}"}) + "\n")
+    source = ("--records", file, "--images", tmp_path / "images", "--workers", 1)
+    refused = prepare("validate", *source)
+    assert "is a link out of" in refused.stdout and "data.allow_outside_images" in refused.stdout
+    prepare("validate", *source, "--allow-outside-images").check()
+
+
 def test_jsonl(digits: Path, tmp_path: Path) -> None:
     captions = digits / "data" / "captions.json"
     words = ("jsonl", captions, "--out", tmp_path / "c.jsonl")

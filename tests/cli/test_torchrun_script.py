@@ -176,6 +176,23 @@ def test_signals_reach_the_workers(
 
 
 @pytest.mark.slow
+def test_an_interrupt_saves_and_ends_scripts(job: subprocess.Popen[str], tmp_path: Path) -> None:
+    """As from a terminal: to the script's process group, which the workers are not in."""
+    deadline = time.monotonic() + TIMEOUT
+    while len(list(tmp_path.glob("up*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+    os.killpg(job.pid, signal.SIGINT)
+
+    printed = job.communicate(timeout=TIMEOUT)[0]
+    assert job.returncode == 130
+    assert len(list(tmp_path.glob("saved*"))) == 2
+    assert printed.splitlines()[-1].startswith("Saving after this step")
+    assert "Traceback" not in printed
+
+
+@pytest.mark.slow
 def test_a_failed_worker_fails_the_script(tmp_path: Path) -> None:
     result = subprocess.run(
         [*SCRIPT, "--no-python", "bash", "-c", "exit 3"],

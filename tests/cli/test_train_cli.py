@@ -10,7 +10,9 @@ import pytest
 
 from tests.helpers.launch import ROOT, TRAIN, command, environment, run
 from tests.helpers.tiny_run import tiny_values, write_config
+from tests.helpers.tiny_tokenizer import CHATML, write_byte_tokenizer
 from tests.helpers.user_errors import assert_user_error
+from tests.unit.data.encode.chat_templates import PHI3 as PHI3_TEMPLATE
 
 
 def billions(table: str, row: str) -> float:
@@ -81,3 +83,13 @@ def test_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path, tmp_path / "run"))
     finished = run(command(TRAIN, [config, "parallel.expert=3", "--dry-run"]), timeout=30)
     assert_user_error(finished, "parallel.expert", "3")
+
+
+def test_dry_run_tries_the_template(tmp_path: Path) -> None:
+    """One that a run would refuse, although the tokenizer has one."""
+    tokenizer = write_byte_tokenizer(tmp_path / "tokenizer", CHATML, PHI3_TEMPLATE, CHATML[0])
+    values = tiny_values(tmp_path, tmp_path / "run")
+    values["data"]["tokenizer"], values["stage"]["template"] = str(tokenizer), "tokenizer"
+    config = write_config(tmp_path / "run.yaml", values)
+    finished = run(command(TRAIN, [config, "--dry-run"]), timeout=60)
+    assert_user_error(finished, "chat template changes earlier text", "plain, llama3 or phi3")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION
+from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION, copy_tokenizer
 from moiie_megatron.checkpoint.load_weights import load_weights
 from moiie_megatron.checkpoint.save_load import sharding_metadata
 from moiie_megatron.config.load import load_config
@@ -45,8 +45,8 @@ def main() -> None:
         }
         plan_save(state, folder, {}).execute_sync()
         if launch.rank == 0:
-            for file in (CONFIG_FILE, "tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(source / file, folder / file)
+            shutil.copy(source / CONFIG_FILE, folder / CONFIG_FILE)
+            copy_tokenizer(source, folder)
         parallel_state.destroy_model_parallel()
     destroy_parallel()
 

@@ -109,3 +109,4 @@ def test_a_save_that_fails(background: str, tmp_path: Path, digits: Path) -> Non
     assert_one_error(job.text(), tmp_path / "run", "could not be written")
     assert not list((tmp_path / "run" / "checkpoints").glob("step_???????"))
     assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
+    assert not list((tmp_path / "run").rglob("*.writing"))

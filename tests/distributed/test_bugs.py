@@ -88,7 +88,7 @@ def test_a_mistake_that_a_data_worker_meets(tmp_path: Path, digits: Path) -> Non
         digits,
         num_workers=1,
         sources=[{"records": str(records), "images": str(empty)}],
-        max_skipped_fraction=1.0,
+        max_skipped_fraction=0.1,
     )
     finished = run(command(TRAIN, [config]), timeout=100)
     assert_user_error(finished, records, "does not exist", "Stopping")

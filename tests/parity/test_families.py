@@ -177,8 +177,8 @@ def test_mixtral_as_its_modules_name_it(context: ParallelContext, tmp_path: Path
 def test_mixtral_with_other_experts_than_the_run(context: ParallelContext, tmp_path: Path) -> None:
     hf_models.language_model("mixtral", num_local_experts=6).save_pretrained(tmp_path)
     model, config = _loaded(tmp_path, context)
-    moe = config.moe.model_copy(update={"top_k": 1})
-    with user_error("moe.top_k", "1", "num_experts_per_tok", "2"):
+    moe = config.moe.model_copy(update={"top_k": 3})
+    with user_error("moe.top_k", "3", "num_experts_per_tok", "2"):
         load_pretrained(model, config.model_copy(update={"moe": moe}))
 
 

@@ -15,7 +15,7 @@ import torch
 from moiie_megatron.checkpoint.load_weights import load_weights
 from moiie_megatron.checkpoint.save_load import load_checkpoint
 from moiie_megatron.convert.export import export_checkpoint
-from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
+from moiie_megatron.convert.hf.weights_source import WeightsSource
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import StepResult
@@ -109,7 +109,7 @@ def test_start_from_weights_and_export(
     loss = step(model, context, state).lm_loss
     assert loss == pytest.approx(before.third.lm_loss, rel=TOLERANCE)
     exports = [
-        SafetensorsSource(export_checkpoint(checkpoint, tmp_path / f"export{number}"))
+        WeightsSource(export_checkpoint(checkpoint, tmp_path / f"export{number}"))
         for number, checkpoint in enumerate((before.checkpoint, again))
     ]
     names = [source.names for source in exports]

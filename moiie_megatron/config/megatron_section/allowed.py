@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from pydantic import Field, NonNegativeFloat
+from moiie_megatron.config.section import FractionBelowOne, NonNegativeFloat, PositiveInt
 
 Losses = Literal["the same", "the same up to rounding", "different"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]
-_Count = Annotated[int, Field(strict=True, gt=0)]
-_Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ ALLOWED: Final[dict[str, Allowed]] = {
         "`recompute_granularity: full`",
     ),
     "recompute_num_layers": Allowed(
-        _Count,
+        PositiveInt,
         "see `recompute_method`; with uniform a divisor of the layers of each pipeline stage",
         "the same",
         "`recompute_granularity: full`",
@@ -74,21 +72,21 @@ ALLOWED: Final[dict[str, Allowed]] = {
         "different",
     ),
     "hidden_dropout": Allowed(
-        _Dropout,
+        FractionBelowOne,
         "dropout on the outputs of attention and of FFNs or experts, in training only",
         "different",
     ),
     "attention_dropout": Allowed(
-        _Dropout, "dropout on attention weights, in training only", "different"
+        FractionBelowOne, "dropout on attention weights, in training only", "different"
     ),
     "num_layers_in_first_pipeline_stage": Allowed(
-        _Count,
+        PositiveInt,
         "layers of the first pipeline stage, which also runs the vision encoder",
         "the same up to rounding",
         _STAGES,
     ),
     "num_layers_in_last_pipeline_stage": Allowed(
-        _Count,
+        PositiveInt,
         "layers of the last pipeline stage, which also computes logits and losses",
         "the same up to rounding",
         _STAGES,

@@ -9,15 +9,16 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from moiie_megatron.config.megatron_section.allowed import ALLOWED, Allowed
 from moiie_megatron.config.megatron_section.fields import classify
-from moiie_megatron.config.messages import describe, divisors, listed, show
+from moiie_megatron.config.messages import advice, describe, divisors, listed, show
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.utils.errors import UserError
 
 PAGE = "docs/megatron-section.md"
+_CONFIG = ConfigDict(allow_inf_nan=False)
 
 
 def megatron_fields(config: RunConfig) -> dict[str, Any]:
@@ -46,8 +47,8 @@ def _value(name: str, value: Any) -> Any:
     key = f"megatron.{name}"
     if known is None:
         close = difflib.get_close_matches(name, ALLOWED, n=1)
-        advice = f"did you mean {close[0]}?" if close else f"{PAGE} lists those that may be set."
-        raise UserError(f"{key} is not a known key: {advice}")
+        instead = f"did you mean {close[0]}?" if close else f"{PAGE} lists those that may be set."
+        raise UserError(f"{key} is not a known key: {instead}")
     if isinstance(known, str):
         raise UserError(
             f"{key} is {show(value)}, but {name} is set by {known}: leave it out of the megatron "
@@ -57,12 +58,12 @@ def _value(name: str, value: Any) -> Any:
         raise UserError(f"{key} is {show(value)}, but {known.reason}: {known.instead}.")
     if value is None:
         return None
-    adapter: TypeAdapter[Any] = TypeAdapter(known.kind)
+    adapter: TypeAdapter[Any] = TypeAdapter(known.kind, config=_CONFIG)
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
         raise UserError(
-            f"{key} is {show(value)}: use {describe(adapter.json_schema(), {})}."
+            f"{key} is {show(value)}: use {advice(error.errors()[0], adapter.json_schema(), {})}."
         ) from error
 
 
@@ -79,11 +80,14 @@ def _check_recompute(config: RunConfig, fields: dict[str, Any]) -> None:
                 f"megatron.{name} is {show(fields[name])} but megatron.recompute_granularity is "
                 f"{granularity or 'null'}: set it to {kind}, or leave {name} out."
             )
-        if granularity == kind == "full" and name not in fields:
-            raise UserError(
-                f"megatron.recompute_granularity is full but megatron.{name} is not given: use "
-                f"{_choices(name)}."
-            )
+    needed = ("recompute_method", "recompute_num_layers") if granularity == "full" else ()
+    missing = [
+        f"megatron.{name} is not given (use {_choices(name)})"
+        for name in needed
+        if name not in fields
+    ]
+    if missing:
+        raise UserError(f"megatron.recompute_granularity is full but {listed(missing, 'and')}.")
     if granularity == "full":
         _check_recomputed_layers(config, fields)
     if granularity == "selective":

@@ -4,6 +4,5 @@ The only folder that knows how ``torch.distributed.checkpoint`` lays out its fil
 included (``_StorageInfo``); ``tests/unit/convert/dcp`` compare with what the installed torch
 writes and reads.
 
-Trust: ``.metadata`` is a pickle, which torch and Megatron load as it is and so does ``reader.py``:
-open no checkpoint from somebody who might mean harm.
+Trust: nothing in a checkpoint is run (``utils/dcp_metadata.py``, ``tensor_archive.py``).
 """

@@ -5,27 +5,35 @@ No process group and no model: ``.metadata`` says where every part of every tens
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
 
-from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION, find_checkpoint
+from moiie_megatron.checkpoint.directory import CONFIG_FILE, find_checkpoint
+from moiie_megatron.checkpoint.manifest import Manifest
+from moiie_megatron.checkpoint.stored_state import (
+    BACKEND_FILE,
+    COMMON_FILE,
+    read_common,
+    read_stored_tensors,
+)
+from moiie_megatron.checkpoint.verify_files import damaged
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.dcp.tensor_archive import StoredPiece, find_piece, read_piece
 from moiie_megatron.convert.tensor_bytes import Part, TensorBytes
 from moiie_megatron.families.transforms import TensorInfo
+from moiie_megatron.families.weight_map import VOCABULARY
+from moiie_megatron.layout.vocabulary import is_padded_vocab
+from moiie_megatron.utils.dcp_metadata import METADATA_FILE
 from moiie_megatron.utils.errors import UserError
 
 
@@ -41,8 +49,11 @@ class CheckpointReader:
 
     def __init__(self, path: str | Path) -> None:
         self.folder = find_checkpoint(path)
-        self.common = _read_common(self.folder)
-        metadata = _read_metadata(self.folder)
+        self._manifest, self._checked = _manifest(self.folder), set[str]()
+        self.common = read_common(self.folder)
+        metadata = read_stored_tensors(self.folder)
+        for name in (METADATA_FILE, BACKEND_FILE, COMMON_FILE):
+            self._check(name)
         self._places = metadata.storage_data
         self._tensors = {
             name: entry
@@ -57,7 +68,7 @@ class CheckpointReader:
         ]
         # Experts are the leading axis of a tensor.
         self.tensors = {
-            name: TensorInfo(tuple(entry.size), entry.properties.dtype)
+            name: TensorInfo(self._shape(name, entry), entry.properties.dtype)
             for name, entry in self._tensors.items()
         }
 
@@ -69,6 +80,15 @@ class CheckpointReader:
             UserError: It is missing or broken.
         """
         return load_saved_config(self.folder / CONFIG_FILE, ["parallel={}"])
+
+    def _shape(self, name: str, entry: TensorStorageMetadata) -> tuple[int, ...]:
+        """A table of the vocabulary (or its optimizer state) is read without rows that pad it."""
+        shape = tuple(entry.size)
+        if name.endswith(VOCABULARY):
+            tokens = self.config.language.vocab_size
+            if is_padded_vocab(shape[0], tokens):
+                return (tokens, *shape[1:])
+        return shape
 
     def info(self, name: str, expert: int | None = None) -> TensorInfo:
         """Shape and dtype of a tensor, or of one expert's part.
@@ -90,8 +110,8 @@ class CheckpointReader:
         """
         self._require(name, expert)
         entry = self._tensors[name]
-        chunks = [c for c in entry.chunks if expert is None or _holds(c, expert)]
-        shape = entry.size if expert is None else entry.size[1:]
+        shape = self.info(name, expert).shape
+        chunks = self._chunks(name, expert)
         if len(chunks) == 1:
             piece = self._piece(name, chunks[0], expert)
             if piece.shape == shape:
@@ -116,7 +136,9 @@ class CheckpointReader:
             UserError: As ``get``.
         """
         info = self.info(name, expert)
-        chunks = [c for c in self._tensors[name].chunks if expert is None or _holds(c, expert)]
+        if self.tensors[name].shape != tuple(self._tensors[name].size):
+            return TensorBytes.of(self.get(name, expert))
+        chunks = self._chunks(name, expert)
         skipped = 0 if expert is None else 1  # the experts' axis
         parts: list[Part] = []
         row = 0
@@ -170,6 +192,7 @@ class CheckpointReader:
             UserError: A file is unreadable.
         """
         place = self._places[MetadataIndex(name)]
+        self._check(place.relative_path)
         file = self.folder / place.relative_path
         try:
             with file.open("rb") as stream:
@@ -185,15 +208,35 @@ class CheckpointReader:
 
     def _piece(self, name: str, chunk: ChunkStorageMetadata, expert: int | None) -> Tensor:
         place = self._places[MetadataIndex(name, chunk.offsets)]
+        self._check(place.relative_path)
         piece = read_piece(self.folder / place.relative_path, place.offset, place.length)
         self._check_shape(name, chunk, piece.shape)
-        return piece if expert is None else piece[expert - chunk.offsets[0]]
+        if expert is not None:
+            return piece[expert - chunk.offsets[0]]
+        return piece[: self.tensors[name].shape[0] - chunk.offsets[0]] if piece.dim() else piece
+
+    def _chunks(self, name: str, expert: int | None) -> list[ChunkStorageMetadata]:
+        """The parts of a tensor, or those that hold an expert."""
+        chunks = self._tensors[name].chunks
+        if expert is not None:
+            return [chunk for chunk in chunks if _holds(chunk, expert)]
+        shape = self.tensors[name].shape
+        return [chunk for chunk in chunks if not shape or chunk.offsets[0] < shape[0]]
 
     def _find_piece(self, name: str, chunk: ChunkStorageMetadata) -> StoredPiece:
         place = self._places[MetadataIndex(name, chunk.offsets)]
+        self._check(place.relative_path)
         piece = find_piece(self.folder / place.relative_path, place.offset, place.length)
         self._check_shape(name, chunk, piece.info.shape)
         return piece
+
+    def _check(self, file: str) -> None:
+        """Compare a file with its digest in the manifest before anything in it is used; once."""
+        if file not in self._checked:
+            fault = None if self._manifest is None else self._manifest.fault(file)
+            if fault is not None:
+                raise damaged(self.folder, fault)
+            self._checked.add(file)
 
     def _check_shape(self, name: str, chunk: ChunkStorageMetadata, shape: Sequence[int]) -> None:
         if tuple(shape) != tuple(chunk.sizes):
@@ -224,43 +267,12 @@ class CheckpointReader:
             )
 
 
+def _manifest(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.read(folder)
+    except ValueError as error:
+        raise damaged(folder, str(error)) from error
+
+
 def _holds(chunk: ChunkStorageMetadata, expert: int) -> bool:
     return chunk.offsets[0] <= expert < chunk.offsets[0] + chunk.sizes[0]
-
-
-def _read_common(folder: Path) -> dict[str, Any]:
-    """The common state, of a version that this program reads."""
-    common = _read(folder, "common.pt")
-    version = common.get("format_version") if isinstance(common, dict) else None
-    if version is None or version > FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has format version {version}, this program reads up to {FORMAT_VERSION}: "
-            "update moiie-megatron."
-        )
-    return common
-
-
-def _read_metadata(folder: Path) -> Metadata:
-    metadata = _read(folder, ".metadata")
-    if not isinstance(metadata, Metadata):
-        raise _incomplete(folder, ".metadata is of another kind")
-    return metadata
-
-
-def _read(folder: Path, name: str) -> Any:
-    try:
-        if not (folder / "metadata.json").is_file():
-            raise FileNotFoundError("metadata.json is missing")
-        with (folder / name).open("rb") as stream:
-            if name == "common.pt":
-                return torch.load(stream, map_location="cpu", weights_only=True)
-            return pickle.load(stream)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise _incomplete(folder, str(error).splitlines()[0] if str(error) else name) from error
-
-
-def _incomplete(folder: Path, reason: str) -> UserError:
-    return UserError(
-        f"{folder} is not a complete Megatron checkpoint ({reason.rstrip('.')}): name a "
-        "step_... folder, the output folder of a run or a converted checkpoint."
-    )

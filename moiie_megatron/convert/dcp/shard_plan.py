@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.families.weight_map import EMBEDDING, LANGUAGE, WeightMapping
+from moiie_megatron.families.weight_map import EMBEDDING, LANGUAGE, VOCABULARY, WeightMapping
+from moiie_megatron.layout.vocabulary import padded_vocab_size
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def shard_plan(config: RunConfig, row: WeightMapping, shape: tuple[int, ...]) ->
         return [
             TensorShards(offsets, sizes, stage, ("all",) if rank is None else ("tensor", rank))
             for rank, offsets, sizes in _parts(row, shape, parallel.tensor)
+            if all(sizes)
         ]
     order = config.placement.physical_to_logical
     local = len(order) // parallel.expert
@@ -70,14 +72,19 @@ def _parts(
     axis, blocks = row.shard_axis, row.shard_blocks
     if axis is None:
         return [(None, (0,) * len(shape), shape)]
-    size = shape[axis] // (blocks * ranks)
+    whole = shape[axis]
+    # The last ranks of a padded vocabulary have fewer rows, or none.
+    size = (padded_vocab_size(whole, ranks) if row.megatron in VOCABULARY else whole) // (
+        blocks * ranks
+    )
     before, behind = (0,) * axis, (0,) * (len(shape) - axis - 1)
-    sizes = (*shape[:axis], size, *shape[axis + 1 :])
-    return [
-        (rank, (*before, (block * ranks + rank) * size, *behind), sizes)
-        for rank in range(ranks)
-        for block in range(blocks)
-    ]
+    parts: list[tuple[int | None, tuple[int, ...], tuple[int, ...]]] = []
+    for rank in range(ranks):
+        for block in range(blocks):
+            begin = (block * ranks + rank) * size
+            sizes = (*shape[:axis], max(0, min(size, whole - begin)), *shape[axis + 1 :])
+            parts.append((rank, (*before, begin, *behind), sizes))
+    return parts
 
 
 def _stage(config: RunConfig, row: WeightMapping) -> int:

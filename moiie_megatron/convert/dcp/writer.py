@@ -30,17 +30,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from moiie_megatron.checkpoint.stored_state import BACKEND_FILE, BACKENDS, COMMON_FILE
 from moiie_megatron.convert.dcp.tensor_archive import StoredPiece, find_piece, write_piece
 from moiie_megatron.convert.tensor_bytes import TensorBytes
+from moiie_megatron.utils.dcp_metadata import METADATA_FILE
 
 _BYTES_PER_FILE = 4 << 30
-# Megatron's CheckpointingConfig.
-_BACKENDS = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 
 
 @dataclass(frozen=True)
@@ -141,16 +136,16 @@ class CheckpointWriter:
             common: State that is not cut into shards (``load_common`` reads it).
         """
         self._close()
-        torch.save(common, self.folder / "common.pt")
+        torch.save(common, self.folder / COMMON_FILE)
         metadata = Metadata(
             state_dict_metadata={**self._tensors, **self._objects},
             storage_data=self._places,
             storage_meta=StorageMeta(),
             version=CURRENT_DCP_VERSION,
         )
-        with (self.folder / ".metadata").open("wb") as stream:
+        with (self.folder / METADATA_FILE).open("wb") as stream:
             pickle.dump(metadata, stream)
-        (self.folder / "metadata.json").write_text(json.dumps(_BACKENDS))
+        (self.folder / BACKEND_FILE).write_text(json.dumps(BACKENDS))
 
     def _write(
         self, name: str, data: TensorBytes, shape: Sequence[int], offsets: Sequence[int]

@@ -7,15 +7,16 @@ is refused: weights of the right shapes would load in silence.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moiie_megatron.config.schema import LanguageConfig, MoEConfig, Section, VisionConfig
+from moiie_megatron.convert.hf.tied_embeddings import OUTPUT_LAYER, has_own_output_layer
 from moiie_megatron.families import hf_config
 from moiie_megatron.families.registry import language_family, vision_family
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.json_file import read_json_object
 
 # A run may use fewer positions than the model has.
 _FREE = ("max_position_embeddings",)
@@ -26,12 +27,34 @@ _EFFECTIVE = {"head_dim": "head_size"}
 def read_language_config(directory: str | Path) -> LanguageConfig:
     """The language model of a directory's ``config.json``.
 
-    Experts are no part of this section (``read_moe_config``).
+    Experts are no part of this section (``read_moe_config``).  Embeddings that the file calls tied
+    are not where the weights hold another output layer (``tied_embeddings.py``).
 
     Raises:
         UserError: No readable ``config.json``, or a model that ours cannot be.
     """
     file, given = read_config(directory)
+    language = _described_language(file, given)
+    if language.tied_embeddings and has_own_output_layer(directory):
+        return language.model_copy(update={"tied_embeddings": False})
+    return language
+
+
+def is_untied_by_weights(language: LanguageConfig, directory: str | Path) -> bool:
+    """Whether ``language`` has an output layer of its own where ``config.json`` ties it."""
+    file, given = read_config(directory)
+    return not language.tied_embeddings and _described_language(file, given).tied_embeddings
+
+
+def untied_note(directory: str | Path) -> str:
+    """What to say then."""
+    return (
+        f"{Path(directory) / 'config.json'} says tie_word_embeddings, but {OUTPUT_LAYER} differs "
+        "from the embeddings: the embeddings are not tied"
+    )
+
+
+def _described_language(file: Path, given: dict[str, Any]) -> LanguageConfig:
     # transformers takes either place in composed models (LlavaConfig).
     is_tied = bool(given.get("tie_word_embeddings"))
     return hf_config.language_from_hf(_subsection(given, "text_config"), file, is_tied=is_tied)
@@ -67,6 +90,8 @@ def check_language_config(language: LanguageConfig, directory: str | Path) -> No
         UserError: As ``read_language_config``, or every difference in one sentence.
     """
     theirs = read_language_config(directory)
+    if language.tied_embeddings and is_untied_by_weights(theirs, directory):
+        raise UserError(f"{untied_note(directory)}, set language.tied_embeddings=false.")
     keys = {"family": "model_type", **language_family(theirs.family).config}
     _refuse_differences("language", language, theirs, keys, directory)
 
@@ -104,15 +129,7 @@ def read_config(directory: str | Path) -> tuple[Path, dict[str, Any]]:
         UserError: It is missing or no JSON object.
     """
     file = Path(directory) / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file} cannot be read ({error}): a pretrained model needs its config.json."
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} does not hold a JSON object: copy it again.")
-    return file, content
+    return file, read_json_object(file, "a pretrained model needs its config.json, copy it again")
 
 
 def _subsection(given: dict[str, Any], name: str) -> dict[str, Any]:

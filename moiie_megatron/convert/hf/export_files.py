@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Collection
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.convert.hf.generation_config import generation_config
+from moiie_megatron.data.encode.chat_jinja import name_in
+from moiie_megatron.data.encode.choose_template import choose_template
+from moiie_megatron.data.encode.encoder import encode_prompt
+from moiie_megatron.data.encode.stop_ids import GENERATION_FILE, learned_end, stop_ids
+from moiie_megatron.data.encode.templates import Template, load_template
+from moiie_megatron.data.encode.tokenizer_template import UnusableTemplate
 from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
+from moiie_megatron.data.records.record import PLACEHOLDER, Turn
 from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
 from moiie_megatron.hf.auto_files import write_remote_code
 from moiie_megatron.hf.build_processor import build_processor
 from moiie_megatron.hf.configuration_moiie import MoiieConfig
 from moiie_megatron.utils.errors import UserError
 
-_GENERATION = "generation_config.json"
 # Runs of white space, case, digits, letters without a piece of their own.
 _PROBES = (
     "What is shown here?",
@@ -27,8 +35,16 @@ _PROBES = (
 )
 
 
-def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> MoiieConfig:
+def model_config(
+    config: RunConfig, tokenizer: Tokenizer, stop: Collection[int], dtype: torch.dtype
+) -> MoiieConfig:
     """What ``config.json`` says of a checkpoint.
+
+    Args:
+        config: The run's.
+        tokenizer: Gives the ids of special tokens.
+        stop: Ids that end an answer.
+        dtype: Of the weights.
 
     Raises:
         UserError: A setting that the exported model does not have.
@@ -36,11 +52,7 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
     layout, language = config.moe.layout, config.language
     groups = (layout.num_vision, layout.num_shared, layout.num_text)
     groups = groups if config.moe_layers else (0, 0, 0)
-    ids = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
+    ids = _special_ids(tokenizer, stop)
     result = MoiieConfig(
         text_config=language_to_hf(language, ids),
         vision_config=vision_to_hf(config.vision),
@@ -61,36 +73,98 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
     return result
 
 
-def write_files(checkpoint: Path, config: RunConfig, folder: Path, dtype: torch.dtype) -> None:
+def write_files(checkpoint: Path, config: RunConfig, folder: Path, dtype: torch.dtype) -> list[str]:
     """Write everything but the weights.
 
     Args:
         checkpoint: Folder with the tokenizer.
+        config: The run's.
         folder: Where to write.
+        dtype: Of the weights.
+
+    Returns:
+        Sentences about what the export cannot promise, or leaves out.
 
     Raises:
         UserError: No tokenizer in the checkpoint, or one that transformers reads in another
             way; or see ``model_config``.
     """
-    tokenizer = load_tokenizer(checkpoint, config.data.image_token)
-    values = model_config(config, tokenizer, dtype)
-    values.save_pretrained(folder)
+    image_token = config.data.image_token
+    tokenizer = load_tokenizer(checkpoint, image_token)
+    template, notes = _template(config.stage.template, tokenizer, image_token)
+    stop = stop_ids(tokenizer, template, checkpoint)
+    model_config(config, tokenizer, stop, dtype).save_pretrained(folder)
     processor = build_processor(
-        checkpoint, config.vision, config.stage.image_mode, config.data.image_token
+        checkpoint, config.vision, config.stage.image_mode, image_token, template.jinja, stop
     )
     _check_same_ids(tokenizer, processor.tokenizer, checkpoint)
     processor.save_pretrained(folder)
-    if (checkpoint / _GENERATION).is_file():
-        shutil.copy(checkpoint / _GENERATION, folder / _GENERATION)
-    else:
-        ids = {
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.pad_id,
-        }
-        content = {key: value for key, value in ids.items() if value is not None}
-        (folder / _GENERATION).write_text(json.dumps(content, indent=2) + "\n")
+    generation, left_out = generation_config(
+        checkpoint, _special_ids(tokenizer, stop), config.language.vocab_size
+    )
+    (folder / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n")
     write_remote_code(folder)
+    if name_in(template.jinja) == "plain":
+        notes.append(
+            "The chat template is plain, as in training: it writes the images and no questions."
+        )
+    if learned_end(tokenizer, template) is None:
+        notes.append(
+            "The chat template writes nothing behind an answer, so training does not teach where "
+            "one ends: limit max_new_tokens."
+        )
+    return [*notes, *left_out, *_other_prompts(tokenizer, template, processor)]
+
+
+def _template(name: str, tokenizer: Tokenizer, image_token: str) -> tuple[Template, list[str]]:
+    """The format of the training; another one for a model that cannot have been trained in it."""
+    try:
+        return load_template(name, tokenizer, image_token), []
+    except UserError as error:
+        reason = error.reason if isinstance(error, UnusableTemplate) else str(error)
+        try:
+            chosen, _ = choose_template(tokenizer, "plain")
+        except UserError:
+            chosen = "plain"
+        note = (
+            f"The chat template of the export is {chosen}, for stage.template {name} cannot be "
+            f"used: {reason}"
+        )
+        return load_template(chosen, tokenizer, image_token), [note]
+
+
+def _special_ids(tokenizer: Tokenizer, stop: Collection[int]) -> dict[str, Any]:
+    """``eos_token_id`` is a number, or a list that begins with the tokenizer's."""
+    ends = sorted(stop, key=lambda i: (i != tokenizer.eos_id, i))
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def _other_prompts(tokenizer: Tokenizer, template: Template, processor: Any) -> list[str]:
+    """A sentence if the processor's ids of a conversation are not those of training."""
+    for texts in (("What is shown here?",), ("a", "  b\n", "c")):
+        turns = [Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
+        messages: list[dict[str, Any]] = [{"role": t.role, "content": t.text} for t in turns]
+        parts = [{"type": "image"}, {"type": "text", "text": turns[-1].text}]
+        messages[-1]["content"] = parts
+        turns[-1] = Turn("user", f"{PLACEHOLDER}\n{turns[-1].text}")
+        try:
+            want = encode_prompt(turns, tokenizer, template, num_image_tokens=1)[0].tolist()
+        except UserError:  # the template takes no such conversation
+            continue
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        got = processor.tokenizer.encode(text, add_special_tokens=False)
+        if got != want:
+            at = next(i for i, pair in enumerate(zip_longest(got, want)) if pair[0] != pair[1])
+            return [
+                f"The processor of the export writes prompts with other ids than training does "
+                f"(position {at}: {got[at : at + 4]} instead of {want[at : at + 4]}), so answers "
+                "may be worse than before the export."
+            ]
+    return []
 
 
 def _check_same_ids(ours: Tokenizer, theirs: Any, checkpoint: Path) -> None:

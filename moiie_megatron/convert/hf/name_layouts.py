@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
+from moiie_megatron.convert.hf.weights_source import WeightsSource
 from moiie_megatron.families.family import LanguageFamily
 from moiie_megatron.families.weight_map import EXPORTED, REFERENCE, NameLayout
 
@@ -23,7 +23,7 @@ _LLAVA = {
 
 def open_language(
     directory: str | Path, family: LanguageFamily | None = None
-) -> tuple[SafetensorsSource, NameLayout]:
+) -> tuple[WeightsSource, NameLayout]:
     """A directory with a language model, alone or in a composed model, and how it is named.
 
     Args:
@@ -31,9 +31,9 @@ def open_language(
             family's table names them.
 
     Raises:
-        UserError: As ``SafetensorsSource``.
+        UserError: As ``WeightsSource``.
     """
-    source = SafetensorsSource(directory)
+    source = WeightsSource(directory)
     for name in source.names:
         for theirs, ours in _LLAVA.items():
             if name.startswith(theirs):

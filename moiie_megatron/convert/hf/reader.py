@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moiie_megatron.config.schema import LanguageConfig, VisionConfig
 from moiie_megatron.convert.hf.name_layouts import open_language
-from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
+from moiie_megatron.convert.hf.weights_file import SAFETENSORS, TORCH
+from moiie_megatron.convert.hf.weights_source import WeightsSource
 from moiie_megatron.convert.tensor_bytes import TensorBytes, transformed
 from moiie_megatron.families import weight_map
 from moiie_megatron.families.registry import language_family
@@ -37,7 +38,7 @@ class HfReader:
         UserError: A tensor of the table that the source does not have.
     """
 
-    def __init__(self, source: SafetensorsSource, rows: Collection[WeightMapping]) -> None:
+    def __init__(self, source: WeightsSource, rows: Collection[WeightMapping]) -> None:
         self.source = source
         self._rows = {(row.megatron, row.expert): row for row in rows}
         self._last: tuple[WeightMapping, Tensor] | None = None
@@ -134,7 +135,7 @@ def vision_reader(vision: VisionConfig, directory: str | Path) -> HfReader:
     Raises:
         UserError: Files or tensors that are missing, unreadable or superfluous.
     """
-    source = SafetensorsSource(directory)
+    source = WeightsSource(directory)
     prefixes = [name.removesuffix(_PATCHES) for name in source.names if name.endswith(_PATCHES)]
     if len(prefixes) != 1:
         raise UserError(
@@ -151,7 +152,9 @@ def vision_reader(vision: VisionConfig, directory: str | Path) -> HfReader:
 
 
 def connector_reader(path: str | Path) -> HfReader:
-    """The connector in a safetensors file or a directory with one.
+    """The connector in a file (safetensors or ``.bin``) or in a directory.
+
+    In a directory it is LLaVA's ``mm_projector.bin``, or among the weights of a whole model.
 
     Its names may have any prefix; its layers are called ``0`` and ``2`` as in LLaVA, or
     ``linear_1`` and ``linear_2``.
@@ -159,7 +162,8 @@ def connector_reader(path: str | Path) -> HfReader:
     Raises:
         UserError: It is unreadable or holds no such connector.
     """
-    source = SafetensorsSource(path)
+    alone = (Path(path) / f"mm_projector{ending}" for ending in (SAFETENSORS, *TORCH))
+    source = WeightsSource(next((file for file in alone if file.is_file()), path))
     for naming in (weight_map.REFERENCE, weight_map.EXPORTED):
         first, second = (f"{layer}.weight" for layer in naming.connector_layers)
         prefixes = [
@@ -204,6 +208,11 @@ def refuse_unused(
         for name in set(present) - set(known)
         if not any(pattern.search(name) for pattern in patterns)
     )
+    if adapter := next((name for name in extra if ".lora_" in name), None):
+        raise UserError(
+            f"{source} holds a LoRA adapter ({adapter}) beside the weights: merge it with peft's "
+            "merge_and_unload, and save the result."
+        )
     if extra:
         more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
         raise UserError(

@@ -19,7 +19,7 @@ from moiie_megatron.config.messages import first_problem
 from moiie_megatron.config.schema import MoEConfig
 from moiie_megatron.convert.hf.config import read_config
 from moiie_megatron.convert.hf.name_layouts import open_language
-from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
+from moiie_megatron.convert.hf.weights_source import WeightsSource
 from moiie_megatron.utils.errors import UserError
 
 EXPORT = "moiie"  # model_type of our exports
@@ -98,7 +98,7 @@ def _reference(
     found: Mapping[int, int],
     num_layers: int,
     groups: Groups | None,
-    source: SafetensorsSource,
+    source: WeightsSource,
 ) -> TrainedExperts:
     shapes = {layer: _Shape.of(layer, count, source) for layer, count in found.items()}
     shape = next(iter(shapes.values()))
@@ -133,7 +133,7 @@ class _Shape:
     vision: int
 
     @classmethod
-    def of(cls, layer: int, experts: int, source: SafetensorsSource) -> _Shape:
+    def of(cls, layer: int, experts: int, source: WeightsSource) -> _Shape:
         rows = []
         for router in ("gate", "gate_vis"):
             end = f".layers.{layer}.mlp.{router}.weight"
@@ -172,7 +172,7 @@ class _Shape:
         return list(dict.fromkeys([paper, (1, self.vision - 1, 1)]))
 
 
-def _find_experts(source: SafetensorsSource) -> dict[int, int]:
+def _find_experts(source: WeightsSource) -> dict[int, int]:
     """Number of experts by layer."""
     counts: dict[int, int] = {}
     for name in source.names:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moiie_megatron.config.schema import VisionConfig
 from moiie_megatron.convert.hf.config import read_config, read_vision_config
-from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
+from moiie_megatron.convert.hf.weights_source import WeightsSource
 from moiie_megatron.utils.errors import UserError
 
 _PATCHES = "embeddings.patch_embedding.weight"
@@ -60,14 +60,14 @@ def find_vision(directory: Path, vision: Path | None) -> Tower:
             f"the encoder that it was trained with{hint} as --vision."
         )
     config = read_vision_config(described)
-    source = SafetensorsSource(directory)
+    source = WeightsSource(directory)
     prefixes = [name.removesuffix(_PATCHES) for name in source.names if name.endswith(_PATCHES)]
     if not prefixes:
         return Tower(config, described, is_inside=False)
     return Tower(_with_layers(config, source, prefixes[0]), directory, is_inside=True)
 
 
-def _with_layers(config: VisionConfig, source: SafetensorsSource, prefix: str) -> VisionConfig:
+def _with_layers(config: VisionConfig, source: WeightsSource, prefix: str) -> VisionConfig:
     """The configuration of a tower whose last layers may be missing; the features stay."""
     pattern = re.compile(re.escape(prefix) + r"encoder\.layers\.(\d+)\.")
     found = {int(match[1]) for name in source.names if (match := pattern.match(name))}

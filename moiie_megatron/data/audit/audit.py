@@ -6,8 +6,9 @@ would skip.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from moiie_megatron.data.encode.encoding import Encoding
-from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.dataset import Source
 from moiie_megatron.data.stream.example import SkippedSample
 from moiie_megatron.utils.errors import UserError
@@ -33,12 +34,16 @@ class Audit:
         lengths: int32 (r,), tokens of every record before truncation; 0 if they cannot be counted.
         images: int32 (r,), images that every record names; 0 if it cannot be parsed.
         skipped_samples: Records that training would skip, in order.
+        notes: What is not used of records, and of how many.
+        markers: Special tokens in the text of conversations, and how many records have each.
     """
 
     source: Source
     lengths: np.ndarray
     images: np.ndarray
     skipped_samples: tuple[SkippedSample, ...]
+    notes: Mapping[str, int] = field(default_factory=dict)
+    markers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def skipped_fraction(self) -> float:
@@ -69,24 +74,37 @@ def audit(
     total = len(source.records)
     lengths, images = np.zeros(total, np.int32), np.zeros(total, np.int32)
     skipped_samples: list[SkippedSample] = []
+    notes: Counter[str] = Counter()
+    markers: Counter[str] = Counter()
     done = 0
     for portion in _measure_all(_Measurements(source, encoding, decode_images), workers):
         for measured in portion:
             lengths[done], images[done] = measured.length, measured.num_images
+            markers.update(measured.markers)
             if measured.skipped is not None:
                 skipped_samples.append(measured.skipped)
+            notes.update(measured.notes)
             done += 1
         if progress is not None:
             progress(done, total)
-    return Audit(source, lengths, images, tuple(skipped_samples))
+    return Audit(
+        source,
+        lengths,
+        images,
+        tuple(skipped_samples),
+        notes=dict(notes.most_common()),
+        markers=dict(sorted(markers.items())),
+    )
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """One record: its tokens, its images, and why it is skipped, if it is."""
+    """One record: tokens, images, what is noted of it, and why it is skipped, if it is."""
 
     length: int
     num_images: int
+    notes: tuple[str, ...]
+    markers: tuple[str, ...]
     skipped: SkippedSample | None
 
 
@@ -108,19 +126,22 @@ class _Measurements(Dataset[Any]):
 
     def _measure(self, i: int) -> _Measured:
         length = num_images = 0
+        notes: tuple[str, ...] = ()
+        markers: tuple[str, ...] = ()
         try:
             record = self.source.records[i]
-            num_images = len(record.images)
+            num_images, notes = len(record.images), record.notes
             if self._encoding is not None:
                 length = self._encoding.length(record)
+                markers = self._encoding.markers(record)
                 if length > self._encoding.sequence_length:
                     self._encoding.encode(record)  # refuses a record that truncation spoils
             for path in record.images if self._decode_images else ():
                 self.source.images.load(path)
         except BadRecord as error:
             skipped = SkippedSample(str(self.source.records.path), i, error.reason)
-            return _Measured(length, num_images, skipped)
-        return _Measured(length, num_images, None)
+            return _Measured(length, num_images, notes, markers, skipped)
+        return _Measured(length, num_images, notes, markers, None)
 
 
 def _measure_all(measurements: _Measurements, workers: int) -> Iterator[list[_Measured]]:

@@ -21,10 +21,11 @@ def summarize(audit: Audit, encoding: Encoding | None) -> dict[str, Any]:
         encoding: The one of the audit.
 
     Returns:
-        Counts and every skipped sample; with an encoding also the lengths of the other samples
-        (``min``, ``median``, ``p99``, ``max``, ``total`` and the fraction
-        ``beyond_sequence_length``, which is truncated) and ``rows``: how many rows of the sequence
-        length hold them, one sample in each or packed.
+        Counts, ``notes`` on what is not used of records, and every skipped sample; with an encoding
+        also the lengths of the other samples (``min``, ``median``, ``p99``, ``max``, ``total`` and
+        the fraction ``beyond_sequence_length``, which is truncated), ``rows``: how many rows of the
+        sequence length hold them, one sample in each or packed, and ``markers_in_text``: special
+        tokens in the text of conversations and how many records have each.
     """
     source = audit.source
     used = np.ones(len(audit.lengths), dtype=bool)
@@ -38,12 +39,14 @@ def summarize(audit: Audit, encoding: Encoding | None) -> dict[str, Any]:
         "skipped": len(audit.skipped_samples),
         "skipped_fraction": audit.skipped_fraction,
         "images_per_sample": {str(n): c for n, c in sorted(Counter(images.tolist()).items())},
+        "notes": dict(audit.notes),
         "skipped_samples": [
             {"index": sample.index, "reason": sample.reason} for sample in audit.skipped_samples
         ],
     }
     if encoding is not None:
         values |= _lengths(audit.lengths[used], images, encoding)
+        values["markers_in_text"] = dict(audit.markers)
     return values
 
 
@@ -98,6 +101,16 @@ def table(summaries: Sequence[dict[str, Any]]) -> Any:
     return result
 
 
+def note_lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """What is not used, and of how many records; one line per source that has any."""
+    return [
+        f"{values['name']}: "
+        + ", ".join(f"{note} ({count:,})" for note, count in values["notes"].items())
+        for values in summaries
+        if values["notes"]
+    ]
+
+
 def packing_lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
     """What packing would gain, one line per source with known lengths."""
     return [
@@ -106,4 +119,15 @@ def packing_lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
         f"{rows['one_sample_each'] / rows['packed']:.1f} in a row"
         for values in summaries
         if (rows := values.get("rows"))
+    ]
+
+
+def marker_lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """Which sources have special tokens in the text of conversations, one line each."""
+    return [
+        f"{values['name']}: special tokens in the text, which become their ids "
+        f"({', '.join(f'{marker} in {count:,}' for marker, count in found.items())} records); "
+        "data.markers_in_text=text keeps them as text"
+        for values in summaries
+        if (found := values.get("markers_in_text"))
     ]

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from moiie_megatron.data.digits import questions as ask
-from moiie_megatron.data.records.llava import PLACEHOLDER
+from moiie_megatron.data.records.record import PLACEHOLDER
 from moiie_megatron.utils.errors import UserError
 
 MANIFEST: Final = "manifest.json"
@@ -181,7 +181,7 @@ def _grid(tiles: np.ndarray) -> Image.Image:
 def _record(
     name: str, pictures: list[_Picture], exchanges: list[tuple[str, str]], kind: str | None = None
 ) -> dict[str, Any]:
-    """A LLaVA record; ``scans`` and ``kind`` are extra keys that LLaVA readers ignore."""
+    """A LLaVA record; ``_scans`` and ``kind`` are extra keys that LLaVA readers ignore."""
     conversations = []
     for question, answer in exchanges:
         conversations.append({"from": "human", "value": question})
@@ -191,7 +191,7 @@ def _record(
     if pictures:
         files = [picture.file for picture in pictures]
         record["image"] = files[0] if len(files) == 1 else files
-        record["scans"] = [scan for picture in pictures for scan in picture.scans]
+        record["_scans"] = [scan for picture in pictures for scan in picture.scans]
     if kind is not None:
         record["kind"] = kind
     return {**record, "conversations": conversations}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from moiie_megatron.data.encode.encoder import Encoded, encode
+from moiie_megatron.data.encode.encoder import Encoded, encode, find_markers
 from moiie_megatron.data.encode.templates import Template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import Record
+from moiie_megatron.data.records.record import Record
 
 _UNLIMITED: Final = 2**40  # tokens
 
@@ -44,6 +44,10 @@ class Encoding:
             BadRecord: The template cannot render the conversation, or it has no answer.
         """
         return len(self._encode(record, _UNLIMITED).tokens)
+
+    def markers(self, record: Record) -> tuple[str, ...]:
+        """Special tokens in the text of a record that become their ids (``Encoded.markers``)."""
+        return find_markers(record.turns, self.tokenizer)
 
     def _encode(self, record: Record, sequence_length: int) -> Encoded:
         return encode(record, self.tokenizer, self.template, self.num_image_tokens, sequence_length)

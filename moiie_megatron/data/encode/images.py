@@ -5,34 +5,24 @@ Decoded by PIL alone, so torchvision is no dependency.
 
 from __future__ import annotations
 
-import struct
+import io
 import warnings
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Final, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.encode import png
+from moiie_megatron.data.encode.pixels import as_rgb, as_square, upright
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.utils.errors import UserError
 
 # Formats that hold pixels and nothing else: for EPS, PIL would start Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    struct.error,
-    zlib.error,
-    Warning,
-    Image.DecompressionBombError,
-)
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -51,8 +41,7 @@ class ImageDecoder:
         mode: ``square`` stretches to S x S; ``pad`` first pastes the image into the centre of a
             square of the mean colour (LLaVA's ``image_aspect_ratio: pad``).
         mean: Mean per channel, 0..1: the colour of the padding.
-        max_pixels: Larger images are refused before they are decoded; in ``pad`` mode the pixels
-            of the padded square count.
+        max_pixels: Larger images are refused before they are decoded.
     """
 
     def __init__(
@@ -84,19 +73,18 @@ class ImageDecoder:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # damaged metadata does not spoil the pixels
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(file, formats=_FORMATS) as opened:
-                    self._check_size(name, opened.size)
-                    image = _as_rgb(ImageOps.exif_transpose(opened))
+                image = self._read(file, name)
                 if self.mode == "pad":
-                    image = self._padded(image)
+                    image = as_square(image, self.image_size, self.mean)
                 size = (self.image_size, self.image_size)
                 image = image.resize(size, Image.Resampling.BICUBIC)
         except BadRecord:
             raise
         except UnidentifiedImageError as error:  # its own text prints the file object
             raise BadRecord(f"image {name} cannot be read (unknown image format)") from error
-        except _DECODING_ERRORS as error:
-            raise BadRecord(f"image {name} cannot be read ({error})") from error
+        except Exception as error:  # a damaged file can make PIL raise anything
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BadRecord(f"image {name} cannot be read ({reason})") from error
         return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
     def decode_all(self, files: Iterable[tuple[Path | BinaryIO, str]]) -> Tensor:
@@ -115,21 +103,27 @@ class ImageDecoder:
         side = self.image_size
         return torch.stack(pixels) if pixels else torch.empty(0, 3, side, side, dtype=torch.uint8)
 
-    def _check_size(self, path: str, size: tuple[int, int]) -> None:
-        width, height = size
-        pixels = max(size) ** 2 if self.mode == "pad" else width * height
-        if pixels > self.max_pixels:
-            raise BadRecord(
-                f"image {path} of {width} x {height} needs {pixels} pixels, more than "
-                f"{self.max_pixels}"
-            )
+    def _read(self, file: Path | BinaryIO, name: str) -> Image.Image:
+        """The picture, upright and in RGB."""
+        try:
+            return self._open(file, name)
+        except BadRecord:
+            raise
+        except Exception:
+            content = _content(file)
+            if not content.startswith(png.SIGNATURE):
+                raise
+            return self._open(io.BytesIO(png.without_metadata(content)), name)
 
-    def _padded(self, image: Image.Image) -> Image.Image:
-        side = max(image.size)
-        red, green, blue = (int(channel * 255) for channel in self.mean)
-        square = Image.new("RGB", (side, side), (red, green, blue))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return square
+    def _open(self, file: Path | BinaryIO, name: str) -> Image.Image:
+        with Image.open(file, formats=_FORMATS) as opened:
+            width, height = opened.size
+            if width * height > self.max_pixels:
+                raise BadRecord(
+                    f"image {name} of {width} x {height} needs {width * height} pixels, more than "
+                    f"{self.max_pixels}"
+                )
+            return as_rgb(upright(opened))
 
 
 class ImageLoader(ImageDecoder):
@@ -137,6 +131,7 @@ class ImageLoader(ImageDecoder):
 
     Args:
         root: The directory; a path that leaves it, by ``..`` or a symbolic link, is refused.
+        allow_outside: Read what lies outside too: behind symbolic links and under absolute paths.
 
     The other arguments are those of ``ImageDecoder``.
 
@@ -151,7 +146,10 @@ class ImageLoader(ImageDecoder):
         mode: Literal["square", "pad"],
         mean: tuple[float, float, float],
         max_pixels: int = 2**26,
+        *,
+        allow_outside: bool = False,
     ) -> None:
+        self.allow_outside = allow_outside
         self.root = Path(root).resolve()
         if not self.root.is_dir():
             raise UserError(
@@ -179,15 +177,22 @@ class ImageLoader(ImageDecoder):
         """The file of the image at ``path`` (relative to the root).
 
         Raises:
-            BadRecord: Outside the root, or missing.
+            BadRecord: Outside the root and not allowed to be, or missing.
         """
         relative = Path(path)
-        if relative.is_absolute() or ".." in relative.parts or "\0" in path:
-            raise BadRecord(f"image {path!r} is not a relative path below {self.root}")
+        leaves = relative.is_absolute() or ".." in relative.parts
+        if "\0" in path or (leaves and not self.allow_outside):
+            raise BadRecord(
+                f"image {path!r} is not a relative path below {self.root}; "
+                "data.allow_outside_images=true reads others"
+            )
         try:
             file = (self.root / relative).resolve()
-            if not file.is_relative_to(self.root):
-                raise BadRecord(f"image {path} is a link out of {self.root}, to {file}")
+            if not self.allow_outside and not file.is_relative_to(self.root):
+                raise BadRecord(
+                    f"image {path} is a link out of {self.root}, to {file}; "
+                    "data.allow_outside_images=true follows it"
+                )
             if not file.is_file():
                 raise BadRecord(f"image {path} does not exist below {self.root}")
         except (OSError, RuntimeError) as error:  # name too long, circular links
@@ -195,12 +200,8 @@ class ImageLoader(ImageDecoder):
         return file
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    # hf/processing_moiie.py repeats this and the padding: exported code cannot import the package.
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers without a known range")
-    if image.mode.startswith("I"):  # 16 bits per pixel: PIL's own conversion clips at 255
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
-    return image.convert("RGB")
+def _content(file: Path | BinaryIO) -> bytes:
+    if isinstance(file, Path):
+        return file.read_bytes()
+    file.seek(0)
+    return file.read()

@@ -1,8 +1,9 @@
-"""Converts a JSON array of records to JSON lines."""
+"""Writes records as JSON lines."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from moiie_megatron.data.records.llava import RecordFile
@@ -28,22 +29,47 @@ def array_to_lines(records: Path, out: Path, progress: ProgressFn | None = None)
     """
     if records.suffix != ".json":
         raise UserError(f"{records} is not a .json array: only an array needs to be converted.")
+    check_new_lines(out)
+    file = RecordFile(records)
+    write_lines(file, range(len(file)), out, progress)
+    return len(file)
+
+
+def check_new_lines(out: Path) -> None:
+    """Check the name of a file of JSON lines to write.
+
+    Raises:
+        UserError: It exists, or has another suffix than ``.jsonl``.
+    """
     if out.suffix != ".jsonl":
         raise UserError(f"--out is {out}: use a name that ends in .jsonl.")
     if out.exists():
         raise UserError(f"{out} exists: remove it, or choose another name with --out.")
-    file = RecordFile(records)
+
+
+def write_lines(
+    file: RecordFile, indices: Sequence[int], out: Path, progress: ProgressFn | None = None
+) -> None:
+    """Write some of the records of a file as lines, as they stand there.
+
+    Args:
+        indices: Numbers of the records.
+        out: A new file; it appears when it is complete.
+        progress: Called with the records done and their total.
+
+    Raises:
+        UserError: ``out`` cannot be written, or a record is not JSON.
+    """
     try:
         with atomic_write(out) as beside, beside.open("wb") as lines:
-            for i in range(len(file)):
+            for done, i in enumerate(indices, start=1):
                 lines.write(_line(file.value(i)))
-                if progress is not None and (i % 1000 == 999 or i + 1 == len(file)):
-                    progress(i + 1, len(file))
+                if progress is not None and (done % 1000 == 0 or done == len(indices)):
+                    progress(done, len(indices))
     except OSError as error:
         raise UserError(
             f"Cannot write {out} ({error.strerror or error}): choose another file with --out."
         ) from error
-    return len(file)
 
 
 def _line(value: object) -> bytes:

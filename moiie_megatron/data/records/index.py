@@ -175,7 +175,8 @@ class _Window:
         self.byte = 0
         self._file = file
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
-        self._json = json.JSONDecoder()
+        # Only the end of a value counts, and Python refuses to convert a number of 4300 digits.
+        self._json = json.JSONDecoder(parse_int=str, parse_float=str)
         self._text = ""
         self._cursor = 0
         self._ended = False

@@ -15,7 +15,7 @@ import tarfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.dataset import Source
 from moiie_megatron.data.stream.example import SkippedSample
 from moiie_megatron.utils.errors import UserError

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from moiie_megatron.data.encode.encoder import IGNORE
-from moiie_megatron.data.stream.example import Example, SkippedSample
+from moiie_megatron.data.stream.example import Example, Notice, SkippedSample
 from moiie_megatron.layout.token_types import IMAGE, PADDING
 
 
@@ -31,6 +31,7 @@ class Batch:
         cu_seqlens: int32 (c + 1,) on the CPU: the boundaries of the segments of a packed row, its
             samples and then its padding (``data/stream/packing.py``; b is 1).  None: every row is
             one sample.
+        notices: What was noticed about its samples.
     """
 
     tokens: Tensor
@@ -42,6 +43,7 @@ class Batch:
     record_ids: tuple[str, ...]
     skipped_samples: tuple[SkippedSample, ...] = ()
     cu_seqlens: Tensor | None = None
+    notices: tuple[Notice, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokens.device.type != "cpu":
@@ -112,4 +114,5 @@ def collate(
         skipped_samples=tuple(
             skipped for example in examples for skipped in example.skipped_samples
         ),
+        notices=tuple(notice for example in examples for notice in example.notices),
     )

@@ -38,7 +38,11 @@ def build_sources(config: RunConfig) -> list[Source]:
     for source in config.data.sources:
         assert source.images is not None  # checked with the configuration
         images = ImageLoader(
-            Path(source.images), config.vision.image_size, config.stage.image_mode, _mean(config)
+            Path(source.images),
+            config.vision.image_size,
+            config.stage.image_mode,
+            _mean(config),
+            allow_outside=config.data.allow_outside_images,
         )
         sources.append(Source(RecordFile(source.records), images, source.weight, source.name or ""))
     return sources
@@ -56,7 +60,9 @@ def build_encoding(config: RunConfig) -> Encoding:
         UserError: The template does not fit the tokenizer, or the tokenizer has more ids than
             the model has embeddings.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.image_token)
+    tokenizer = load_tokenizer(
+        config.data.tokenizer, config.data.image_token, config.data.markers_in_text
+    )
     if tokenizer.vocab_size > config.language.vocab_size:
         raise UserError(
             f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} ids but "
@@ -89,7 +95,7 @@ def build_dataset(config: RunConfig) -> LlavaDataset | EnergonDataset:
     return LlavaDataset(build_sources(config), encoding)
 
 
-def build_train_loader(
+def build_train_loader(  # noqa: PLR0913  # what a run knows of its stream
     config: RunConfig,
     dataset: LlavaDataset | EnergonDataset,
     *,
@@ -99,6 +105,7 @@ def build_train_loader(
     max_over_dp: Callable[[int], int],
     pin_memory: bool = False,
     state: StreamState | None = None,
+    is_stopping: Callable[[], bool] = bool,
 ) -> Iterator[list[Batch]]:
     """The endless stream of one data-parallel rank: the micro-batches of one step at a time.
 
@@ -116,6 +123,8 @@ def build_train_loader(
         pin_memory: Put batches into pinned memory.
         state: Where an energon stream continues, and what it saves; the plain loader needs
             ``consumed_samples`` alone.
+        is_stopping: Whether the run should stop; if so, it waits for its samples for a limited
+            time.  Energon's loader waits for ever.
     """
     settings = LoaderSettings(
         seed=config.train.seed,
@@ -126,6 +135,8 @@ def build_train_loader(
         consumed_samples=consumed_samples,
         num_workers=config.data.num_workers,
         pin_memory=pin_memory,
+        max_skipped_fraction=config.data.max_skipped_fraction,
+        is_stopping=is_stopping,
     )
     if config.data.packing:
         spec = _packing_spec(config, dataset)

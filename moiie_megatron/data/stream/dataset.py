@@ -9,8 +9,9 @@ from itertools import accumulate
 
 from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageLoader
-from moiie_megatron.data.records.llava import BadRecord, RecordFile
-from moiie_megatron.data.stream.example import Example
+from moiie_megatron.data.records.llava import RecordFile
+from moiie_megatron.data.records.record import BadRecord
+from moiie_megatron.data.stream.example import Example, notices
 from moiie_megatron.data.stream.order import Blend
 from moiie_megatron.utils.errors import UserError
 
@@ -88,7 +89,7 @@ class LlavaDataset:
             images = source.images.load_all(record.images)
         except BadRecord as error:
             raise BadRecord(error.reason, str(source.records.path), index) from error
-        return Example(encoded, images, record.id)
+        return Example(encoded, images, record.id, notices=notices(record, encoded, source.label))
 
     def _locate(self, i: int) -> tuple[Source, int]:
         """The source of sample ``i`` and its record number there."""

@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -46,16 +47,32 @@ from megatron.energon.flavors.webdataset.metadata import (
 
 from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageDecoder
-from moiie_megatron.data.records.llava import BadRecord, parse_record
+from moiie_megatron.data.records.energon_index import DATASET_FILE
+from moiie_megatron.data.records.parse import parse_record
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.batch import Batch as MicroBatch
-from moiie_megatron.data.stream.example import Example, SkippedSample
+from moiie_megatron.data.stream.example import Example, SkippedSample, notices
+from moiie_megatron.data.stream.flat_item import FlatItem, flatten
 from moiie_megatron.data.stream.order import Blend
 from moiie_megatron.data.stream.settings import LoaderSettings
 from moiie_megatron.data.stream.stream_state import StreamState
+from moiie_megatron.data.stream.worker import restore_sigchld, worker_failure
 from moiie_megatron.utils.errors import UserError
+from moiie_megatron.utils.restricted_pickle import unpickle
 
 _SHUFFLE_BUFFER = 1000  # samples per worker, still encoded: images are decoded after the shuffle
 _RUN_LENGTH = 100  # consecutive samples read from one position of a shard
+# Classes of energon's state, which a checkpoint holds for every data-parallel rank.
+_STATE = frozenset(
+    {
+        ("megatron.energon.flavors.webdataset.sample_loader", "SliceState"),
+        ("megatron.energon.rng", "SystemRngState"),
+        ("megatron.energon.state", "FlexState"),
+        ("megatron.energon.savable_loader", "SavableDataLoaderState"),
+        ("megatron.energon.savable_loader", "SavableDatasetCheckpoint"),
+        ("megatron.energon.savable_loader", "SavableDatasetState"),
+    }
+)
 _STATE_EVERY_S = 10.0  # a resumed worker repeats at most the work of this time
 
 
@@ -159,9 +176,8 @@ class EnergonStream:
             shards, checkpoint_every_sec=_STATE_EVERY_S, cache_pool=NoCachePool()
         )
         if state.restored is not None:
-            # Energon's state is a tree of its own classes, pickled into the run's own checkpoint:
-            # trusted like the rest of the checkpoint.
-            self._loader.restore_state_rank(pickle.loads(state.restored))
+            restored = unpickle(state.restored, _STATE, "energon's state in the checkpoint")
+            self._loader.restore_state_rank(restored)
         state.attach(self)
         self._pin_memory = settings.pin_memory
 
@@ -170,14 +186,19 @@ class EnergonStream:
         return pickle.dumps(self._loader.save_state_rank())
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
+        before = signal.getsignal(signal.SIGCHLD)
         # Closed here: workers that the garbage collector has to end block for seconds.
         try:
             with closing(iter(self._loader)) as steps:
                 for step in steps:
-                    yield [b.pin_memory() if self._pin_memory else b for b in step.batches]
-        except FatalSampleError as error:
-            reason = _bad_record(error)
+                    restore_sigchld(before)
+                    batches = step.batches.restore()
+                    yield [b.pin_memory() if self._pin_memory else b for b in batches]
+        except (FatalSampleError, RuntimeError, OSError, EOFError) as error:
+            reason = _bad_record(error) if isinstance(error, FatalSampleError) else None
             if reason is None:
+                if (failure := worker_failure(error)) is not None:
+                    raise failure from error
                 raise
             raise UserError(
                 "Stopping: too many samples in a row could not be read, so the shards, the "
@@ -198,9 +219,9 @@ class _EncodedSample(Sample):
 
 @edataclass
 class _Step(Batch):
-    """The micro-batches of one rank in a step."""
+    """The micro-batches of one rank in a step, as one flat item."""
 
-    batches: list[MicroBatch]
+    batches: FlatItem
 
 
 @stateless
@@ -236,11 +257,18 @@ class _TaskEncoder(DefaultTaskEncoder):
 
     @stateless
     def encode_sample(self, sample: _RawSample) -> _EncodedSample:
+        if not sample.record:
+            found = ", ".join(f"{sample.__key__}.{name}" for name, _ in sample.images[:2])
+            raise BadRecord(
+                f"the sample {sample.__key__} has {found or 'no file'} but no "
+                f"{sample.__key__}.json: the name of a sample ends at the first dot"
+            )
         try:
             value = json.loads(sample.record)
         except (ValueError, RecursionError) as error:
             raise BadRecord(f"not valid JSON ({error})") from error
-        record = parse_record(value, default_id=sample.__key__)
+        names = [name for name, _ in sample.images]
+        record = parse_record(_with_images(value, names), default_id=sample.__key__)
         if len(record.images) != len(sample.images):
             raise BadRecord(
                 f"the record names {len(record.images)} images, the shard has {len(sample.images)}"
@@ -250,7 +278,9 @@ class _TaskEncoder(DefaultTaskEncoder):
             (io.BytesIO(file), path)
             for path, (_, file) in zip(record.images, sample.images, strict=True)
         )
-        return _EncodedSample.derive_from(sample, example=Example(encoded, images, record.id))
+        told = notices(record, encoded, "data.sources")  # energon does not say which one
+        example = Example(encoded, images, record.id, notices=told)
+        return _EncodedSample.derive_from(sample, example=example)
 
     @stateless
     def batch(self, samples: list[_EncodedSample]) -> _Step:
@@ -258,7 +288,9 @@ class _TaskEncoder(DefaultTaskEncoder):
         skipped_samples, self._skipped = tuple(self._skipped), []
         batches = self._make([replace(first, skipped_samples=skipped_samples), *others])
         return _Step(
-            __key__=[sample.__key__ for sample in samples], __restore_key__=(), batches=batches
+            __key__=[sample.__key__ for sample in samples],
+            __restore_key__=(),
+            batches=flatten(batches),
         )
 
     def note_skipped(self, error: Exception, sample: Any, sources: Any) -> None:
@@ -277,6 +309,18 @@ class _TaskEncoder(DefaultTaskEncoder):
         self._skipped.append(SkippedSample(file, index, str(error)))
 
 
+def _with_images(value: Any, names: Sequence[str]) -> Any:
+    """The record, with the names of the shard's images if it names none itself.
+
+    So do the shards of Megatron's own LLaVA example, whose records are lists of turns.
+    """
+    if isinstance(value, list):
+        return {"conversations": value, "images": list(names)}
+    if isinstance(value, dict) and not value.get("image") and not value.get("images"):
+        return {**value, "images": list(names)}
+    return value
+
+
 def _bad_record(error: BaseException | None) -> str | None:
     """The bad record for which energon has stopped; None if it stopped for another reason."""
     while error is not None:
@@ -293,9 +337,10 @@ def _num_samples(path: str) -> int:
     """Number of samples in the training part of the shards at ``path``, from energon's index.
 
     Raises:
-        UserError: There is no index.
+        UserError: There is no index, or one for samples of another kind.
     """
     directory = EPath(path if "://" in path else str(Path(path).absolute()))
+    _check_kind(directory)
     try:
         meta = WebdatasetMeta.from_config(directory, split_part="train")
     except (ValueError, OSError, EmptyDatasetError) as error:
@@ -305,3 +350,19 @@ def _num_samples(path: str) -> int:
             "prepare --split-ratio 1,0,0 there."
         ) from error
     return sum(shard.count for shard in meta.shards)
+
+
+def _check_kind(directory: EPath) -> None:
+    """Check that energon hands out samples as they are in the shards."""
+    try:
+        with (directory / DATASET_FILE).open("r") as file:
+            kind = yaml.safe_load(file)["__class__"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return  # not prepared, which opening the shards reports
+    if kind not in ("CrudeWebdataset", "CrudeWebdatasetFactory"):
+        raise UserError(
+            f"{directory} was prepared as {kind}, which holds one question and answer where a "
+            "record may have more: run energon prepare --non-interactive --force-overwrite "
+            f"--split-ratio 1,0,0 --sample-type CrudeWebdataset {directory}, which leaves the "
+            "shards as they are."
+        )

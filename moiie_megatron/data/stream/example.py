@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moiie_megatron.data.encode.encoder import Encoded
+from moiie_megatron.data.records.record import Record
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,19 @@ class SkippedSample:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """Something about a sample that was used, which its source should be told.
+
+    Attributes:
+        source: Name of the source.
+        what: A phrase, the same for all samples of a kind.
+    """
+
+    source: str
+    what: str
+
+
+@dataclass(frozen=True)
 class Example:
     """One sample with its pixels (shapes: ``moiie_megatron/data/__init__.py``).
 
@@ -27,9 +41,20 @@ class Example:
         images: uint8 (i, 3, S, S); i is 0 for text only.
         record_id: For messages and predictions.
         skipped_samples: Samples that were skipped before this one replaced them.
+        notices: What was noticed about this sample.
     """
 
     encoded: Encoded
     images: Tensor
     record_id: str
     skipped_samples: tuple[SkippedSample, ...] = ()
+    notices: tuple[Notice, ...] = ()
+
+
+def notices(record: Record, encoded: Encoded, source: str) -> tuple[Notice, ...]:
+    """What a sample says of its source: what is not read of its record, and special tokens."""
+    markers = [
+        f"{marker} in the text becomes a special token (data.markers_in_text=text keeps it as text)"
+        for marker in encoded.markers
+    ]
+    return tuple(Notice(source, what) for what in (*record.notes, *markers))

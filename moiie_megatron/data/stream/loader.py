@@ -20,7 +20,12 @@ from moiie_megatron.data.stream.order import Blend, SampleOrder
 from moiie_megatron.data.stream.sampler import MicroBatchSampler
 from moiie_megatron.data.stream.settings import LoaderSettings
 from moiie_megatron.data.stream.skipped_samples import read_sample
-from moiie_megatron.data.stream.worker import ignore_group_signals
+from moiie_megatron.data.stream.worker import (
+    POLL_INTERVAL,
+    flatten_in_worker,
+    ignore_group_signals,
+    receive,
+)
 from moiie_megatron.utils.errors import UserError
 
 
@@ -39,24 +44,33 @@ class ReadSamples(Dataset[Any]):
 
     Args:
         source: The samples.
-        seed: Decides which sample replaces a skipped one.
+        settings: The seed decides which sample replaces a skipped one.
         make: From the samples to one item of the stream, for example a micro-batch; picklable.
     """
 
     def __init__(
-        self, source: SampleSource, seed: int, make: Callable[[Sequence[Example]], Any]
+        self,
+        source: SampleSource,
+        settings: LoaderSettings,
+        make: Callable[[Sequence[Example]], Any],
     ) -> None:
         self._source = source
-        self._seed = seed
+        self._seed = settings.seed
+        self._max_skipped_fraction = settings.max_skipped_fraction
         self._make = make
 
     def __getitem__(self, indices: list[int]) -> Any:
         # torch raises a worker's exception again with the worker's traceback in its message: right
         # for a bug, but a user error is one sentence, so it travels as a value.
         try:
-            return self._make([read_sample(self._source, i, self._seed) for i in indices])
+            return self._make([self._read(i) for i in indices])
         except UserError as error:
             return error
+        except OSError as error:
+            return UserError(f"Samples cannot be read ({error}): repair that and start again.")
+
+    def _read(self, i: int) -> Example:
+        return read_sample(self._source, i, self._seed, self._max_skipped_fraction)
 
 
 def build_loader(
@@ -75,7 +89,7 @@ def build_loader(
         UserError: While iterating: too many samples in a row were skipped.
     """
     sampler = MicroBatchSampler(SampleOrder(dataset.blend, settings.seed), settings)
-    return read_ahead(ReadSamples(dataset, settings.seed, make), sampler, settings)
+    return read_ahead(ReadSamples(dataset, settings, make), sampler, settings)
 
 
 def read_ahead(
@@ -84,7 +98,8 @@ def read_ahead(
     """The items of the sampler's indices in order, read by worker processes.
 
     Raises:
-        UserError: While iterating: the one that a worker sent in place of an item.
+        UserError: While iterating: the one that a worker sent in place of an item; or a worker
+            has ended, or sends nothing while the run should stop.
     """
     num_workers = settings.num_workers
     loader: DataLoader[Any] = DataLoader(
@@ -92,22 +107,24 @@ def read_ahead(
         sampler=sampler,
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=_unchanged,
+        collate_fn=flatten_in_worker if num_workers else _unchanged,
         pin_memory=settings.pin_memory,
         worker_init_fn=ignore_group_signals,
         multiprocessing_context=settings.start_method if num_workers else None,
+        timeout=POLL_INTERVAL if num_workers else 0,
         # Its own generator: the default would draw from the RNG that dropout uses.
         generator=torch.Generator(),
     )
-    return _raise_errors(loader)
+    received = receive(loader, settings.is_stopping) if num_workers else iter(loader)
+    return _raise_errors(received)
 
 
 def _unchanged(item: Any) -> Any:
     return item
 
 
-def _raise_errors(loader: DataLoader[Any]) -> Iterator[Any]:
-    for item in loader:
+def _raise_errors(received: Iterator[Any]) -> Iterator[Any]:
+    for item in received:
         if isinstance(item, UserError):
             raise item
         yield item

@@ -38,5 +38,5 @@ def build_packed_loader(
         UserError: While iterating: too many samples in a row were skipped.
     """
     sampler = StepSampler(SampleOrder(dataset.blend, settings.seed), settings)
-    items = ReadSamples(dataset, settings.seed, partial(pack, spec=spec))
+    items = ReadSamples(dataset, settings, partial(pack, spec=spec))
     return equalize_row_counts(read_ahead(items, sampler, settings), spec, max_over_dp)

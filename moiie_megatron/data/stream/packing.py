@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -128,7 +128,7 @@ def equalize_row_counts(
 
 def _pack_row(examples: Sequence[Example], spec: PackingSpec) -> Batch:
     encoded = [example.encoded for example in examples]
-    return _pad_row(
+    row = _pad_row(
         tokens=torch.cat([sample.tokens for sample in encoded]),
         labels=torch.cat([sample.labels for sample in encoded]),
         token_types=torch.cat([sample.token_types for sample in encoded]),
@@ -140,12 +140,13 @@ def _pack_row(examples: Sequence[Example], spec: PackingSpec) -> Batch:
         ),
         spec=spec,
     )
+    return replace(row, notices=tuple(notice for example in examples for notice in example.notices))
 
 
 def _split_row(row: Batch, spec: PackingSpec) -> list[Batch]:
     """Split a row in two so that the longer part is as short as possible.
 
-    The first part keeps the skipped samples.
+    The first part keeps the skipped samples and what was noticed.
     """
     ends = _sample_ends(row)
     cut = min(range(1, len(ends)), key=lambda n: max(ends[n - 1], ends[-1] - ends[n - 1]))
@@ -155,7 +156,7 @@ def _split_row(row: Batch, spec: PackingSpec) -> list[Batch]:
         (slice(0, middle), slice(0, images), slice(0, cut), row.skipped_samples),
         (slice(middle, ends[-1]), slice(images, None), slice(cut, None), ()),
     )
-    return [
+    first, second = [
         _pad_row(
             tokens=row.tokens[0, positions],
             labels=row.labels[0, positions],
@@ -168,6 +169,7 @@ def _split_row(row: Batch, spec: PackingSpec) -> list[Batch]:
         )
         for positions, part_images, samples, skipped_samples in parts
     ]
+    return [replace(first, notices=row.notices), second]
 
 
 def _sample_ends(row: Batch) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -22,6 +23,8 @@ class LoaderSettings:
         num_workers: Processes that read ahead; 0 reads in this process.
         num_steps: Steps to yield; None is endless.
         pin_memory: Put batches into pinned memory, from which copies to a GPU are asynchronous.
+        max_skipped_fraction: Decides how many skipped samples in a row stop the run, 0..1.
+        is_stopping: Whether the run should stop, so that it does not wait for its samples for ever.
         start_method: How worker processes start (fork, spawn, forkserver); None is Python's
             default.
     """
@@ -35,6 +38,8 @@ class LoaderSettings:
     num_workers: int = 0
     num_steps: int | None = None
     pin_memory: bool = False
+    max_skipped_fraction: float = 0.01
+    is_stopping: Callable[[], bool] = bool  # False
     start_method: str | None = None
 
     def __post_init__(self) -> None:

@@ -34,13 +34,16 @@ def read_window(theirs: Mapping[str, Any]) -> dict[str, Any]:
     It applies to the layers that ``layer_types`` names, or to those from ``max_window_layers`` on.
     """
     kinds, first = theirs["layer_types"], theirs["max_window_layers"]
+    layers = theirs["num_hidden_layers"]
     if kinds is None:
-        kinds = ["full" if i < first else "sliding" for i in range(theirs["num_hidden_layers"])]
-    has_window = [str(kind).startswith("sliding") for kind in kinds]
-    if not theirs["use_sliding_window"] or not any(has_window):
+        with_window = max(0, layers - first)
+    else:
+        layers = len(kinds)
+        with_window = sum(str(kind).startswith("sliding") for kind in kinds)
+    if not theirs["use_sliding_window"] or not with_window:
         return {"sliding_window": None}
-    if not all(has_window):
-        count = f"a window in {sum(has_window)} of {len(kinds)} layers"
+    if with_window < layers:
+        count = f"a window in {with_window} of {layers} layers"
         raise UnsupportedError(
             "max_window_layers", first, f"one in all layers or in none, not {count}"
         )

@@ -10,6 +10,7 @@ from moiie_megatron.mcore.patches import (
     cpu_gloo,
     cpu_torch,
     dist_checkpointing,
+    dist_pickles,
     moe_utils,
     output_layer,
     private_names,
@@ -27,6 +28,7 @@ PATCHES: Final[tuple[Patch, ...]] = (
     *recompute.PATCHES,
     *adamw.PATCHES,
     *dist_checkpointing.PATCHES,
+    *dist_pickles.PATCHES,
     *warning_filters.PATCHES,
     *private_names.PATCHES,
 )

@@ -14,7 +14,7 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.routing_stats.counters import RouterLosses
 from moiie_megatron.routing_stats.scalars import routing_scalars
-from moiie_megatron.training.logging.jsonl import StepLines
+from moiie_megatron.training.logging.jsonl import LostFn, StepLines, refuse
 from moiie_megatron.training.logging.scalars import Scalars
 from moiie_megatron.training.step import StepResult
 
@@ -57,6 +57,7 @@ class RunLog:
     Args:
         start_step: Steps done before.
         total_steps: Steps of the whole run.
+        lost: Told about what could not be written.
         clock: Seconds, from any origin.
     """
 
@@ -67,6 +68,7 @@ class RunLog:
         *,
         start_step: int,
         total_steps: int,
+        lost: LostFn = refuse,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.interval = config.log.interval
@@ -79,9 +81,9 @@ class RunLog:
         if not self.active:
             return
         output = Path(config.output)
-        self.metrics = StepLines(output / "metrics.jsonl", start_step)
-        self.routes = StepLines(output / "routing.jsonl", start_step)
-        self.scalars = Scalars(config, start_step)
+        self.metrics = StepLines(output / "metrics.jsonl", start_step, lost)
+        self.routes = StepLines(output / "routing.jsonl", start_step, lost)
+        self.scalars = Scalars(config, start_step, lost)
 
     def is_due(self, step: int) -> bool:
         """Whether a step (counted from 1) gets a line; equal on all ranks."""

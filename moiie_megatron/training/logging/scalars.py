@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.training.logging.jsonl import LostFn, lost_sentence, refuse
+from moiie_megatron.utils.errors import UserError
+
+
+class _Guarded:
+    """TensorBoard's writer of records; what it cannot write is told once, and dropped."""
+
+    def __init__(self, writer: Any, directory: Path, lost: LostFn) -> None:
+        self._writer, self._directory, self._lost = writer, directory, lost
+
+    def write(self, data: bytes) -> None:
+        self._try(self._writer.write, data)
+
+    def flush(self) -> None:
+        self._try(self._writer.flush)
+
+    def close(self) -> None:
+        self._try(self._writer.close)
+
+    def _try(self, call: Callable[..., Any], *words: Any) -> None:
+        try:
+            call(*words)
+        except OSError as error:
+            self._lost(lost_sentence(self._directory, error))
 
 
 class Scalars:
@@ -19,11 +43,21 @@ class Scalars:
 
     Args:
         start_step: Values of later steps, from before the run was interrupted, are purged.
+        lost: Told, by a thread, when TensorBoard's file cannot be written.
+
+    Raises:
+        UserError: TensorBoard's file cannot be made.
     """
 
-    def __init__(self, config: RunConfig, start_step: int) -> None:
-        directory = str(Path(config.output) / "tensorboard")
-        self.board = SummaryWriter(directory, purge_step=start_step + 1)
+    def __init__(self, config: RunConfig, start_step: int, lost: LostFn = refuse) -> None:
+        directory = Path(config.output) / "tensorboard"
+        try:
+            self.board = SummaryWriter(str(directory), purge_step=start_step + 1)
+        except OSError as error:
+            raise UserError(lost_sentence(directory, error)) from error
+        # Its thread would print a traceback, and end.
+        queue = self.board._get_file_writer().event_writer._async_writer
+        queue._writer = queue._worker._record_writer = _Guarded(queue._writer, directory, lost)
         self.wandb_run: Any = None
         if config.log.wandb_project is not None:
             import wandb

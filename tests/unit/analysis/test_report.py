@@ -138,3 +138,11 @@ def test_refusals(tmp_path: Path) -> None:
     with user_error(tmp_path / "other.json", "tools/evaluate.py"):
         write_report([run], out, scores=tmp_path / "other.json")
     assert not out.exists()
+
+
+def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (tmp_path / "file").touch()
+    with user_error(tmp_path / "file"):
+        write_report([run], tmp_path / "file" / "report.html")
+    assert list(tmp_path.glob("*.writing")) == []

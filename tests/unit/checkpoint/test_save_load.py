@@ -9,43 +9,11 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from moiie_megatron.checkpoint.parallel_io import write_in_turn
-from moiie_megatron.checkpoint.progress import Progress
-from moiie_megatron.checkpoint.save_load import load_checkpoint, request_save
-from moiie_megatron.config.load import load_config
-from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.mcore.parallel import ParallelContext, seed_everything
-from moiie_megatron.training.state import TrainState, prepare_training
-from moiie_megatron.vlm.build import build_model
-from tests.helpers.tiny_run import tiny_values, write_config
-
-RATES = {"vision": 1e-4, "connector": 3e-3, "language": 1e-3, "moe": 2e-3}
-
-
-def make_config(folder: Path, **sections: Any) -> RunConfig:
-    values = tiny_values(folder, folder / "run")
-    values["language"] = {**values["language"], "num_layers": 2}
-    values["stage"]["learning_rates"] = RATES
-    return load_config(write_config(folder / "run.yaml", values | sections), [])
-
-
-def make_state(config: RunConfig, context: ParallelContext, seed: int) -> TrainState:
-    seed_everything(seed, context.groups)
-    return prepare_training(config, context, build_model(config, context), steps=10)
-
-
-def update(state: TrainState) -> None:
-    for parameter in state.model.parameters():
-        if parameter.requires_grad:
-            parameter.main_grad.copy_(parameter.detach() * 0.5 + 0.01)
-    state.optimizer.step_if(lambda: True)
-    state.scheduler.step(1)
-
-
-def save(folder: Path, context: ParallelContext, state: TrainState, step: int) -> Path:
-    progress = Progress(step=step, consumed_samples=0)
-    write_in_turn(request_save(folder, context, state.state_parts(), progress)).execute_sync()
-    return folder
+from moiie_megatron.checkpoint.save_load import load_checkpoint
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.training.state import TrainState
+from tests.helpers.tiny_run import tiny_values
+from tests.helpers.train_states import RATES, make_config, make_state, save, update
 
 
 def settings(state: TrainState) -> list[dict[str, Any]]:
@@ -76,6 +44,29 @@ def test_training_goes_on_bit_for_bit(
     theirs = dict(whole.model.named_parameters())
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter, theirs[name]), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_saved_before_the_first_update(
+    distributed: bool, precision: str, tmp_path: Path, context: ParallelContext
+) -> None:
+    """All steps so far were skipped: no moments yet, here and in what resumes."""
+    values = tiny_values(tmp_path, tmp_path)["train"] | {"precision": precision}
+    config = make_config(tmp_path, optimizer={"distributed": distributed}, train=values)
+    whole = make_state(config, context, 1)
+    never_saved = make_state(config, context, 1)
+    checkpoint = save(tmp_path / "step", context, whole, 3, skipped_steps=3)
+    resumed = make_state(config, context, 2)
+    load_checkpoint(checkpoint, context, resumed.state_parts())
+    assert settings(resumed) == settings(whole) == settings(never_saved)
+    for state in (never_saved, whole, resumed):
+        update(state)
+        update(state)
+    expected = dict(never_saved.model.named_parameters())
+    for state in (whole, resumed):
+        for name, parameter in state.model.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
 
 
 @pytest.fixture(scope="module")

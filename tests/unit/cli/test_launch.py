@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from moiie_megatron.cli import launch
 from moiie_megatron.cli.launch import exit_code
 from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.utils.errors import UserError
+from tests.helpers.user_errors import assert_one_error
 
 SINGLE = DistEnv()
 
@@ -70,3 +72,30 @@ def test_a_launcher_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     with pytest.raises(UserError, match="MASTER_PORT.*torchrun"):
         launch.connect_store(DistEnv(rank=0, world_size=2))
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ["No space left on device"]),
+        (PermissionError(errno.EACCES, "Permission denied", "/r/a.html.writing"), ["/r/a.html"]),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/none/losses.png"), ["/none/losses.png"]),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a.writing", None, "/r/a"), ["/r/a "]),
+    ],
+)
+def test_a_file_that_cannot_be_used(
+    error: OSError, parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def task() -> None:
+        raise error
+
+    assert exit_code(task, SINGLE) == 1
+    assert_one_error(capsys.readouterr().err, *parts)
+
+
+def test_a_pipe_of_its_own_that_broke_is_a_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    def task() -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    assert exit_code(task, SINGLE) == 1
+    assert capsys.readouterr().err.startswith("Traceback")

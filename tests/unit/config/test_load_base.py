@@ -21,7 +21,7 @@ def _write(folder: Path, **texts: str) -> None:
 def test_values_are_laid_over_those_of_the_base(tmp_path: Path) -> None:
     _write(
         tmp_path,
-        below=MINIMAL + "moe: {variant: moiie, top_k: 1}\n",
+        below=MINIMAL + "moe: {variant: moiie, top_k: 3}\n",
         above="base: below.yaml\noutput: runs/other\nmoe: {variant: vanilla}\n",
     )
 
@@ -30,7 +30,7 @@ def test_values_are_laid_over_those_of_the_base(tmp_path: Path) -> None:
     )
 
     moe = below.moe.model_copy(update={"variant": "vanilla"})
-    assert (above.moe.variant, above.moe.top_k) == ("vanilla", 1)
+    assert (above.moe.variant, above.moe.top_k) == ("vanilla", 3)
     assert above == below.model_copy(update={"output": "runs/other", "moe": moe})
 
 

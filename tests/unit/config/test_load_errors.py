@@ -53,9 +53,9 @@ def _refuses(tmp_path: Path, overrides: list[str], *parts: str, text: str = MINI
         ("moe.variant=moie", ("moe.variant", "'moie'", "dense, vanilla, modality or moiie")),
         (
             "moe.num_text_experts=-1",
-            ("moe.num_text_experts", "-1", "not below 0 or null"),
+            ("moe.num_text_experts", "-1", "from 0 to 256 or null"),
         ),
-        ("optimizer.beta1=1.5", ("optimizer.beta1", "1.5", "0 to 1")),
+        ("optimizer.beta1=1.5", ("optimizer.beta1", "1.5", "0 to below 1")),
         ("optimizer.epsilon=.nan", ("optimizer.epsilon", "nan", "above 0")),
         ("optimizer.epsilon=.inf", ("optimizer.epsilon", "inf", "above 0")),
         ("stage.learning_rates.vision=0", ("stage.learning_rates.vision", "0", "above 0")),

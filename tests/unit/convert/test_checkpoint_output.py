@@ -13,7 +13,7 @@ from moiie_megatron.convert import conversion_report
 from moiie_megatron.convert.dcp.reader import CheckpointReader
 from moiie_megatron.convert.dcp.writer import CheckpointWriter
 from moiie_megatron.convert.export import export_checkpoint
-from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
+from moiie_megatron.convert.hf.weights_source import WeightsSource
 from moiie_megatron.convert.upcycle import upcycle_checkpoint
 from moiie_megatron.utils.errors import UserError
 from tests.helpers.tiny_hf import write_language, write_vision
@@ -112,7 +112,7 @@ def test_memory_does_not_grow_with_the_tensors(
     def whole(*_: object) -> None:
         raise AssertionError("a whole tensor is read")
 
-    monkeypatch.setattr(SafetensorsSource, "get", whole)
+    monkeypatch.setattr(WeightsSource, "get", whole)
     out = upcycle_checkpoint(llm, vision, tmp_path / "out")
     monkeypatch.setattr(CheckpointReader, "get", whole)
     export_checkpoint(out, tmp_path / "exported")

@@ -19,8 +19,8 @@ from moiie_megatron.checkpoint.save_load import sharding_metadata
 from moiie_megatron.config.load import dump_config, load_config
 from moiie_megatron.config.schema import LanguageConfig, LongRope, RopeScaling
 from moiie_megatron.convert.export import export_checkpoint, exported_rows
-from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
 from moiie_megatron.convert.hf.safetensors_writer import INDEX, SafetensorsWriter
+from moiie_megatron.convert.hf.weights_source import WeightsSource
 from moiie_megatron.convert.upcycle import UpcycleOptions, upcycle_checkpoint
 from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
 from moiie_megatron.mcore.parallel import ParallelContext
@@ -47,7 +47,7 @@ def copied(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def _read(directory: Path) -> dict[str, Tensor]:
-    source = SafetensorsSource(directory)
+    source = WeightsSource(directory)
     return {name: source.get(name) for name in source.names}
 
 
@@ -219,7 +219,7 @@ def test_broken_checkpoints(copied: Path, tmp_path: Path) -> None:
     file = copied / "__0_0.distcp"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    _refused((file, "cannot be read"), copied, out)
+    _refused((copied, file.name, f"instead of {len(whole)}"), copied, out)
     file.write_bytes(whole)
     (copied / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     _refused((copied, "tokenizer.json"), copied, out)

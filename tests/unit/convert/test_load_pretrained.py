@@ -101,15 +101,27 @@ def test_rotary_buffers_and_a_vision_tower_are_ignored(
         assert torch.equal(parameters[row.megatron], projector[row.hf[0]])
 
 
-def test_a_tied_matrix_stored_twice(dense: Path, context: ParallelContext) -> None:
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_a_tied_matrix_stored_twice(is_equal: bool, dense: Path, context: ParallelContext) -> None:
+    """Another one is no tied matrix: transformers does not tie it, and the run has to say so."""
     values = json.loads((dense / "config.json").read_text()) | {"tie_word_embeddings": True}
     (dense / "config.json").write_text(json.dumps(values))
     language = tiny.language("llama", pretrained=str(dense), tied_embeddings=True)
     config = tiny.run_config(language)
     model = tiny.build(config, context)
-    load_pretrained(model, config)
     embedding = load_file(dense / "model.safetensors")["model.embed_tokens.weight"]
-    assert torch.equal(model.shared_embedding_or_output_weight(), embedding)
+    if is_equal:
+        _edit(dense, lambda weights: weights.update({"lm_head.weight": embedding.clone()}))
+        load_pretrained(model, config)
+        assert torch.equal(model.shared_embedding_or_output_weight(), embedding)
+        return
+    with user_error(dense, "lm_head.weight", "language.tied_embeddings=false"):
+        load_pretrained(model, config)
+    config = tiny.run_config(language.model_copy(update={"tied_embeddings": False}))
+    model = tiny.build(config, context)
+    load_pretrained(model, config)
+    output = dict(model.named_parameters())["language_model.output_layer.weight"]
+    assert torch.equal(output, load_file(dense / "model.safetensors")["lm_head.weight"])
 
 
 PREFIXES = ["", "vision_model.", "model.vision_tower.vision_tower.vision_model."]

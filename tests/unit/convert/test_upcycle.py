@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,8 +189,11 @@ def test_impossible_options(llm: Path, vision: Path, tmp_path: Path) -> None:
         experts=(1, 1, 1),
     )
     _refused(("moe.layers", "[9]", "interleaved"), llm, vision, out, layers=[9])
-    _refused(("perturb", "-1.0", "0 or more"), llm, vision, out, perturb=-1.0)
+    for perturb in (-1.0, math.nan, math.inf, -math.inf, 1e300):
+        _refused(("perturb", str(perturb), "finite"), llm, vision, out, perturb=perturb)
     _refused(("moe.top_k", "4", "3 experts"), llm, vision, out, top_k=4)
+    _refused(("moe.top_k", "1", "2 or more"), llm, vision, out, top_k=1)
+    _refused(("moe.top_k", "0", "above 0"), llm, vision, out, top_k=0)
 
 
 def test_truncated_weights(copied: Path, vision: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from moiie_megatron.checkpoint.directory import find_checkpoint
 from moiie_megatron.data.encode.images import normalize
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
-from moiie_megatron.data.records.llava import Turn
+from moiie_megatron.data.records.record import Turn
 from moiie_megatron.evaluation.generate import (
     Generator,
     Prompt,

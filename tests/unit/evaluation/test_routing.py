@@ -10,7 +10,7 @@ import torch
 
 from moiie_megatron.checkpoint.directory import find_checkpoint
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.build import build_dataset
 from moiie_megatron.data.stream.dataset import LlavaDataset
 from moiie_megatron.evaluation.generate import Generator, checkpoint_config

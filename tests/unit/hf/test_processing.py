@@ -17,7 +17,7 @@ from moiie_megatron.data.encode.encoder import encode_prompt
 from moiie_megatron.data.encode.images import ImageLoader, normalize
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
-from moiie_megatron.data.records.llava import Turn
+from moiie_megatron.data.records.record import Turn
 from moiie_megatron.families.registry import vision_family
 from moiie_megatron.hf.build_processor import build_processor
 from moiie_megatron.hf.processing_moiie import MoiieProcessor

@@ -46,5 +46,16 @@ def test_what_was_read_is_reset_apart() -> None:
     assert not stats.routing().any()
 
 
+def test_micro_batches_without_a_modality() -> None:
+    """Two ranks share each micro-batch: one with text alone, one with both."""
+    stats = LoadStats(num_routers=2, num_experts=3, device=torch.device("cpu"))
+    for _ in range(2):
+        stats.add_losses(torch.zeros(2), torch.zeros(2), torch.tensor([0.0, 7.0]), ranks=2)
+        stats.add_losses(torch.zeros(2), torch.zeros(2), torch.tensor([3.0, 4.0]), ranks=2)
+    assert stats.empty_G.tolist() == [1.0, 0.0]
+    stats.reset_losses()
+    assert not stats.empty_G.any()
+
+
 def test_sums_are_no_part_of_a_checkpoint() -> None:
     assert counted().state_dict() == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from moiie_megatron.routing_stats.reading import newest, read_routing
@@ -17,9 +18,10 @@ def test_newest_records_cover_the_steps() -> None:
 
 def test_records_have_a_version(tmp_path: Path) -> None:
     file = tmp_path / "routing.jsonl"
-    file.write_text('{"version": 1, "step": 4}\n')
-    assert read_routing(file)[0]["step"] == 4
-    file.write_text('{"version": 1}\n{"version": 2}\n')
+    line = json.dumps(RECORDS[0])
+    file.write_text(line + "\n")
+    assert read_routing(file) == RECORDS[:1]
+    file.write_text(line + '\n{"version": 2}\n')
     with user_error(file, "version 2"):
         read_routing(file)
     file.write_text("")

@@ -223,8 +223,8 @@ def test_defaults_of_mixtral_and_its_experts(tmp_path: Path) -> None:
     moe = read_moe_config(tmp_path)
     assert moe == MoEConfig(variant="vanilla", num_shared_experts=6, layers="all", top_k=2)
     check_moe_config(moe, tmp_path)
-    other = MoEConfig(variant="vanilla", num_shared_experts=4, layers="all", top_k=1)
-    with user_error("moe.num_shared_experts", "4", "num_local_experts", "6", "moe.top_k", "1"):
+    other = MoEConfig(variant="vanilla", num_shared_experts=4, layers="all", top_k=3)
+    with user_error("moe.num_shared_experts", "4", "num_local_experts", "6", "moe.top_k", "3"):
         check_moe_config(other, tmp_path)
     assert read_moe_config(_write(tmp_path, LLAMA)) is None
 

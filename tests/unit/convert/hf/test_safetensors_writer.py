@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moiie_megatron.convert.hf.safetensors_reader import SafetensorsSource
 from moiie_megatron.convert.hf.safetensors_writer import INDEX, SafetensorsWriter
+from moiie_megatron.convert.hf.weights_source import WeightsSource
 from moiie_megatron.families.transforms import TensorInfo
 
 TENSORS = {
@@ -40,7 +40,7 @@ def test_the_library_reads_it(bytes_per_file: int, count: int, tmp_path: Path) -
     assert loaded.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
-    assert SafetensorsSource(tmp_path).names == list(TENSORS)
+    assert WeightsSource(tmp_path).names == list(TENSORS)
 
 
 def test_the_index(tmp_path: Path) -> None:

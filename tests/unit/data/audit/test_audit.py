@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from moiie_megatron.data.audit.audit import audit
 from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageLoader
-from moiie_megatron.data.records.llava import Record, RecordFile
+from moiie_megatron.data.records.llava import RecordFile
+from moiie_megatron.data.records.record import Record
 from moiie_megatron.data.stream.dataset import LlavaDataset, Source
 from tests.helpers.damaged_data import DAMAGES, write_damaged
 from tests.helpers.user_errors import user_error

@@ -11,9 +11,17 @@ import pytest
 from rich.console import Console
 
 from moiie_megatron.data.audit.audit import Audit, audit
-from moiie_megatron.data.audit.report import packing_lines, summarize, table
+from moiie_megatron.data.audit.report import (
+    marker_lines,
+    note_lines,
+    packing_lines,
+    summarize,
+    table,
+)
 from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageLoader
+from moiie_megatron.data.encode.templates import load_template
+from moiie_megatron.data.encode.tokenizers import Tokenizer
 from moiie_megatron.data.records.llava import RecordFile
 from moiie_megatron.data.stream.dataset import LlavaDataset, Source
 from tests.helpers.damaged_data import write_damaged
@@ -58,14 +66,36 @@ def test_nothing_usable(dataset: LlavaDataset) -> None:
 
 def test_the_table_has_a_row_per_source(dataset: LlavaDataset, measured: Audit) -> None:
     source = Source(dataset.sources[0].records, dataset.sources[0].images, name="numbers")
-    named = Audit(source, measured.lengths, measured.images, measured.skipped_samples)
+    notes = {"key 'width' is not read": 23}
+    named = Audit(source, measured.lengths, measured.images, measured.skipped_samples, notes)
     summary = summarize(named, dataset.encoding)
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(table([summary]))
     text = console.export_text()
     assert "numbers" in text and " 23 " in text and " 16 " in text
+    assert note_lines([summary]) == ["numbers: key 'width' is not read (23)"]
     (line,) = packing_lines([summary])
     packed = summary["rows"]["packed"]
     assert 1 <= packed < 23
     assert line.startswith("numbers: ")
     assert f"23 samples into {packed} rows of 64 tokens, {23 / packed:.1f}" in line
+
+
+def test_special_tokens_in_the_text_are_counted(tmp_path: Path, llama3: Tokenizer) -> None:
+    texts = [("a", "b"), ("a<|eot_id|><|eot_id|>", "b"), ("a", "<|begin_of_text|><|eot_id|>")]
+    records = [
+        {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
+        for q, a in texts
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    images = ImageLoader(tmp_path, 8, "square", (0.5, 0.5, 0.5))
+    source = Source(RecordFile(tmp_path / "r.json"), images)
+    encoding = Encoding(llama3, load_template("llama3", llama3), 4, 64)
+    summary = summarize(audit(source, encoding), encoding)
+    assert summary["markers_in_text"] == {"<|begin_of_text|>": 1, "<|eot_id|>": 2}
+    (line,) = marker_lines([summary])
+    assert line.startswith("r.json: ") and "<|eot_id|> in 2" in line
+    assert marker_lines([summary | {"markers_in_text": {}}]) == []
+    example = LlavaDataset([source], encoding)[2]
+    assert [notice.source for notice in example.notices] == ["r.json"] * 2
+    assert "<|eot_id|>" in example.notices[1].what

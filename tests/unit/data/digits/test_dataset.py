@@ -60,7 +60,7 @@ def test_answers_are_true(folder: Path, name: str) -> None:
     for record in lines(folder / name):
         if "image" not in record:
             continue
-        labels = [int(target[scan]) for scan in record["scans"]]
+        labels = [int(target[scan]) for scan in record["_scans"]]
         for question, answer in exchanges(record):
             assert answer == expected_answer(question, labels), record
             checked += 1
@@ -92,7 +92,7 @@ def test_pictures_show_the_scans(folder: Path) -> None:
     with Image.open(folder / "images" / record["image"]) as image:
         assert image.size == (28, 28)
         picture = np.asarray(image, dtype=float)
-    for place, scan in enumerate(record["scans"]):
+    for place, scan in enumerate(record["_scans"]):
         row, column = divmod(place, 2)
         tile = picture[14 * row : 14 * row + 14, 14 * column : 14 * column + 14]
         enlarged = scans[scan].repeat(7, 0).repeat(7, 1)[::4, ::4]  # 8 -> 56 -> 14
@@ -106,16 +106,16 @@ def test_captions(folder: Path) -> None:
     firsts = set()
     for record in captions:
         ((_, answer),) = exchanges(record)
-        parts = [f"{p} {target[s]}" for p, s in zip(PLACES, record["scans"], strict=True)]
+        parts = [f"{p} {target[s]}" for p, s in zip(PLACES, record["_scans"], strict=True)]
         assert sorted(answer.split(", ")) == sorted(parts)
         firsts.add(answer[: len("bottom r")])
     assert len(firsts) == 4  # in any order
 
 
 def test_no_scan_is_in_both_splits(folder: Path) -> None:
-    train = {s for r in lines(folder / "train.jsonl") for s in r.get("scans", [])}
-    train |= {s for r in json.loads((folder / "captions.json").read_text()) for s in r["scans"]}
-    test = {s for r in lines(folder / "test.jsonl") for s in r["scans"]}
+    train = {s for r in lines(folder / "train.jsonl") for s in r.get("_scans", [])}
+    train |= {s for r in json.loads((folder / "captions.json").read_text()) for s in r["_scans"]}
+    test = {s for r in lines(folder / "test.jsonl") for s in r["_scans"]}
     assert len(train) > 500 and len(test) > 150 and not train & test
 
 

@@ -8,7 +8,7 @@ import torch
 from moiie_megatron.data.encode.encoder import Encoded, encode, encode_prompt
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import BadRecord, Record, Turn
+from moiie_megatron.data.records.record import BadRecord, Record, Turn
 
 
 def record(question: str, answer: str, *images: str) -> Record:
@@ -64,7 +64,11 @@ def test_phi3_trains_answers_with_their_end(phi3: Tokenizer) -> None:
     phi3_with_system = Record("r", ("x.png",), turns)
     encoded = encode(phi3_with_system, phi3, load_template("phi3", phi3), 4, 999)
     end = phi3.token_id("<|end|>")
-    expected = [*phi3.encode("a cat"), end, *phi3.encode("3"), end]
+    # As inside the text: after the header's line feed no word gets a dummy prefix.
+    header = phi3.encode("<|assistant|>\n")
+    first, second = phi3.encode("<|assistant|>\na cat"), phi3.encode("<|assistant|>\n3")
+    expected = [*first[len(header) :], end, *second[len(header) :], end]
+    assert first[: len(header)] == header and phi3.decode(first).endswith("\na cat")
     assert [i for i in encoded.labels.tolist() if i != -100] == expected
     assert encoded.tokens[0] == phi3.bos_id and (encoded.tokens == phi3.bos_id).sum() == 1
     last_header = encoded.tokens.tolist().index(phi3.token_id("<|assistant|>"))

@@ -11,7 +11,7 @@ from moiie_megatron.data.encode.encoder import encode
 from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import BadRecord, Record, Turn
+from moiie_megatron.data.records.record import BadRecord, Record, Turn
 
 RECORD = Record("r", ("x",), (Turn("user", "<image>\nq"), Turn("assistant", "abcdef")))
 

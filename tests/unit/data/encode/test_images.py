@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from moiie_megatron.data.encode.images import ImageLoader, normalize
-from moiie_megatron.data.records.llava import BadRecord
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.families.registry import vision_family
 from tests.helpers.user_errors import user_error
 
@@ -81,6 +81,18 @@ def test_exif_orientation_is_honoured(tmp_path: Path) -> None:
     Image.fromarray(photo(8, 8)).save(tmp_path / "a.png", exif=exif)
     expected = np.rot90(photo(8, 8), k=-1)
     assert np.array_equal(loader(tmp_path).load("a.png").permute(1, 2, 0).numpy(), expected)
+
+
+def test_paths_may_leave_the_root_where_that_is_allowed(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    Image.fromarray(photo(8, 8)).save(tmp_path / "a.png")
+    (root / "up").symlink_to(tmp_path)
+    images = loader(root, allow_outside=True)
+    for path in ("up/a.png", "../a.png", str(tmp_path / "a.png")):
+        assert images.load(path).shape == (3, 8, 8)
+    with pytest.raises(BadRecord, match="does not exist"):
+        images.load(str(tmp_path / "b.png"))
 
 
 def test_paths_stay_inside_the_root(tmp_path: Path) -> None:
@@ -160,13 +172,35 @@ def test_decompression_bombs_are_not_decoded(tmp_path: Path, side: int) -> None:
         loader(tmp_path).load("bomb.png")
 
 
-def test_own_pixel_limit_counts_the_padded_square(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["square", "pad"])
+def test_own_pixel_limit_counts_the_pixels_of_the_picture(tmp_path: Path, mode: str) -> None:
     Image.fromarray(photo(4, 32)).save(tmp_path / "a.png")
-    assert loader(tmp_path, max_pixels=128).load("a.png").shape == (3, 8, 8)
+    assert loader(tmp_path, mode=mode, max_pixels=128).load("a.png").shape == (3, 8, 8)
     with pytest.raises(BadRecord, match="32 x 4 needs 128 pixels, more than 127"):
-        loader(tmp_path, max_pixels=127).load("a.png")
-    with pytest.raises(BadRecord, match="32 x 4 needs 1024 pixels, more than 1023"):
-        loader(tmp_path, mode="pad", max_pixels=1023).load("a.png")
+        loader(tmp_path, mode=mode, max_pixels=127).load("a.png")
+
+
+def test_long_pictures_are_resized_before_they_are_padded(tmp_path: Path) -> None:
+    """The same pixels as of the padded square, but for rounding."""
+    side = 30
+    small = Image.fromarray(photo(30, 2))
+    small.resize((600, 9000), Image.Resampling.BICUBIC).save(tmp_path / "a.bmp")
+    got = loader(tmp_path, size=side, mode="pad").load("a.bmp").numpy().astype(int)
+    with Image.open(tmp_path / "a.bmp") as image:
+        square = Image.new("RGB", (9000, 9000), tuple(int(255 * m) for m in MEAN))
+        square.paste(image, (4200, 0))
+    want = np.asarray(square.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    bars = np.arange(side) // 2 != 7  # columns 14 and 15 are the picture
+    assert (got[:, :, bars].reshape(3, -1) == np.array([[127], [63], [191]])).all()
+    assert np.abs(got - want).mean() < 2
+
+
+def test_a_line_of_pixels(tmp_path: Path) -> None:
+    """Its padded square would have 10**12 pixels."""
+    Image.new("RGB", (10**6, 1), "red").save(tmp_path / "a.png")
+    line = loader(tmp_path, mode="pad").load("a.png")
+    assert line[:, 3].T.unique(dim=0).tolist() == [[255, 0, 0]]
+    assert line[0].float().mean() == pytest.approx((255 + 7 * 127) / 8)
 
 
 def test_normalize() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from moiie_megatron.data.encode.templates import Segment, load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
-from moiie_megatron.data.records.llava import Turn
+from moiie_megatron.data.records.record import Turn
 
 TURNS = [
     Turn("user", "<image>\nhi "),

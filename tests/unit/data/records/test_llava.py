@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moiie_megatron.data.records.llava import BadRecord, RecordFile, Turn, parse_record
+from moiie_megatron.data.records.llava import RecordFile
+from moiie_megatron.data.records.parse import parse_record
+from moiie_megatron.data.records.record import BadRecord, Turn
 from tests.helpers.user_errors import user_error
 
 HUMAN = {"from": "human", "value": "what?"}
@@ -55,7 +58,8 @@ def test_placeholders_stay_where_they_are() -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ([], "JSON object"),
+        (7, "JSON object"),
+        ([], "conversations"),
         ({}, "conversations"),
         ({"conversations": []}, "conversations"),
         ({"conversations": [GPT]}, "turn 0 is by the assistant"),
@@ -90,6 +94,16 @@ def test_bad_records_are_named(tmp_path: Path, record: Any, message: str) -> Non
     assert (caught.value.file, caught.value.index) == (str(path), 1)
     assert str(caught.value).startswith(f"{path}[1]: ")
     assert RecordFile(path)[0].id == "5"
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    """Reading it would wait for ever."""
+    os.mkfifo(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to("/dev/zero")
+    for path in (tmp_path / "a.jsonl", tmp_path / "b.jsonl"):
+        with user_error(path, "no regular file"):
+            RecordFile(path)
 
 
 def test_a_broken_line_spoils_only_itself(tmp_path: Path) -> None:

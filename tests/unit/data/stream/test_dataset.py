@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from moiie_megatron.data.encode.images import ImageLoader
-from moiie_megatron.data.records.llava import BadRecord, RecordFile
+from moiie_megatron.data.records.llava import RecordFile
+from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.dataset import LlavaDataset, Source
+from moiie_megatron.data.stream.example import Notice
 from tests.helpers.user_errors import user_error
 
 
@@ -43,3 +46,13 @@ def test_bad_samples_name_file_and_record(dataset: LlavaDataset, corpus: Path) -
     with pytest.raises(BadRecord, match="5.png") as caught:
         dataset[5]
     assert (caught.value.file, caught.value.index) == (str(corpus / "records.jsonl"), 5)
+
+
+def test_what_is_not_read_is_noticed(dataset: LlavaDataset, tmp_path: Path) -> None:
+    (source, *_) = dataset.sources
+    file = tmp_path / "wide.jsonl"
+    file.write_text(json.dumps({**source.records.value(0), "width": 5}) + "\n")
+    wide = Source(RecordFile(file), source.images, name="wide")
+    both = LlavaDataset([source, wide], dataset.encoding)
+    assert both[len(both) - 1].notices == (Notice("wide", "key 'width' is not read"),)
+    assert both[0].notices == ()

@@ -28,6 +28,8 @@ from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, optimize
 from megatron.core.tensor_parallel import layers, mappings, random
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlock
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from moiie_megatron.mcore.patches import cpu_devices, cpu_torch, warning_filters
 from moiie_megatron.mcore.patches.registry import PATCHES
@@ -168,6 +170,15 @@ def common_state() -> None:
     assert parameters["async_strategy"].default == "nvrx"
 
 
+def pickles_in_checkpoints() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / ".metadata").write_bytes(b"cos\nmkdir\n(V" + bytes(folder / "ran") + b"\ntR.")
+        assert fails(FileSystemReader(folder).read_metadata)
+        assert (folder / "ran").is_dir()
+    assert "weights_only=False" in inspect.getsource(DefaultLoadPlanner.load_bytes)
+
+
 def optimizer_without_parameters() -> None:
     method = distrib_optimizer.DistributedOptimizer.state_dict
     assert "assert len(steps) == 1" in inspect.getsource(method)
@@ -203,6 +214,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "fused AdamW": fused_adamw,
     "results queue": results_queue,
     "common state": common_state,
+    "pickles in checkpoints": pickles_in_checkpoints,
     "optimizer without parameters": optimizer_without_parameters,
     "parameter groups": parameter_groups,
     "expected logs": expected_logs,

@@ -1,0 +1,90 @@
+"""Ask a model questions in batches; a question that cannot be asked costs only itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from moiie_megatron.data.encode.images import ImageLoader
+from moiie_megatron.evaluation.generate import Generator, Prompt
+from moiie_megatron.evaluation.questions import Question
+from moiie_megatron.evaluation.score import Outcome
+from moiie_megatron.utils.errors import UserError
+
+
+def check_images(questions: Sequence[Question], images: str | Path) -> None:
+    """Refuse a directory that has none of the images: it is the wrong one.
+
+    Raises:
+        UserError: No image of any question is there.
+    """
+    paths = [path for question in questions for path in question.images]
+    if paths and not any(Path(images, path).exists() for path in paths):
+        raise UserError(
+            f"--images is {images}, which has none of the {len(paths)} images of the questions "
+            f"(the first is {paths[0]}): name the directory that image paths are relative to."
+        )
+
+
+def ask(
+    generator: Generator,
+    questions: Sequence[Question],
+    images: str | Path,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+) -> Iterator[list[Outcome]]:
+    """Answer the questions, those with an expected answer twice: once with the images blanked.
+
+    Every rank calls this with the same questions and reads all batches.
+
+    Args:
+        generator: The model.
+        questions: What to ask.
+        images: The directory that image paths are relative to.
+        batch_size: Questions per forward pass.
+        max_new_tokens: Longest answer, in tokens.
+
+    Yields:
+        The outcomes of each batch.  A question whose images cannot be read, or whose prompt is too
+        long or does not fit the template, has an ``error`` instead of answers.
+    """
+    loader = generator.image_loader(images)
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        outcomes = [_unanswered(question) for question in batch]
+        prompts: dict[int, Prompt] = {}
+        for i, question in enumerate(batch):
+            try:
+                prompts[i] = _prompt(generator, loader, question, max_new_tokens)
+            except UserError as error:
+                outcomes[i] = replace(outcomes[i], error=str(error))
+        answers = generator.answer(list(prompts.values()), max_new_tokens)
+        for i, answer in zip(prompts, answers, strict=True):
+            outcomes[i] = replace(outcomes[i], answer=answer)
+        expected = [i for i in prompts if batch[i].expected is not None]
+        blanked = [generator.blanked(prompts[i]) for i in expected]
+        for i, answer in zip(expected, generator.answer(blanked, max_new_tokens), strict=True):
+            outcomes[i] = replace(outcomes[i], blanked_answer=answer)
+        yield outcomes
+
+
+def _unanswered(question: Question) -> Outcome:
+    return Outcome(
+        question.id,
+        question.kind,
+        expected=question.expected,
+        answer="",
+        blanked_answer="",
+        question=question.turns[-1].text if question.turns else "",
+        images=question.images,
+    )
+
+
+def _prompt(
+    generator: Generator, loader: ImageLoader, question: Question, max_new_tokens: int
+) -> Prompt:
+    prompt = generator.prompt(question.turns, [loader.load(path) for path in question.images])
+    generator.check_length(prompt, max_new_tokens)
+    return prompt
