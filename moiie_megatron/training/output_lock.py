@@ -152,8 +152,8 @@ class OutputLock:
 
     def _refusal(self, holder: dict[str, Any]) -> str:
         return (
-            f"output is {self._file.parent}, where a run writes since {holder.get('since')} "
-            f"(process {holder.get('pid')} on {holder.get('host')}): stop it or name another "
+            f"output is {self._file.parent}, where a run has been writing since "
+            f"{holder.get('since')} (process {holder.get('pid')} on {holder.get('host')}): stop it or name another "
             f"directory; if it is gone, remove {self._file}."
         )
 

@@ -52,12 +52,12 @@ class MetadataError(ValueError):
     """The file is damaged, or refers to what a checkpoint has no use for."""
 
 
-def load_metadata(stream: IO[bytes], folder: Path) -> Metadata:
+def load_metadata(stream: IO[bytes], directory: Path) -> Metadata:
     """The content of ``.metadata``.
 
     Args:
         stream: The file.
-        folder: The checkpoint's, in which all its files lie.
+        directory: The checkpoint's, in which all its files lie.
 
     Raises:
         MetadataError: See there; a few words.
@@ -70,15 +70,15 @@ def load_metadata(stream: IO[bytes], folder: Path) -> Metadata:
     except Exception as error:  # damaged pickles raise whatever the opcodes run into
         raise MetadataError(str(error).splitlines()[0] if str(error) else "is damaged") from error
     try:
-        return _metadata(found, folder)
+        return _metadata(found, directory)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise MetadataError(f"does not describe a checkpoint ({error})") from error
 
 
-def read_metadata(folder: Path) -> Metadata:
+def read_metadata(directory: Path) -> Metadata:
     """``load_metadata`` of a checkpoint's directory."""
-    with (folder / METADATA_FILE).open("rb") as stream:
-        return load_metadata(stream, folder)
+    with (directory / METADATA_FILE).open("rb") as stream:
+        return load_metadata(stream, directory)
 
 
 class _Object:
@@ -110,10 +110,10 @@ class _Unpickler(pickle.Unpickler):
         return self._classes.setdefault((module, name), type(name, (_Object,), {}))
 
 
-def _metadata(found: Any, folder: Path) -> Metadata:
+def _metadata(found: Any, directory: Path) -> Metadata:
     _require(found, "Metadata")
     entries = {_text(name): _entry(entry) for name, entry in found.state_dict_metadata.items()}
-    places = {_index(key): _place(place, folder) for key, place in found.storage_data.items()}
+    places = {_index(key): _place(place, directory) for key, place in found.storage_data.items()}
     for name, entry in entries.items():
         chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else None
         for offset in [None] if chunks is None else [chunk.offsets for chunk in chunks]:
@@ -162,11 +162,11 @@ def _index(found: Any) -> MetadataIndex:
     return MetadataIndex(_text(found.fqn), None if offset is None else _sizes(offset), index)
 
 
-def _place(found: Any, folder: Path) -> _StorageInfo:
+def _place(found: Any, directory: Path) -> _StorageInfo:
     _require(found, "_StorageInfo")
     name = _text(found.relative_path)
     if Path(name).name != name or name in ("", ".."):
-        raise ValueError(f"it names the file {name}, which is not in {folder}")
+        raise ValueError(f"it names the file {name}, which is not in {directory}")
     offset, length = _sizes((found.offset, found.length))
     # Extensions that transform the bytes have code of their own: none is used.
     if vars(found).get("transform_descriptors"):

@@ -137,11 +137,11 @@ def weights_files(path: Path) -> list[Path]:
         if path.suffix not in (SAFETENSORS, *TORCH):
             raise UserError(
                 f"{path} is a file of another kind than {SAFETENSORS} or {', '.join(TORCH)}: give "
-                "a folder in Hugging Face format, or such a file."
+                "a directory in Hugging Face format, or such a file."
             )
         return [path]
     if not path.is_dir():
-        raise UserError(f"There is no folder or file {path}: give a folder in Hugging Face format.")
+        raise UserError(f"There is no directory or file {path}: give one in Hugging Face format.")
     for name in _MODELS:
         if (path / name).is_file():
             return [path / name]

@@ -96,7 +96,7 @@ def _from_directory(files: TokenizerFiles) -> Any:
 
 
 def _with_backend(files: TokenizerFiles, model: SentencePieceModel, backend: Any) -> Any:
-    """A folder as if the model came with a tokenizer.json, loaded by transformers."""
+    """A directory as if the model came with a tokenizer.json, loaded by transformers."""
     config = _json(files, CONFIG_FILE)
     values = model.special_tokens | {
         key: config[key] for key in _CONFIG_KEYS if config.get(key) is not None
@@ -107,14 +107,14 @@ def _with_backend(files: TokenizerFiles, model: SentencePieceModel, backend: Any
         bos = special_tokens.get("bos_token", values.get("bos_token"))
         backend = model.backend(_content(bos))
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        backend.save(str(folder / JSON_FILE))
-        (folder / CONFIG_FILE).write_text(json.dumps(values))
+        directory = Path(name)
+        backend.save(str(directory / JSON_FILE))
+        (directory / CONFIG_FILE).write_text(json.dumps(values))
         if special_tokens:
-            (folder / SPECIAL_TOKENS_FILE).write_text(json.dumps(special_tokens))
+            (directory / SPECIAL_TOKENS_FILE).write_text(json.dumps(special_tokens))
         if TEMPLATE_FILE in files.beside:
-            shutil.copy(files.beside[TEMPLATE_FILE], folder / TEMPLATE_FILE)
-        whole = TokenizerFiles(folder / JSON_FILE, {CONFIG_FILE: folder / CONFIG_FILE})
+            shutil.copy(files.beside[TEMPLATE_FILE], directory / TEMPLATE_FILE)
+        whole = TokenizerFiles(directory / JSON_FILE, {CONFIG_FILE: directory / CONFIG_FILE})
         fast = _from_directory(whole)
     fast.name_or_path = fast.init_kwargs["name_or_path"] = str(files.vocabulary)
     return fast

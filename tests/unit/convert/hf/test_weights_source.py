@@ -184,7 +184,7 @@ def test_what_is_said_of_a_path_is_true(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with user_error(tmp_path / "model.gguf", "another kind", ".safetensors", ".bin"):
         WeightsSource(tmp_path / "model.gguf")
-    with user_error(tmp_path / "none.bin", "There is no folder or file"):
+    with user_error(tmp_path / "none.bin", "There is no directory or file"):
         WeightsSource(tmp_path / "none.bin")
 
 
