@@ -153,8 +153,8 @@ class OutputLock:
     def _refusal(self, holder: dict[str, Any]) -> str:
         return (
             f"output is {self._file.parent}, where a run has been writing since "
-            f"{holder.get('since')} (process {holder.get('pid')} on {holder.get('host')}): stop it or name another "
-            f"directory; if it is gone, remove {self._file}."
+            f"{holder.get('since')} (process {holder.get('pid')} on {holder.get('host')}): stop it "
+            f"or name another directory; if it is gone, remove {self._file}."
         )
 
     def _write_on(self) -> None:
