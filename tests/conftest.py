@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,7 +22,16 @@ _OPEN = pytest.StashKey[ExitStack]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The controller gives the server a directory; whoever first needs a process starts it."""
+    """The controller gives the server a directory; whoever first needs a process starts it.
+
+    Background jobs of a shell script ignore SIGINT, and so would the programs that tests signal.
+    """
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
     config.stash[_OPEN] = stack = ExitStack()
     if os.environ.get("MOIIE_TEST_FORKS") == "1" and FORKS not in os.environ:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from moiie_megatron.utils.files import atomic_write
+from moiie_megatron.utils.files import write_output
 
 DPI: Final = 150
 INK: Final = "#333333"
@@ -82,8 +82,7 @@ def save_png(figure: Figure, out: str | Path) -> Path:
         UserError: It cannot be written.
     """
     out = Path(out)
-    with atomic_write(out) as file:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with write_output(out) as file:
         figure.savefig(file, format="png", dpi=DPI)
     return out
 

@@ -28,7 +28,7 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.routing_stats.expert_use import MODALITY_TITLES, ExpertUse
 from moiie_megatron.routing_stats.reading import newest, read_routing
 from moiie_megatron.utils.errors import UserError
-from moiie_megatron.utils.files import atomic_write
+from moiie_megatron.utils.files import write_output
 from moiie_megatron.utils.jsonl import Records, read_records
 
 _SHOWN = ("lm_loss", "seconds", "tokens_per_second")  # of every step
@@ -75,8 +75,7 @@ def write_report(
     answers = None if scores is None else read_answers(scores)
     page = _render(stages, answers)
     out = Path(out)
-    with atomic_write(out) as file:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with write_output(out) as file:
         file.write_text(page, encoding="utf-8")
     return out
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from moiie_megatron.utils.errors import UserError
+
 WRITING = ".writing"  # ends the names of files and directories that are not complete
 
 
@@ -31,3 +33,24 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with suppress(OSError):
             beside.unlink()
         raise
+
+
+@contextmanager
+def write_output(path: str | Path) -> Iterator[Path]:
+    """``atomic_write`` for a file that a user has named; makes its directory.
+
+    Yields:
+        See ``atomic_write``.
+
+    Raises:
+        UserError: The file, or another one in the block, cannot be read or written.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as beside:
+            yield beside
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror or error}): make room there, change its "
+            "permissions, or name another place."
+        ) from error
