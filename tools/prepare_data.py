@@ -30,6 +30,7 @@ from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.files import atomic_write
 
 if TYPE_CHECKING:
+    from moiie_megatron.data.audit.audit import Audit
     from moiie_megatron.data.encode.encoding import Encoding
     from moiie_megatron.data.stream.dataset import Source
     from moiie_megatron.data.stream.example import SkippedSample
@@ -47,7 +48,6 @@ def add_validate(commands: Any) -> None:
 
 
 def validate(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.data.audit.audit import audit
     from moiie_megatron.data.audit.report import (
         marker_lines,
         note_lines,
@@ -59,14 +59,7 @@ def validate(arguments: argparse.Namespace) -> None:
     summaries: list[dict[str, Any]] = []
     skipped_samples: list[SkippedSample] = []
     for source in sources:
-        with progress_bar(f"reading {source.label}", unit="records") as progress:
-            found = audit(
-                source,
-                encoding,
-                decode_images=not arguments.skip_images,
-                workers=arguments.workers,
-                progress=progress,
-            )
+        found = _read(source, encoding, arguments)
         summaries.append(summarize(found, encoding))
         skipped_samples += found.skipped_samples
     samples = sum(len(source.records) for source in sources)
@@ -92,7 +85,6 @@ def add_clean(commands: Any) -> None:
 
 
 def clean(arguments: argparse.Namespace) -> None:
-    from moiie_megatron.data.audit.audit import audit
     from moiie_megatron.data.records.convert import check_new_lines, write_lines
 
     out = Path(arguments.out)
@@ -104,14 +96,7 @@ def clean(arguments: argparse.Namespace) -> None:
             "--images."
         )
     (source,) = sources
-    with progress_bar(f"reading {source.label}", unit="records") as progress:
-        found = audit(
-            source,
-            encoding,
-            decode_images=not arguments.skip_images,
-            workers=arguments.workers,
-            progress=progress,
-        )
+    found = _read(source, encoding, arguments)
     skipped = {sample.index for sample in found.skipped_samples}
     kept = [i for i in range(len(source.records)) if i not in skipped]
     if not kept:
@@ -183,6 +168,20 @@ def webdataset(arguments: argparse.Namespace) -> None:
             "megatron-energon is not installed, so its index is missing: install it, then\n"
             "energon prepare --non-interactive --force-overwrite --split-ratio 1,0,0 "
             f"--sample-type CrudeWebdataset {final}"
+        )
+
+
+def _read(source: Source, encoding: Encoding | None, arguments: argparse.Namespace) -> Audit:
+    """Read a whole source as training would."""
+    from moiie_megatron.data.audit.audit import audit
+
+    with progress_bar(f"reading {source.label}", unit="records") as progress:
+        return audit(
+            source,
+            encoding,
+            decode_images=not arguments.skip_images,
+            workers=arguments.workers,
+            progress=progress,
         )
 
 
