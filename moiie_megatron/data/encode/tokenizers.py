@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -102,7 +103,7 @@ def load_tokenizer(
     return _ModelTokenizer(files, image_token)
 
 
-class _Loaded:
+class _Loaded(ABC):
     """What a loaded tokenizer says of itself.
 
     Args:
@@ -139,8 +140,9 @@ class _Loaded:
         )
         self.markers = re.compile("|".join(map(re.escape, self._markers)) or "(?!)")
 
+    @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        raise NotImplementedError
+        """See ``Tokenizer``."""
 
     def encode(self, text: str) -> list[int]:
         return self.encode_with_offsets(text)[0]

@@ -9,6 +9,7 @@ import pytest
 from moiie_megatron.data.encode.templates import Segment, load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
 from moiie_megatron.data.records.record import Turn
+from tests.unit.data.encode.chat_templates import MISTRAL, QWEN2, QWEN3, THINK
 
 TURNS = [
     Turn("user", "<image>\nhi "),
@@ -97,26 +98,6 @@ def test_llama3s_published_template_agrees(llama3: Tokenizer) -> None:
     )
     own = load_template("tokenizer", with_template(llama3, published))
     assert own.render(TURNS) == load_template("llama3", llama3).render(TURNS)
-
-
-CHATML = (
-    "{%% for m in messages %%}<|im_start|>{{ m.role }}\n%s{{ m.content }}<|im_end|>\n{%% endfor %%}"
-    "{%% if add_generation_prompt %%}<|im_start|>assistant\n%s{%% endif %%}"
-)
-# Qwen2.5 begins with a system turn of its own.
-QWEN2 = "{% if messages[0].role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
-QWEN2 += CHATML % ("", "")
-# Qwen3 puts an empty block of reasoning in front of the last answer, and of that one alone; its
-# prompt ends with one where reasoning is switched off.
-THINK = "<think>\n\n</think>\n\n"
-QWEN3 = CHATML % (
-    "{% if loop.last and m.role == 'assistant' %}" + THINK + "{% endif %}",
-    "{% if enable_thinking is defined and enable_thinking is false %}" + THINK + "{% endif %}",
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
-    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-)
 
 
 QWEN3_ALWAYS = QWEN3.replace("enable_thinking is defined and enable_thinking is false", "true")
