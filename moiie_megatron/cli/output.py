@@ -38,7 +38,8 @@ def report_file_problem(error: OSError) -> int:
     if error.errno != errno.EPIPE:
         file = str(error.filename2 or error.filename or "Standard output or a file")
         where = file.removesuffix(WRITING)
-        remedy = "make room there" if error.errno in _NO_ROOM else "name another one, or mend it"
+        is_full = error.errno in _NO_ROOM
+        remedy = "make room there" if is_full else "name another one, or correct its path"
         reason = f"error: {where} cannot be used ({error.strerror}): {remedy}."
         print(reason, file=sys.stderr, flush=True)
         code = 1
