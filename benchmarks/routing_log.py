@@ -135,8 +135,7 @@ class Run:
             for layer in self.layers:
                 stats = layer.router.stats
                 for place, name in (
-                    (stats, "add_tokens"),
-                    (stats, "add_losses"),
+                    (stats, "add_choices"),
                     (layer, "_count_rows"),
                 ):
                     setattr(place, name, lambda *arguments: None)

@@ -64,6 +64,7 @@ class Dispatched:
         splits: Row counts.
         to_ranks: Copies of tokens to ranks; None with a single expert-parallel rank.
         to_experts: Copies of received rows to local experts; set by ``dispatch_postprocess``.
+            None with a single local expert, which takes the received rows as they are.
     """
 
     hidden_shape: torch.Size
@@ -173,6 +174,8 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
             hidden_states = self._gather(hidden_states, state.splits)
             probs = self._gather(probs, state.splits)
         tokens_per_expert = state.splits.tokens_per_expert
+        if self._takes_all_rows:
+            return hidden_states, tokens_per_expert, probs.squeeze(1)
         routed_RL = probs != _NOT_ROUTED  # NaN counts as routed, as it did in the row counts
         state.to_experts = RowPermutation.from_mask(
             routed_RL,
@@ -186,8 +189,10 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Add up the outputs of the local experts of every received row: one row to send back."""
         state = self._state()
-        assert state.to_experts is not None
-        output_RD = state.to_experts.unpermute(hidden_states)
+        output_RD = hidden_states
+        if not self._takes_all_rows:
+            assert state.to_experts is not None
+            output_RD = state.to_experts.unpermute(hidden_states)
         if self.tp_size > 1:
             output_RD = reduce_scatter_to_sequence_parallel_region(
                 output_RD, group=self.tp_group, input_split_sizes=state.splits.etp_splits
@@ -207,6 +212,11 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
         if state.to_ranks is not None:
             hidden_states = state.to_ranks.unpermute(hidden_states)
         return hidden_states.view(state.hidden_shape)
+
+    @property
+    def _takes_all_rows(self) -> bool:
+        """Whether the only local expert is the reason why any row was sent to this rank."""
+        return self.num_local_experts == 1 and self.ep_size > 1
 
     def _state(self) -> Dispatched:
         assert self.dispatched is not None, "dispatch_preprocess comes first"

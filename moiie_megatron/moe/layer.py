@@ -23,7 +23,7 @@ from torch import Tensor
 from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher, rows_by_rank
 from moiie_megatron.moe.grouped_mlp import GroupedExperts
 from moiie_megatron.moe.reference_aux_loss import PooledLoads
-from moiie_megatron.moe.router import ModalityRouter, RouterSettings, modality_masks
+from moiie_megatron.moe.router import ModalityRouter, RouterSettings
 
 
 class MoIIELayer(MoELayer):
@@ -161,7 +161,7 @@ class MoIIELayer(MoELayer):
 
     def _count_rows(self, routing_map_TP: Tensor, types_T: Tensor) -> None:
         rows_TN = rows_by_rank(routing_map_TP, self.ep_group.size(), self.dispatcher_kind)
-        self.router.stats.add_rows(modality_masks(types_T), rows_TN, self.ep_group.rank())
+        self.router.stats.add_rows(self.router.masks(types_T), rows_TN, self.ep_group.rank())
 
     def sharded_state_dict(
         self,

@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
@@ -30,8 +29,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moiie_megatron.layout.experts import ExpertLayout
-from moiie_megatron.layout.token_types import IMAGE, PADDING
-from moiie_megatron.moe.losses import Balance, balance_losses, routing_sums, z_losses
+from moiie_megatron.layout.token_types import IMAGE, MODALITIES, TEXT
+from moiie_megatron.moe.choose_experts import Choice, Summation, choose_experts
+from moiie_megatron.moe.losses import BalanceLoss, z_losses
 from moiie_megatron.moe.reference_aux_loss import PooledLoads
 from moiie_megatron.moe.router_init import fresh_gate
 from moiie_megatron.routing_stats.load_stats import LoadStats
@@ -92,20 +92,38 @@ class ModalityRouter(MegatronModule):
         # Ranks that hold other parts of the same micro-batch's tokens.
         self.token_group = pg_collection.tp_cp if config.sequence_parallel else None
         routers = self.layout.routers
-        widths = [len(self.layout.allowed(name)) for name in routers]
         self.gates = torch.nn.ParameterDict()
-        for name, width in zip(routers, widths, strict=True):
-            shape = (width, config.hidden_size)
+        for name in routers:
+            shape = (len(self.layout.allowed(name)), config.hidden_size)
             weight = torch.empty(shape, dtype=config.params_dtype, device=device)
             self.gates[name] = torch.nn.Parameter(weight)
             # Under sequence parallelism each rank holds part of the gradient: Megatron sums it.
             self.gates[name].sequence_parallel = config.sequence_parallel
         coeffs = [settings.aux_loss_coeffs[name] for name in routers]
-        for buffer, values in (("num_experts_G", widths), ("coeffs_G", coeffs)):
-            tensor = torch.tensor(values, dtype=torch.float32, device=device)
-            self.register_buffer(buffer, tensor, persistent=False)
-        self.stats = LoadStats(len(routers), self.layout.num_experts, device)
+        self.balance_loss = BalanceLoss(self.layout, device)
+        ranks = 1 if self.token_group is None else self.token_group.size()
+        self.stats = LoadStats(len(routers), self.layout, device, self._measure, ranks)
+        for name, constant in self._constants(coeffs).items():
+            self.register_buffer(name, constant.to(device), persistent=False)
         self.reset_parameters()
+
+    def _constants(self, coeffs: list[float]) -> dict[str, Tensor]:
+        """Tensors that forward and backward need on the device."""
+        config, layout, no = self.config, self.layout, float("-inf")
+        scores_dtype = torch.float32 if config.moe_router_dtype == "fp32" else config.params_dtype
+        bias_W = [0.0] * (layout.num_vision + layout.num_shared) + [no] * layout.num_text
+        bias_W += [no] * layout.num_vision + [0.0] * (layout.num_shared + layout.num_text)
+        edges = {"text": layout.num_text, "vision": layout.num_vision}
+        zeros = {
+            f"unscored_{name}_ED": torch.zeros(n, config.hidden_size, dtype=config.params_dtype)
+            for name, n in edges.items()
+        }
+        return zeros | {
+            "bias_W": torch.tensor(bias_W, dtype=scores_dtype),
+            "coeffs_G": torch.tensor(coeffs),
+            "minus_infinity": torch.tensor(no),
+            "types_M1": torch.tensor([[IMAGE], [TEXT]], dtype=torch.int8),
+        }
 
     def set_layer_number(self, layer_number: int) -> None:
         """Set the number of the layer, from 1, and draw its weights.
@@ -140,46 +158,72 @@ class ModalityRouter(MegatronModule):
             probs_TE: fp32, the renormalised probabilities of the chosen experts, 0 elsewhere.
             routing_map_TE: bool, the chosen experts.
         """
-        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        types_T = token_types.reshape(-1)
-        scores_TE = self.scores(hidden_TD, types_T)
-        # Top-k.
-        ids_TK = torch.topk(scores_TE.detach(), self.layout.top_k, dim=-1).indices
-        routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, ids_TK, True)
-        # Renormalise: the softmax over all experts, divided by its sum over the chosen ones, is
-        # the softmax over the chosen ones.
-        chosen_TE = torch.where(routing_map_TE, scores_TE, float("-inf"))
-        probs_TE = torch.softmax(chosen_TE, dim=-1)
-        if self.training:
-            probs_TE = self._attach_losses(probs_TE, scores_TE, routing_map_TE, types_T)
-        elif self.records_in_eval:
-            self._count(torch.softmax(scores_TE, dim=-1), routing_map_TE, types_T)
-        return probs_TE, routing_map_TE
+        choice = self.choose(
+            hidden_states.reshape(-1, hidden_states.shape[-1]), token_types.reshape(-1)
+        )
+        return choice.probs_TE, choice.routing_map_TE
 
-    def scores(self, hidden_TD: Tensor, types_T: Tensor) -> Tensor:
-        """Joint scores fp32 ``(T, E)``: those of each token's own gate, -inf at other experts."""
-        # Gate: all gates score all tokens in one product, they are tiny.
-        weight_WD = torch.cat(list(self.gates.values()))
-        dtype = torch.float32 if self.config.moe_router_dtype == "fp32" else hidden_TD.dtype
-        scores_TW = router_gating_linear(hidden_TD, weight_WD, None, dtype).float()
-        if self.layout.routers == ("joint",):
-            return scores_TW
-        # Mask: -inf at the experts that a gate does not score.
-        padded_TE = {}
-        scores_by_gate = scores_TW.split([len(gate) for gate in self.gates.values()], dim=1)
-        for name, scores in zip(self.layout.routers, scores_by_gate, strict=True):
-            ids = self.layout.allowed(name)
-            edges = (ids.start, self.layout.num_experts - ids.stop)
-            padded_TE[name] = F.pad(scores, edges, value=float("-inf"))
-        # Score: every token by the gate of its modality.
-        is_image_T1 = (types_T == IMAGE).unsqueeze(1)
-        return torch.where(is_image_T1, padded_TE["vision"], padded_TE["text"])
+    def choose(self, hidden_TD: Tensor, types_T: Tensor) -> Choice:
+        """As ``forward``, with the scores.  Counts the choices and attaches the losses."""
+        masks_MT = self.masks(types_T)
+        choice = choose_experts(
+            self._scores(hidden_TD),
+            masks_MT,
+            self.layout.top_k,
+            self.minus_infinity,
+            self._summation(),
+        )
+        if choice.sums is None:
+            return choice
+        if self.pooled_loads is not None and self.training:
+            # Also in the first pass of a recomputed layer: backward starts at the last layer and
+            # needs the loads of all.
+            self.pooled_loads.update(self._layer, choice.sums)
+        if not self.is_counting:
+            return choice
+        self.stats.add_choices(*choice.sums)
+        return self._with_other_losses(choice, masks_MT) if self.training else choice
 
     def masks(self, types_T: Tensor) -> Tensor:
-        """Tokens that each router scores, without padding: bool ``(T, G)``."""
-        if self.layout.routers == ("joint",):
-            return (types_T != PADDING).unsqueeze(1)
-        return modality_masks(types_T)
+        """Image tokens and text tokens, without padding: bool ``(M, T)``."""
+        return types_T.unsqueeze(0) == self.types_M1
+
+    def _summation(self) -> Summation | None:
+        """What is summed in this pass: nothing in evaluation mode, or where it is replayed."""
+        if not self.is_counting and (self.pooled_loads is None or not self.training):
+            return None
+        return Summation(self.token_group, self._loss_gradient if self.training else None)
+
+    def _scores(self, hidden_TD: Tensor) -> tuple[Tensor, ...]:
+        """fp32 ``(T, E)`` by gate: -inf at the experts that a gate does not score.
+
+        One product scores all tokens by all gates, which are tiny.
+        """
+        dtype = torch.float32 if self.config.moe_router_dtype == "fp32" else hidden_TD.dtype
+        gates = list(self.gates.values())
+        if len(gates) == 1:
+            return (router_gating_linear(hidden_TD, gates[0], None, dtype).float(),)
+        # Every gate gets a row for every expert, those that it does not score a bias of -inf.
+        vision, text = gates
+        weight_WD = torch.cat([vision, self.unscored_text_ED, self.unscored_vision_ED, text])
+        scores_TW = router_gating_linear(hidden_TD, weight_WD, self.bias_W, dtype).float()
+        by_vision_TE, by_text_TE = scores_TW.chunk(2, dim=1)
+        return by_vision_TE, by_text_TE
+
+    def _measure(self, prob_ME: Tensor, all_load_ME: Tensor) -> tuple[Tensor, Tensor]:
+        """Balance losses to log and numbers of tokens, by router; see ``LoadStats``."""
+        tokens_G = self.balance_loss.tokens(all_load_ME)
+        if self.pooled_loads is not None:  # the last layer logs for all
+            return torch.zeros_like(tokens_G), tokens_G
+        return self.balance_loss.value(prob_ME, all_load_ME), tokens_G
+
+    def _loss_gradient(self, all_load_ME: Tensor) -> Tensor:
+        """Of all balance losses with respect to the summed probabilities, ``(M, E)``."""
+        if self.pooled_loads is not None:
+            # Read in the backward pass: in forward, later layers have not run yet.
+            all_load_ME = self.pooled_loads.all_load_ME()
+        weight_GE = self.coeffs_G.unsqueeze(1) * self.balance_loss.gradient(all_load_ME)
+        return weight_GE.expand(len(MODALITIES), -1)
 
     @property
     def is_counting(self) -> bool:
@@ -193,57 +237,21 @@ class ModalityRouter(MegatronModule):
         # them.  Without recomputation its only pass has gradients.
         return torch.is_grad_enabled()
 
-    def _attach_losses(
-        self,
-        probs_TE: Tensor,
-        scores_TE: Tensor,
-        routing_map_TE: Tensor,
-        types_T: Tensor,
-    ) -> Tensor:
-        """Count the load and attach the losses to ``probs_TE``.
-
-        Megatron scales them together with the main loss and adds their gradient in backward.
-        """
-        settings, masks_TG = self.settings, self.masks(types_T)
-        all_probs_TE = torch.softmax(scores_TE, dim=-1)
-        balance = balance_losses(
-            all_probs_TE, routing_map_TE, masks_TG, self.num_experts_G, self.token_group
-        )
-        if self.pooled_loads is not None:
-            # Also in the first pass of a recomputed layer: backward starts at the last layer and
-            # needs the loads of all.
-            self.pooled_loads.update(self._layer, balance)
-        if not self.is_counting:
-            return probs_TE
-        loss_G, logged_G = self._balance_loss(balance)
-        total = torch.dot(self.coeffs_G, loss_G)
-        z_G = torch.zeros_like(logged_G)
-        if settings.z_loss_coeff:
-            z_G = z_losses(scores_TE, masks_TG, balance.all_tokens_G)
-            total = total + settings.z_loss_coeff * z_G.sum()
-        ranks = 1 if self.token_group is None else self.token_group.size()
-        self.stats.add_losses(logged_G.detach(), z_G.detach(), balance.all_tokens_G.detach(), ranks)
-        if self.layout.routers == ("joint",):  # one router and loss, but a count per modality
-            self._count(all_probs_TE, routing_map_TE, types_T)
-        else:
-            self.stats.add_tokens(balance.tokens_G, balance.load_GE, balance.prob_GE)
-        return MoEAuxLossAutoScaler.apply(probs_TE, total)
-
-    def _balance_loss(self, balance: Balance) -> tuple[Tensor, Tensor]:
-        """The loss to differentiate and the value to log, by router."""
+    def _with_other_losses(self, choice: Choice, masks_MT: Tensor) -> Choice:
+        """Log the pooled balance loss and attach the z-losses; most runs have neither."""
+        assert choice.sums is not None
         loads = self.pooled_loads
-        if loads is None:
-            return balance.loss_G, balance.loss_G
-        loss_G = loads.loss_G(balance.prob_GE, self.num_experts_G)
-        if not loads.is_last(self._layer):
-            return loss_G, torch.zeros_like(loss_G)
-        # The log takes the mean over layers: the last one reports for all.
-        return loss_G, loads.value_G(self.num_experts_G) * len(loads.layers)
-
-    @torch.no_grad()
-    def _count(self, all_probs_TE: Tensor, routing_map_TE: Tensor, types_T: Tensor) -> None:
-        masks_TM = modality_masks(types_T)
-        self.stats.add_tokens(*routing_sums(all_probs_TE, routing_map_TE, masks_TM))
+        if loads is not None and loads.is_last(self._layer):
+            # The log takes the mean over layers: the last one reports for all.
+            self.stats.add_aux(loads.value_G(self.balance_loss) * len(loads.layers))
+        if not self.settings.z_loss_coeff:
+            return choice
+        masks_GT = self.balance_loss.by_router(masks_MT.float())
+        tokens_G = self.balance_loss.tokens(choice.sums.all_load_ME)
+        z_G = z_losses(choice.scores_TE, masks_GT, tokens_G)
+        self.stats.add_z(z_G.detach())
+        total = self.settings.z_loss_coeff * z_G.sum()
+        return choice._replace(probs_TE=MoEAuxLossAutoScaler.apply(choice.probs_TE, total))
 
     @property
     def _layer(self) -> int:
@@ -263,9 +271,3 @@ def recording(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for router in routers:
             router.records_in_eval = False
-
-
-def modality_masks(types_T: Tensor) -> Tensor:
-    """Image tokens and text tokens, without padding: bool ``(T, M)``."""
-    is_image_T = types_T == IMAGE
-    return torch.stack([is_image_T, (types_T != PADDING) & ~is_image_T], dim=1)

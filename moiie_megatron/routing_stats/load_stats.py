@@ -6,17 +6,19 @@ Shape letters: see ``moe/__init__.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.token_types import MODALITIES
 
 _ROUTING = ("tokens_M", "load_ME", "prob_ME", "rows_A", "remote_A")
 _LOSSES = ("aux_G", "z_G", "empty_G")
+_MAX_COLLECTED = 256  # micro-batches
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,21 @@ class LayerSums:
 class LoadStats(torch.nn.Module):
     """The same sums of one layer on its device, reduced over ranks only when they are logged.
 
+    The sums of micro-batches are collected as they are and added up when they are read, so that
+    counting starts no kernel in a micro-batch.
+
     Buffers (not part of checkpoints; fp64, which counts exactly to 2**53 where fp32 stops at 17
     million): those of ``LayerSums``, and ``aux_G`` balance losses, ``z_G`` z-losses, ``empty_G``
     micro-batches in which a router scored no token.  Only ``rows_A`` and ``remote_A`` count
     padding.
+
+    Args:
+        num_routers: G.
+        layout: Which experts exist.
+        device: Where the sums are.
+        measure: Balance losses and numbers of tokens by router, ``(n, G)`` each, of n micro-batches
+            from ``prob_ME`` and ``all_load_ME`` with a leading axis n.
+        ranks: Number of ranks that share a micro-batch; what they count adds up to one.
     """
 
     tokens_M: Tensor
@@ -67,56 +80,83 @@ class LoadStats(torch.nn.Module):
     z_G: Tensor
     empty_G: Tensor
 
-    def __init__(self, num_routers: int, num_experts: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_routers: int,
+        layout: ExpertLayout,
+        device: torch.device,
+        measure: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        ranks: int = 1,
+    ) -> None:
         super().__init__()
-        shapes = _routing_shapes(num_experts) | dict.fromkeys(_LOSSES, (num_routers,))
+        self.top_k = layout.top_k
+        self.measure = measure
+        self.ranks = ranks
+        shapes = _routing_shapes(layout.num_experts) | dict.fromkeys(_LOSSES, (num_routers,))
         for name, shape in shapes.items():
             zeros = torch.zeros(shape, dtype=torch.float64, device=device)
             self.register_buffer(name, zeros, persistent=False)
+        self._collected: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    @torch.no_grad()
-    def add_tokens(self, tokens_M: Tensor, load_ME: Tensor, prob_ME: Tensor) -> None:
-        """Count the choices of this rank's tokens of one micro-batch."""
-        self.tokens_M += tokens_M
-        self.load_ME += load_ME
-        self.prob_ME += prob_ME.detach()
-
-    @torch.no_grad()
-    def add_losses(
-        self, aux_G: Tensor, z_G: Tensor, all_tokens_G: Tensor | None = None, ranks: int = 1
-    ) -> None:
-        """Add this rank's parts of the losses of one micro-batch.
+    def add_choices(self, prob_ME: Tensor, load_ME: Tensor, all_load_ME: Tensor) -> None:
+        """Count the choices of this rank's tokens of one micro-batch.
 
         Args:
-            all_tokens_G: Tokens that each router scored; None where each has some.
-            ranks: Number of ranks that share the micro-batch; they add up to one.
+            prob_ME: Summed routing probabilities.
+            load_ME: Tokens that each expert got.
+            all_load_ME: ``load_ME`` over all ranks that share the micro-batch.
         """
-        self.aux_G += aux_G
-        self.z_G += z_G
-        if all_tokens_G is not None:
-            self.empty_G += (all_tokens_G == 0) / ranks
+        self._collected.append((prob_ME, load_ME, all_load_ME))
+        if len(self._collected) == _MAX_COLLECTED:
+            self.add_up()
 
     @torch.no_grad()
-    def add_rows(self, masks_TM: Tensor, rows_TN: Tensor, own_rank: int) -> None:
+    def add_up(self) -> None:
+        """Add what has been collected to the buffers."""
+        if not self._collected:
+            return
+        probs, loads, all_loads = (torch.stack(sums) for sums in zip(*self._collected, strict=True))
+        self._collected.clear()
+        self.prob_ME += probs.double().sum(dim=0)
+        self.load_ME += loads.double().sum(dim=0)
+        self.tokens_M += loads.double().sum(dim=(0, 2)) / self.top_k
+        aux, tokens = self.measure(probs, all_loads)
+        self.aux_G += aux.double().sum(dim=0)
+        self.empty_G += (tokens == 0).double().sum(dim=0) / self.ranks
+
+    @torch.no_grad()
+    def add_aux(self, aux_G: Tensor) -> None:
+        """Add this rank's parts of the balance losses of one micro-batch, measured elsewhere."""
+        self.aux_G += aux_G
+
+    @torch.no_grad()
+    def add_z(self, z_G: Tensor) -> None:
+        """Add this rank's parts of the z-losses of one micro-batch."""
+        self.z_G += z_G
+
+    @torch.no_grad()
+    def add_rows(self, masks_MT: Tensor, rows_TN: Tensor, own_rank: int) -> None:
         """Count the rows of a dispatch.
 
         Args:
-            masks_TM: Tokens of each modality.
+            masks_MT: Tokens of each modality.
             rows_TN: Rows that each token becomes on each expert-parallel rank.
             own_rank: This expert-parallel rank.
         """
-        masks_TA = torch.nn.functional.pad(masks_TM.float(), (0, 1), value=1.0)
-        rows_AN = masks_TA.t() @ rows_TN.float()
+        masks_AT = torch.nn.functional.pad(masks_MT.float(), (0, 0, 0, 1), value=1.0)
+        rows_AN = masks_AT @ rows_TN.float()
         rows_A = rows_AN.sum(dim=1)
         self.rows_A += rows_A
         self.remote_A += rows_A - rows_AN[:, own_rank]
 
     def losses(self) -> Tensor:
         """Balance losses and z-losses as one vector ``(2 * G,)``."""
+        self.add_up()
         return torch.cat([self.aux_G, self.z_G])
 
     def routing(self) -> Tensor:
         """The routing sums as one vector, so that one collective reduces it (``LayerSums``)."""
+        self.add_up()
         return torch.cat([getattr(self, name).flatten() for name in _ROUTING])
 
     def reset_losses(self) -> None:

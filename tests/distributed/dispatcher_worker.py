@@ -20,6 +20,7 @@ from moiie_megatron.mcore.dist_env import connect_store, dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher, destinations
 from moiie_megatron.moe.layer import MoIIELayer
+from tests.helpers.kernels import Kernels
 from tests.parity import golden
 from tests.parity.blocks import BLOCKS, MOIIE_8, build_layer, reference_names
 
@@ -130,6 +131,20 @@ def check_rows_sent(layer: MoIIELayer, context: ParallelContext) -> None:
         assert len(pairs) < map_.sum(), "no token has two experts on one rank"
 
 
+def check_row_copies(layer: MoIIELayer, context: ParallelContext) -> None:
+    """A single expert per rank: rows are gathered to be sent and summed where they came from."""
+    _, probs, map_ = routing(64, layer.config.num_moe_experts, 2, seed=context.rank)
+    dispatcher = make(MoIIETokenDispatcher, layer, context)
+    with Kernels(width=HIDDEN).recorded() as found:
+        rows, row_probs = dispatcher.dispatch_preprocess(torch.randn(64, 1, HIDDEN), map_, probs)
+        rows, row_probs = dispatcher.token_dispatch(rows, row_probs)
+        rows, _, _ = dispatcher.dispatch_postprocess(rows, row_probs)
+        output = dispatcher.token_combine(dispatcher.combine_preprocess(rows))
+        dispatcher.combine_postprocess(output)
+    wanted = {"index_select": 1, "_embedding_bag_forward_only": 1}
+    assert found.row_copies == wanted, found.row_copies
+
+
 def check_golden(
     name: str, moe: dict[str, object], run: str, context: ParallelContext, ep: int
 ) -> None:
@@ -183,6 +198,9 @@ def checks(ep: int, context: ParallelContext) -> Iterator[str]:
         if layer.num_local_experts > 1:
             check_rows_sent(layer, context)
             yield f"rows {name}"
+        else:
+            check_row_copies(layer, context)
+            yield f"row copies {name}"
     for name, moe, run in BLOCKS:
         check_golden(name, moe, run, context, ep)
         yield f"golden {name} {run}"

@@ -46,7 +46,7 @@ def _check_scores(
     layer: MoIIELayer, hidden: Tensor, types: Tensor, data: dict[str, Tensor], run: str
 ) -> None:
     """Each token's row of the joint scores: its own router's logits, -inf elsewhere."""
-    scores = layer.router.scores(hidden.flatten(0, 1), types.flatten())
+    scores = layer.router.choose(hidden.flatten(0, 1), types.flatten()).scores_TE
     is_image = types.flatten() == IMAGE
     rows = {"vision": is_image, "text": ~is_image, "joint": torch.ones_like(is_image)}
     stored = {"vision": "vis_router_logits", "text": "lan_router_logits", "joint": "router_logits"}

@@ -103,6 +103,7 @@ def test_balance_losses_and_their_gradients(
     tiny.forward(model, inputs, case, labels=True).backward()
     for index, layer in enumerate(MOE_LAYERS):
         stats = model.language_model.decoder.layers[layer].mlp.router.stats
+        stats.add_up()
         per_layer = torch.tensor([runs[f"aux_loss_{r}_per_layer"][index] for r in ("vis", "lan")])
         golden.assert_close(stats.aux_G.float(), per_layer, f"balance losses of layer {layer}")
 

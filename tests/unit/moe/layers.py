@@ -11,11 +11,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moiie_megatron.layout.experts import ExpertLayout
+from moiie_megatron.layout.token_types import IMAGE, PADDING, TEXT
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.moe.layer import MoIIELayer, moiie_module
-from moiie_megatron.moe.router import RouterSettings
+from moiie_megatron.moe.router import ModalityRouter, RouterSettings
 
 LAYOUT = ExpertLayout.from_variant("moiie")
+HIDDEN, TOKENS = 32, 50  # of the router below
 
 
 def config(hidden: int = 3, **changes: Any) -> TransformerConfig:
@@ -61,3 +63,33 @@ class TimesFactor(torch.nn.Module):
     def forward(self, rows: Tensor, counts: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         factors = self.factors.repeat_interleave(counts)
         return rows * (factors * probs).unsqueeze(1), None
+
+
+def router(
+    context: ParallelContext,
+    *,
+    alpha: float = 0.0,
+    z_loss: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    router_dtype: str | None = "fp32",
+) -> ModalityRouter:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        num_moe_experts=4,
+        moe_router_dtype=router_dtype,
+        params_dtype=dtype,
+        use_cpu_initialization=True,
+    )
+    coeffs = {"vision": alpha, "text": alpha}
+    settings = RouterSettings(LAYOUT, coeffs, init_std=0.5, z_loss_coeff=z_loss)
+    return ModalityRouter(config, context.groups, settings, device=torch.device("cpu"))
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Hidden states ``(s, 1, h)`` and types ``(s, 1)`` of every kind."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(TOKENS, 1, HIDDEN, generator=generator).to(dtype)
+    kinds = torch.tensor([TEXT, IMAGE, PADDING], dtype=torch.int8)
+    return hidden, kinds[torch.randint(0, 3, (TOKENS, 1), generator=generator)]

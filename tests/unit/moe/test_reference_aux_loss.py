@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from moiie_megatron.config.schema import MoEConfig
+from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.mcore.parallel import ParallelContext, seed_everything
-from moiie_megatron.moe.losses import Balance, balance_losses
+from moiie_megatron.moe.choose_experts import RoutingSums
+from moiie_megatron.moe.losses import BalanceLoss
 from moiie_megatron.moe.reference_aux_loss import PooledLoads
+from moiie_megatron.routing_stats.load_stats import LoadStats
 from tests.parity import tiny
 
 PROBS = {
@@ -29,58 +31,51 @@ PROBS = {
     3: [[0.6, 0.1, 0.3], [0.2, 0.5, 0.3]],
 }
 CHOSEN = {1: [[1, 1, 0], [1, 0, 1]], 3: [[1, 0, 1], [0, 1, 1]]}
-THREE = torch.tensor([3.0])
+ONE_ROUTER = ExpertLayout(num_vision=0, num_shared=3, num_text=0)
+LOSS = BalanceLoss(ONE_ROUTER, torch.device("cpu"))
 
 
-def layer(number: int) -> tuple[Tensor, Balance]:
-    """The probabilities, a leaf, and the sums of a layer."""
-    probs = torch.tensor(PROBS[number], requires_grad=True)
-    chosen = torch.tensor(CHOSEN[number], dtype=torch.bool)
-    return probs, balance_losses(probs, chosen, torch.ones(2, 1, dtype=torch.bool), THREE)
+def sums(number: int) -> RoutingSums:
+    """Those of a layer, whose tokens are all text."""
+    prob, load = (torch.tensor(rows[number]).float().sum(dim=0) for rows in (PROBS, CHOSEN))
+    load_ME = torch.stack([torch.zeros(3), load])
+    return RoutingSums(torch.stack([torch.zeros(3), prob]), load_ME, load_ME)
 
 
 def test_value_by_hand() -> None:
     loads = PooledLoads([1, 3])
     for number in PROBS:
-        loads.update(number, layer(number)[1])
+        loads.update(number, sums(number))
     assert not loads.is_last(1) and loads.is_last(3)
-    assert torch.allclose(loads.grad_coeff_GE(), torch.tensor([[0.75, 0.5, 0.75]]) / 4)
-    assert torch.allclose(loads.value_G(THREE), torch.tensor([2.04375]))
+    assert loads.all_load_ME().tolist() == [[0, 0, 0], [3, 2, 3]]
+    assert torch.allclose(loads.value_G(LOSS), torch.tensor([2.04375]))
 
 
 def test_gradient_by_hand() -> None:
-    """C * f / tokens at every token of every layer: 3 * 0.75 / 4, 3 * 0.5 / 4, 3 * 0.75 / 4.
-
-    The first layer's loss is taken before the second layer has run.
-    """
-    loads, leaves, losses = PooledLoads([1, 3]), [], []
+    """C * f / tokens for every token of every layer: 3 * 0.75 / 4, 3 * 0.5 / 4, 3 * 0.75 / 4."""
+    loads = PooledLoads([1, 3])
     for number in PROBS:
-        probs, balance = layer(number)
-        loads.update(number, balance)
-        losses.append(loads.loss_G(balance.prob_GE, THREE))
-        leaves.append(probs)
-    assert [loss.item() for loss in losses] == [0, 0]
-    torch.stack(losses).sum().backward()
-    for probs in leaves:
-        assert torch.allclose(probs.grad, torch.tensor([[0.5625, 0.375, 0.5625]] * 2))
+        loads.update(number, sums(number))
+    gradient = LOSS.gradient(loads.all_load_ME())
+    assert torch.allclose(gradient, torch.tensor([[0.5625, 0.375, 0.5625]]))
 
 
 def test_the_next_micro_batch_replaces_the_numbers() -> None:
     loads = PooledLoads([1, 3])
     for number in PROBS:
-        loads.update(number, layer(3)[1])
+        loads.update(number, sums(3))
     for number in PROBS:
-        loads.update(number, layer(number)[1])
-    assert torch.allclose(loads.value_G(THREE), torch.tensor([2.04375]))
+        loads.update(number, sums(number))
+    assert torch.allclose(loads.value_G(LOSS), torch.tensor([2.04375]))
 
 
 def test_a_layer_that_has_not_run_is_a_bug() -> None:
     loads = PooledLoads([1, 3])
-    loads.update(1, layer(1)[1])
+    loads.update(1, sums(1))
     with pytest.raises(KeyError):
-        loads.grad_coeff_GE()
+        loads.all_load_ME()
     with pytest.raises(AssertionError):
-        loads.update(2, layer(1)[1])
+        loads.update(2, sums(1))
 
 
 @pytest.mark.parametrize("aux_loss", ["pooled", "per_layer"])
@@ -97,6 +92,9 @@ def test_recomputation_changes_nothing(context: ParallelContext, aux_loss: str) 
         labels = torch.where(types == 0, tokens, tiny.IGNORED)
         model(tokens, positions, types, labels=labels, inputs_embeds=embeds).sum().backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        for module in model.modules():
+            if isinstance(module, LoadStats):
+                module.add_up()
         results.append(gradients | {n: b for n, b in model.named_buffers() if ".stats." in n})
     plain, replayed = results
     assert plain.keys() == replayed.keys() and any("gates" in name for name in plain)

@@ -11,31 +11,7 @@ from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.token_types import IMAGE, PADDING, TEXT
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.moe.router import ModalityRouter, RouterSettings, recording
-
-HIDDEN, TOKENS = 32, 50
-LAYOUT = ExpertLayout.from_variant("moiie")
-
-
-def router(
-    context: ParallelContext,
-    *,
-    alpha: float = 0.0,
-    z_loss: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-    router_dtype: str | None = "fp32",
-) -> ModalityRouter:
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        num_moe_experts=4,
-        moe_router_dtype=router_dtype,
-        params_dtype=dtype,
-        use_cpu_initialization=True,
-    )
-    coeffs = {"vision": alpha, "text": alpha}
-    settings = RouterSettings(LAYOUT, coeffs, init_std=0.5, z_loss_coeff=z_loss)
-    return ModalityRouter(config, context.groups, settings, device=torch.device("cpu"))
+from tests.unit.moe.layers import LAYOUT, TOKENS, router, tokens
 
 
 def small_router(context: ParallelContext, layout: ExpertLayout = LAYOUT) -> ModalityRouter:
@@ -45,14 +21,6 @@ def small_router(context: ParallelContext, layout: ExpertLayout = LAYOUT) -> Mod
     )
     settings = RouterSettings(layout, dict.fromkeys(layout.routers, 0.0), init_std=0.5)
     return ModalityRouter(config, context.groups, settings, device=torch.device("cpu"))
-
-
-def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Hidden states ``(s, 1, h)`` and types ``(s, 1)`` of every kind."""
-    generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(TOKENS, 1, HIDDEN, generator=generator).to(dtype)
-    kinds = torch.tensor([TEXT, IMAGE, PADDING], dtype=torch.int8)
-    return hidden, kinds[torch.randint(0, 3, (TOKENS, 1), generator=generator)]
 
 
 def scores_of(module: ModalityRouter, hidden: Tensor, types: Tensor) -> list[Tensor]:
@@ -94,7 +62,7 @@ def test_three_tokens_by_hand(context: ParallelContext) -> None:
         module.gates["vision"].copy_(torch.tensor([[1.0, 9, 9], [0, 9, 9], [2, 9, 9]]))
         module.gates["text"].copy_(torch.tensor([[9.0, 0, 3], [9, 1, 0], [9, 0.5, 3]]))
         hidden = torch.eye(3).unsqueeze(1)
-        scores = module.scores(hidden.squeeze(1), types.flatten())
+        scores = module.choose(hidden.squeeze(1), types.flatten()).scores_TE
         probs, chosen = module(hidden, types)
     no = float("-inf")
     assert scores.tolist() == [[1, 0, 2, no], [no, 0, 1, 0.5], [no, 3, 0, 3]]
@@ -122,6 +90,7 @@ def test_recording_counts_in_evaluation_mode_within_the_block(context: ParallelC
     with recording(module):
         assert module.is_counting
         module(hidden, types)
+    module.stats.add_up()
     counted = [int((types == IMAGE).sum()), int((types == TEXT).sum())]
     assert module.stats.tokens_M.tolist() == counted and not module.is_counting
 
@@ -160,8 +129,10 @@ def test_padding_and_replay_are_not_counted(context: ParallelContext) -> None:
     hidden, types = tokens()
     with torch.no_grad():
         module(hidden, types)
+    module.stats.add_up()
     assert not any(buffer.any() for buffer in module.stats.buffers())
     module(hidden, types)
+    module.stats.add_up()
     real = torch.tensor([(types == IMAGE).sum(), (types == TEXT).sum()])
     assert torch.equal(module.stats.tokens_M, real.double())
     assert torch.equal(module.stats.load_ME.sum(dim=1), 2 * real.double())
@@ -174,6 +145,7 @@ def test_a_modality_without_tokens_costs_nothing(context: ParallelContext) -> No
     probs, _ = module(hidden, types)
     vision, text = torch.autograd.grad(probs.sum() * 0.0, list(module.gates.values()))
     assert not vision.any() and text.any()
+    module.stats.add_up()
     assert module.stats.aux_G[0] == 0.0 and module.stats.aux_G[1] > 1.9
 
 
