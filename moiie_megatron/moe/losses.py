@@ -5,10 +5,10 @@ Shape letters: see ``moe/__init__.py``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-
-from moiie_megatron.layout.experts import ExpertLayout
 
 
 class BalanceLoss(torch.nn.Module):
@@ -26,17 +26,19 @@ class BalanceLoss(torch.nn.Module):
     micro-batch.
 
     Args:
-        layout: Which experts exist and who may use them.
+        num_experts: How many experts each router scores; a single one scores both
+            modalities.
+        top_k: Experts per token.
         device: Of the sums.
     """
 
-    def __init__(self, layout: ExpertLayout, device: torch.device) -> None:
+    def __init__(self, num_experts: Sequence[int], top_k: int, device: torch.device) -> None:
         super().__init__()
-        self.top_k = layout.top_k
-        self.is_joint = layout.routers == ("joint",)
-        widths = [float(len(layout.allowed(name))) for name in layout.routers]
+        self.top_k = top_k
+        self.is_joint = len(num_experts) == 1
+        num_experts_G = torch.tensor(num_experts, dtype=torch.float32, device=device)
         self.num_experts_G: Tensor
-        self.register_buffer("num_experts_G", torch.tensor(widths, device=device), persistent=False)
+        self.register_buffer("num_experts_G", num_experts_G, persistent=False)
 
     def by_router(self, sums_ME: Tensor) -> Tensor:
         """Sums by modality as sums by router ``(..., G, E)``."""

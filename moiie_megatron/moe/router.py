@@ -100,7 +100,8 @@ class ModalityRouter(MegatronModule):
             # Under sequence parallelism each rank holds part of the gradient: Megatron sums it.
             self.gates[name].sequence_parallel = config.sequence_parallel
         coeffs = [settings.aux_loss_coeffs[name] for name in routers]
-        self.balance_loss = BalanceLoss(self.layout, device)
+        widths = [len(self.layout.allowed(name)) for name in routers]
+        self.balance_loss = BalanceLoss(widths, self.layout.top_k, device)
         ranks = 1 if self.token_group is None else self.token_group.size()
         self.stats = LoadStats(len(routers), self.layout, device, self._measure, ranks)
         for name, constant in self._constants(coeffs).items():

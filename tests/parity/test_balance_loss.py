@@ -9,7 +9,6 @@ import torch
 from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
 from torch import Tensor
 
-from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.moe.choose_experts import Summation, choose_experts
 from moiie_megatron.moe.losses import BalanceLoss
 from tests.parity import golden
@@ -31,7 +30,7 @@ class Ours:
 
 def _ours(logits: Tensor, mask: Tensor, top_k: int) -> Ours:
     device = torch.device("cpu")
-    loss = BalanceLoss(ExpertLayout(0, logits.shape[1], 0, top_k), device)
+    loss = BalanceLoss([logits.shape[1]], top_k, device)
     masks_MT = torch.stack([torch.zeros_like(mask), mask])
     summation = Summation(None, lambda load: loss.gradient(load).expand(2, -1))
     choice = choose_experts((logits,), masks_MT, top_k, torch.tensor(float("-inf")), summation)

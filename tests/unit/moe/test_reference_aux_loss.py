@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from moiie_megatron.config.schema import MoEConfig
-from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.mcore.parallel import ParallelContext, seed_everything
 from moiie_megatron.moe.choose_experts import RoutingSums
 from moiie_megatron.moe.losses import BalanceLoss
@@ -31,8 +30,7 @@ PROBS = {
     3: [[0.6, 0.1, 0.3], [0.2, 0.5, 0.3]],
 }
 CHOSEN = {1: [[1, 1, 0], [1, 0, 1]], 3: [[1, 0, 1], [0, 1, 1]]}
-ONE_ROUTER = ExpertLayout(num_vision=0, num_shared=3, num_text=0)
-LOSS = BalanceLoss(ONE_ROUTER, torch.device("cpu"))
+LOSS = BalanceLoss([3], 2, torch.device("cpu"))
 
 
 def sums(number: int) -> RoutingSums:
