@@ -82,7 +82,7 @@ def count_rows(case: Case, layer: MoIIELayer, context: ParallelContext) -> tuple
     size = map_TE.shape[1] // context.size
     pairs = {(t, place[e] // size) for t, e in map_TE.nonzero().tolist()}
     remote = sum(rank != context.rank for _, rank in pairs)
-    splits = layer.token_dispatcher.dispatched.splits.input_splits
+    splits = layer.token_dispatcher.dispatched.counts.splits.input_splits
     sent = sum(splits) - splits[context.rank]
     counts = torch.tensor([sent, remote, len(map_TE)], dtype=torch.float64)
     dist.all_reduce(counts)

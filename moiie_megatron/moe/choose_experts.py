@@ -141,7 +141,7 @@ class _ChooseExperts(torch.autograd.Function):
             weight_TE = masks_MT.to(weight_ME.dtype).t() @ weight_ME
             parts_TE.append(_softmax_backward(weight_TE, planes[1]))
         grad_TE = reduce(torch.add, parts_TE)
-        grads = (grad_TE,)
+        grads: tuple[Tensor, ...] = (grad_TE,)
         if ctx.num_gates == 2:
             is_image_T1 = masks_MT[0].unsqueeze(1)
             grads = (grad_TE.masked_fill(~is_image_T1, 0.0), grad_TE.masked_fill(is_image_T1, 0.0))

@@ -18,6 +18,7 @@ Shape letters: see ``moe/__init__.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,27 +33,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moiie_megatron.moe.permutation import RowPermutation
+from moiie_megatron.moe.row_counts import DispatchSplits, RowCounts
 
 # The probability of a row at an expert that it is not routed to.  Not 0, which a router may give
 # to an expert that it has chosen.
 _NOT_ROUTED = -1.0
-
-
-@dataclass(frozen=True)
-class DispatchSplits:
-    """Row counts of one dispatch, on the host.
-
-    Attributes:
-        input_splits: Rows that this rank sends to each expert-parallel rank.
-        output_splits: Rows that it receives from each expert-parallel rank.
-        etp_splits: Rows that each of its expert-tensor-parallel ranks receives.
-        tokens_per_expert: int64 ``(L,)`` on the CPU, rows of each local expert.
-    """
-
-    input_splits: list[int]
-    output_splits: list[int]
-    etp_splits: list[int]
-    tokens_per_expert: Tensor
 
 
 @dataclass
@@ -61,14 +46,14 @@ class Dispatched:
 
     Attributes:
         hidden_shape: Shape of the hidden states that were dispatched.
-        splits: Row counts.
+        counts: Row counts.
         to_ranks: Copies of tokens to ranks; None with a single expert-parallel rank.
         to_experts: Copies of received rows to local experts; set by ``dispatch_postprocess``.
             None with a single local expert, which takes the received rows as they are.
     """
 
     hidden_shape: torch.Size
-    splits: DispatchSplits
+    counts: RowCounts
     to_ranks: RowPermutation | None
     to_experts: RowPermutation | None = None
 
@@ -76,6 +61,8 @@ class Dispatched:
 def destinations(routing_map_TP: Tensor, ep_size: int) -> Tensor:
     """The expert-parallel ranks that hold an expert of each token, bool ``(T, N)``."""
     tokens, experts = routing_map_TP.shape
+    if experts == ep_size:
+        return routing_map_TP
     return routing_map_TP.view(tokens, ep_size, experts // ep_size).any(dim=2)
 
 
@@ -109,12 +96,12 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
         num_local_experts: int,
         local_expert_indices: list[int],
         config: TransformerConfig,
-        pg_collection: ProcessGroupCollection | None = None,
+        pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
+        self.groups = pg_collection
         self.num_local_experts = num_local_experts
         self.local_expert_indices = local_expert_indices
-        self.ep_rank = self.ep_group.rank()
         # From dispatch_preprocess to combine_postprocess of one forward pass.
         self.dispatched: Dispatched | None = None
 
@@ -132,28 +119,32 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
             Rows to send ``(R, D)`` and their probabilities ``(R, L)``.
         """
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        tokens_P = routing_map.sum(dim=0)
         if self.ep_size == 1:  # nothing is sent: every token is a row, also one without experts
-            to_rank_TN = torch.ones(len(hidden_TD), 1, dtype=torch.bool, device=hidden_TD.device)
-        else:
-            to_rank_TN = destinations(routing_map, self.ep_size)
-        splits = self._exchange_counts(to_rank_TN, routing_map)
-        probs_TP = torch.where(routing_map, probs, _NOT_ROUTED)
-        if self.ep_size == 1:
-            self.dispatched = Dispatched(hidden_states.shape, splits, to_ranks=None)
-            return hidden_TD, probs_TP
-        max_ranks = min(self.config.moe_router_topk, self.ep_size)
-        to_ranks = RowPermutation.from_mask(to_rank_TN, sum(splits.input_splits), max_ranks)
-        self.dispatched = Dispatched(hidden_states.shape, splits, to_ranks)
-        # probs_TP cut into one (1, L) block per (token, rank), of which each is sent at most once.
-        block_X = to_ranks.row_X * self.ep_size + to_ranks.destination_X
-        probs_XL = probs_TP.view(-1, self.num_local_experts).index_select(0, block_X)
-        return to_ranks.permute(hidden_TD), probs_XL
+            counts = RowCounts(tokens_P.new_full((1,), len(hidden_TD)), tokens_P, self.groups)
+            self.dispatched = Dispatched(hidden_states.shape, counts, to_ranks=None)
+            return hidden_TD, torch.where(routing_map, probs, _NOT_ROUTED)
+        to_rank_TN, rows_N = destinations(routing_map, self.ep_size), tokens_P
+        if self.num_local_experts > 1:
+            rows_N = to_rank_TN.sum(dim=0)
+            probs = torch.where(routing_map, probs, _NOT_ROUTED)
+        counts = RowCounts(rows_N, tokens_P, self.groups)
+        probs_TNL = probs.view(len(probs), self.ep_size, self.num_local_experts)
+        to_ranks, rows_XD, probs_XL = self._copies(
+            to_rank_TN,
+            hidden_TD,
+            probs_TNL,
+            lambda: sum(counts.splits.input_splits),
+            one_expert_each=self.num_local_experts == 1,
+        )
+        self.dispatched = Dispatched(hidden_states.shape, counts, to_ranks)
+        return rows_XD, probs_XL
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Send rows and probabilities to their ranks."""
         if self.ep_size == 1:
             return hidden_states, probs
-        splits = self._state().splits
+        splits = self._state().counts.splits
         received_RD = all_to_all(
             self.ep_group, hidden_states, splits.output_splits, splits.input_splits
         )
@@ -171,20 +162,18 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
         """
         state = self._state()
         if self.tp_size > 1:
-            hidden_states = self._gather(hidden_states, state.splits)
-            probs = self._gather(probs, state.splits)
-        tokens_per_expert = state.splits.tokens_per_expert
+            hidden_states = self._gather(hidden_states, state.counts.splits)
+            probs = self._gather(probs, state.counts.splits)
         if self._takes_all_rows:
-            return hidden_states, tokens_per_expert, probs.squeeze(1)
-        routed_RL = probs != _NOT_ROUTED  # NaN counts as routed, as it did in the row counts
-        state.to_experts = RowPermutation.from_mask(
-            routed_RL,
-            int(tokens_per_expert.sum()),
-            min(self.config.moe_router_topk, self.num_local_experts),
+            return hidden_states, state.counts.splits.tokens_per_expert, probs.squeeze(1)
+        state.to_experts, rows_XD, probs_X = self._copies(
+            probs != _NOT_ROUTED,  # NaN counts as routed, as it did in the row counts
+            hidden_states,
+            probs,
+            lambda: int(state.counts.splits.tokens_per_expert.sum()),
+            one_expert_each=self.ep_size == 1,
         )
-        row_X, expert_X = state.to_experts.row_X, state.to_experts.destination_X
-        probs_X = probs.reshape(-1).index_select(0, row_X * self.num_local_experts + expert_X)
-        return state.to_experts.permute(hidden_states), tokens_per_expert, probs_X
+        return rows_XD, state.counts.splits.tokens_per_expert, probs_X
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Add up the outputs of the local experts of every received row: one row to send back."""
@@ -195,7 +184,7 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
             output_RD = state.to_experts.unpermute(hidden_states)
         if self.tp_size > 1:
             output_RD = reduce_scatter_to_sequence_parallel_region(
-                output_RD, group=self.tp_group, input_split_sizes=state.splits.etp_splits
+                output_RD, group=self.tp_group, input_split_sizes=state.counts.splits.etp_splits
             )
         return output_RD
 
@@ -203,7 +192,7 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
         """Send the rows back to the ranks that they came from."""
         if self.ep_size == 1:
             return hidden_states
-        splits = self._state().splits
+        splits = self._state().counts.splits
         return all_to_all(self.ep_group, hidden_states, splits.input_splits, splits.output_splits)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
@@ -212,6 +201,31 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
         if state.to_ranks is not None:
             hidden_states = state.to_ranks.unpermute(hidden_states)
         return hidden_states.view(state.hidden_shape)
+
+    def _copies(
+        self,
+        mask_RZ: Tensor,
+        rows_RD: Tensor,
+        values_RZ: Tensor,
+        num_copies: Callable[[], int],
+        *,
+        one_expert_each: bool,
+    ) -> tuple[RowPermutation, Tensor, Tensor]:
+        """Copy rows, and a value each, to the destinations in ``mask_RZ``.
+
+        Args:
+            num_copies: Number of True elements of the mask; the first call waits for the device.
+            one_expert_each: Every destination is one expert of all tokens here.  Routers choose
+                top-k experts for every token, so the number of copies is known without waiting.
+        """
+        max_copies = min(self.config.moe_router_topk, mask_RZ.shape[1])
+        num = len(mask_RZ) * max_copies if one_expert_each else num_copies()
+        permutation = RowPermutation.from_mask(mask_RZ, num, max_copies)
+        rows_XD = permutation.permute(rows_RD)
+        if num_copies() != num:  # not every token has top-k experts: again, with the right number
+            permutation = RowPermutation.from_mask(mask_RZ, num_copies(), max_copies)
+            rows_XD = permutation.permute(rows_RD)
+        return permutation, rows_XD, permutation.values(values_RZ)
 
     @property
     def _takes_all_rows(self) -> bool:
@@ -225,23 +239,4 @@ class MoIIETokenDispatcher(MoETokenDispatcher):
     def _gather(self, rows: Tensor, splits: DispatchSplits) -> Tensor:
         return gather_from_sequence_parallel_region(
             rows, group=self.tp_group, output_split_sizes=splits.etp_splits
-        )
-
-    def _exchange_counts(self, to_rank_TN: Tensor, routing_map_TP: Tensor) -> DispatchSplits:
-        """All-gather the row counts of all ranks and copy them to the host."""
-        counts = torch.cat([to_rank_TN.sum(dim=0), routing_map_TP.sum(dim=0)])
-        if self.ep_size * self.tp_size > 1:
-            gathered = counts.new_empty(self.ep_size * self.tp_size * counts.numel())
-            torch.distributed.all_gather_into_tensor(gathered, counts, group=self.tp_ep_group)
-            counts = gathered
-        # Device-to-host sync, the only one of the layer: all_to_all needs its sizes on the host.
-        counts = counts.cpu().view(self.ep_size, self.tp_size, -1)
-        rows = counts[:, :, : self.ep_size]  # (from rank, from expert-tensor rank, to rank)
-        first = self.ep_size + self.ep_rank * self.num_local_experts
-        local = counts[:, :, first : first + self.num_local_experts]
-        return DispatchSplits(
-            input_splits=rows[self.ep_rank, self.tp_rank].tolist(),
-            output_splits=rows[:, self.tp_rank, self.ep_rank].tolist(),
-            etp_splits=rows[:, :, self.ep_rank].sum(dim=0).tolist(),
-            tokens_per_expert=local.sum(dim=(0, 1)),
         )

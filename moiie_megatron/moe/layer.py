@@ -161,7 +161,7 @@ class MoIIELayer(MoELayer):
 
     def _count_rows(self, routing_map_TP: Tensor, types_T: Tensor) -> None:
         rows_TN = rows_by_rank(routing_map_TP, self.ep_group.size(), self.dispatcher_kind)
-        self.router.stats.add_rows(self.router.masks(types_T), rows_TN, self.ep_group.rank())
+        self.router.stats.add_rows(self.router.masks(types_T), rows_TN)
 
     def sharded_state_dict(
         self,

@@ -17,6 +17,7 @@ Shape letters: see ``moe/__init__.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,22 +29,22 @@ from torch import Tensor
 class RowPermutation:
     """The row of each copy, and the copies of each row.
 
-    In the example above: ``row_X = [0, 2, 2, 0]``, ``destination_X = [0, 0, 1, 2]``,
+    In the example above: ``row_X = [0, 2, 2, 0]``, ``place_X = [0, 2, 5, 6]``,
     ``copies_by_row_X = [0, 3, 1, 2]``, ``start_R = [0, 2, 2]``.
 
     Attributes:
+        mask_RZ: bool, True where a destination gets a copy of a row.
+        max_copies_per_row: Upper bound on the copies of any row.
         row_X: Row of every copy.
-        destination_X: Destination of every copy.
+        place_X: Place of every copy in the mask read column by column.
         copies_by_row_X: The copies of row 0, then those of row 1, and so on.
-        start_R: Where the copies of each row start in ``copies_by_row_X``.
-        in_pairs: Every row has exactly two copies.
     """
 
+    mask_RZ: Tensor
+    max_copies_per_row: int
     row_X: Tensor
-    destination_X: Tensor
+    place_X: Tensor
     copies_by_row_X: Tensor
-    start_R: Tensor
-    in_pairs: bool
 
     @classmethod
     def from_mask(cls, mask_RZ: Tensor, num_copies: int, max_copies_per_row: int) -> RowPermutation:
@@ -51,25 +52,38 @@ class RowPermutation:
 
         Args:
             mask_RZ: bool, True where a destination gets a copy of a row.
-            num_copies: Number of True elements (known on the host).
-            max_copies_per_row: Upper bound on the copies of any row (known on the host).
+            num_copies: Number of True elements.  With another number the copies are wrong, but
+                none is outside the mask.
+            max_copies_per_row: Upper bound on the copies of any row.
         """
         num_rows, num_destinations = mask_RZ.shape
-        nonzero_X2 = torch.nonzero_static(mask_RZ.t(), size=num_copies)
-        destination_X, row_X = nonzero_X2.t().contiguous()
-        # Number of copies in front of a (row, destination) when the mask is read row by row.
-        mask = mask_RZ.reshape(-1)
-        before = mask.cumsum(0) - mask.long()
-        rank_X = before.index_select(0, row_X * num_destinations + destination_X)
-        copy_X = torch.arange(num_copies, device=mask_RZ.device)
-        copies_by_row_X = torch.empty_like(copy_X).scatter_(0, rank_X, copy_X)
+        mask_ZR = mask_RZ.t().contiguous()
+        place_X = torch.nonzero_static(mask_ZR.view(-1), size=num_copies, fill_value=0).view(-1)
+        # For every place the number of copies up to it, then the places read row by row.
+        up_to_RZ = mask_ZR.view(-1).cumsum(0).view(num_destinations, num_rows).t().reshape(-1)
+        by_row_X = torch.nonzero_static(mask_RZ.reshape(-1), size=num_copies, fill_value=0)
         return cls(
-            row_X,
-            destination_X,
-            copies_by_row_X,
-            start_R=before[::num_destinations].contiguous(),
-            in_pairs=max_copies_per_row == 2 and num_copies == 2 * num_rows,
+            mask_RZ,
+            max_copies_per_row,
+            row_X=place_X % max(num_rows, 1),
+            place_X=place_X,
+            copies_by_row_X=up_to_RZ.index_select(0, by_row_X.view(-1)) - 1,
         )
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether every row has exactly two copies."""
+        return self.max_copies_per_row == 2 and len(self.row_X) == 2 * len(self.mask_RZ)
+
+    @cached_property
+    def start_R(self) -> Tensor:
+        """Where the copies of each row start in ``copies_by_row_X``."""
+        copies_R = self.mask_RZ.sum(dim=1)
+        return copies_R.cumsum(0) - copies_R
+
+    def values(self, values_RZ: Tensor) -> Tensor:
+        """The value of every copy, ``(R, Z, ...)`` to ``(X, ...)``."""
+        return values_RZ.transpose(0, 1).flatten(0, 1).index_select(0, self.place_X)
 
     def permute(self, rows_RD: Tensor) -> Tensor:
         """Copy rows to their destinations: ``(R, D)`` to ``(X, D)``."""
@@ -83,8 +97,8 @@ class RowPermutation:
 
     def sum_copies(self, copies_XD: Tensor) -> Tensor:
         """``unpermute`` without autograd; sums are taken in fp32 and rounded once."""
-        if not len(self.copies_by_row_X) or not len(self.start_R):
-            return copies_XD.new_zeros(len(self.start_R), copies_XD.shape[1])
+        if not len(self.copies_by_row_X):
+            return copies_XD.new_zeros(len(self.mask_RZ), copies_XD.shape[1])
         if self.in_pairs and copies_XD.dtype != torch.float32:  # a sum of two is rounded once
             first, second = self.copies_by_row_X.view(-1, 2).t()
             return copies_XD.index_select(0, first).add_(copies_XD.index_select(0, second))

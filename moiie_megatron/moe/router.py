@@ -103,9 +103,11 @@ class ModalityRouter(MegatronModule):
         widths = [len(self.layout.allowed(name)) for name in routers]
         self.balance_loss = BalanceLoss(widths, self.layout.top_k, device)
         ranks = 1 if self.token_group is None else self.token_group.size()
-        self.stats = LoadStats(len(routers), self.layout, device, self._measure, ranks)
-        for name, constant in self._constants(coeffs).items():
-            self.register_buffer(name, constant.to(device), persistent=False)
+        self.stats = LoadStats(
+            len(routers), self.layout, device, self._measure, ranks, pg_collection.ep.rank()
+        )
+        for buffer, constant in self._constants(coeffs).items():
+            self.register_buffer(buffer, constant.to(device), persistent=False)
         self.reset_parameters()
 
     def _constants(self, coeffs: list[float]) -> dict[str, Tensor]:

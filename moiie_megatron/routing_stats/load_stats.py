@@ -69,6 +69,7 @@ class LoadStats(torch.nn.Module):
         measure: Balance losses and numbers of tokens by router, ``(n, G)`` each, of n micro-batches
             from ``prob_ME`` and ``all_load_ME`` with a leading axis n.
         ranks: Number of ranks that share a micro-batch; what they count adds up to one.
+        ep_rank: This expert-parallel rank.
     """
 
     tokens_M: Tensor
@@ -87,16 +88,19 @@ class LoadStats(torch.nn.Module):
         device: torch.device,
         measure: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         ranks: int = 1,
+        ep_rank: int = 0,
     ) -> None:
         super().__init__()
         self.top_k = layout.top_k
         self.measure = measure
         self.ranks = ranks
+        self.ep_rank = ep_rank
         shapes = _routing_shapes(layout.num_experts) | dict.fromkeys(_LOSSES, (num_routers,))
         for name, shape in shapes.items():
             zeros = torch.zeros(shape, dtype=torch.float64, device=device)
             self.register_buffer(name, zeros, persistent=False)
-        self._collected: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._choices: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._rows: list[tuple[Tensor, Tensor]] = []
 
     def add_choices(self, prob_ME: Tensor, load_ME: Tensor, all_load_ME: Tensor) -> None:
         """Count the choices of this rank's tokens of one micro-batch.
@@ -106,17 +110,36 @@ class LoadStats(torch.nn.Module):
             load_ME: Tokens that each expert got.
             all_load_ME: ``load_ME`` over all ranks that share the micro-batch.
         """
-        self._collected.append((prob_ME, load_ME, all_load_ME))
-        if len(self._collected) == _MAX_COLLECTED:
+        self._choices.append((prob_ME, load_ME, all_load_ME))
+        if len(self._choices) == _MAX_COLLECTED:
+            self.add_up()
+
+    def add_rows(self, masks_MT: Tensor, rows_TN: Tensor) -> None:
+        """Count the rows of a dispatch.
+
+        Args:
+            masks_MT: Tokens of each modality.
+            rows_TN: Rows that each token becomes on each expert-parallel rank.
+        """
+        self._rows.append((masks_MT.float() @ rows_TN.float(), rows_TN.sum(dim=0)))
+        if len(self._rows) == _MAX_COLLECTED:
             self.add_up()
 
     @torch.no_grad()
     def add_up(self) -> None:
         """Add what has been collected to the buffers."""
-        if not self._collected:
+        if self._rows:
+            by_modality, all_tokens = (
+                torch.stack(x).double().sum(dim=0) for x in _columns(self._rows)
+            )
+            rows_AN = torch.cat([by_modality, all_tokens.unsqueeze(0)])
+            self._rows.clear()
+            self.rows_A += rows_AN.sum(dim=1)
+            self.remote_A += rows_AN.sum(dim=1) - rows_AN[:, self.ep_rank]
+        if not self._choices:
             return
-        probs, loads, all_loads = (torch.stack(sums) for sums in zip(*self._collected, strict=True))
-        self._collected.clear()
+        probs, loads, all_loads = (torch.stack(x) for x in _columns(self._choices))
+        self._choices.clear()
         self.prob_ME += probs.double().sum(dim=0)
         self.load_ME += loads.double().sum(dim=0)
         self.tokens_M += loads.double().sum(dim=(0, 2)) / self.top_k
@@ -133,21 +156,6 @@ class LoadStats(torch.nn.Module):
     def add_z(self, z_G: Tensor) -> None:
         """Add this rank's parts of the z-losses of one micro-batch."""
         self.z_G += z_G
-
-    @torch.no_grad()
-    def add_rows(self, masks_MT: Tensor, rows_TN: Tensor, own_rank: int) -> None:
-        """Count the rows of a dispatch.
-
-        Args:
-            masks_MT: Tokens of each modality.
-            rows_TN: Rows that each token becomes on each expert-parallel rank.
-            own_rank: This expert-parallel rank.
-        """
-        masks_AT = torch.nn.functional.pad(masks_MT.float(), (0, 0, 0, 1), value=1.0)
-        rows_AN = masks_AT @ rows_TN.float()
-        rows_A = rows_AN.sum(dim=1)
-        self.rows_A += rows_A
-        self.remote_A += rows_A - rows_AN[:, own_rank]
 
     def losses(self) -> Tensor:
         """Balance losses and z-losses as one vector ``(2 * G,)``."""
@@ -168,6 +176,10 @@ class LoadStats(torch.nn.Module):
         """Set to zero what ``routing`` returns."""
         for name in _ROUTING:
             getattr(self, name).zero_()
+
+
+def _columns(rows: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    return list(zip(*rows, strict=True))
 
 
 def routing_size(num_experts: int) -> int:

@@ -23,5 +23,5 @@ def test_against_alltoall_a_loop_and_the_reference(processes: int) -> None:
         if experts > processes:  # several experts on a rank: rows may be sent once for both
             wanted.add(f"rows {layer}")
         else:
-            wanted.add(f"row copies {layer}")
+            wanted.add(f"kernels {layer}")
     assert sorted(passed) == sorted(wanted)

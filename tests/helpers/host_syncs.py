@@ -6,10 +6,11 @@ import linecache
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +29,8 @@ OPERATORS = (
 )
 # Copies to the host; of a tensor on the CPU no operator runs.
 METHODS = ("cpu", "tolist", "numpy")
+# Waits of the host for work on the device; stand-ins on the CPU (mcore/patches/cpu_torch.py).
+WAITS = (("Event", "synchronize"), ("Stream", "synchronize"))
 
 
 class HostSyncs:
@@ -47,14 +50,15 @@ class HostSyncs:
 
     @contextmanager
     def recorded(self) -> Iterator[HostSyncs]:
-        for name in METHODS:
-            setattr(torch.Tensor, name, _counted(getattr(torch.Tensor, name), self.add))
-        try:
-            with _Operators(self.add):
-                yield self
-        finally:
-            for name in METHODS:
-                delattr(torch.Tensor, name)  # leaves what torch.Tensor inherits
+        places = [(torch.Tensor, name) for name in (*METHODS, "to")]
+        places += [(getattr(torch.cuda, owner), name) for owner, name in WAITS]
+        with ExitStack() as stack:
+            for owner, name in places:
+                original = getattr(owner, name)
+                # Puts back what the class inherits.
+                stack.enter_context(patch.object(owner, name, _counted(name, original, self.add)))
+            stack.enter_context(_Operators(self.add))
+            yield self
 
 
 class _Operators(TorchDispatchMode):
@@ -80,9 +84,13 @@ def _has_mask(args: Any) -> bool:
     return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
 
 
-def _counted(original: Callable[..., Any], add: Callable[[str], None]) -> Callable[..., Any]:
+def _counted(
+    name: str, original: Callable[..., Any], add: Callable[[str], None]
+) -> Callable[..., Any]:
     def method(*args: Any, **kwargs: Any) -> Any:
-        add(original.__name__)
+        # The device of a run is "cpu" here too, but as a torch.device.
+        if name != "to" or ("cpu" in args[1:] and not kwargs.get("non_blocking")):
+            add(name)
         return original(*args, **kwargs)
 
     return method

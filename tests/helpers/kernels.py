@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators that allocate or make views.
-_NO_KERNEL = ("empty", "new_empty", "empty_like", "detach", "alias", "lift_fresh", "_local_scalar")
+_NO_KERNEL = (
+    "_local_scalar_dense",
+    "empty",
+    "new_empty",
+    "empty_like",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "_unsafe_view",
+)
 
 
 class Kernels(TorchDispatchMode):

@@ -53,6 +53,13 @@ def build_layer(context: ParallelContext, hidden: int = 3, **options: Any) -> Mo
     return layer
 
 
+class NoExperts(torch.nn.Module):
+    """Passes rows on, so that only what is around the experts is counted."""
+
+    def forward(self, rows: Tensor, counts: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        return rows, None
+
+
 class TimesFactor(torch.nn.Module):
     """Experts that multiply a row with a number of their own and with its probability."""
 

@@ -75,7 +75,7 @@ def test_dispatch_by_hand(dispatcher: MoIIETokenDispatcher) -> None:
     assert torch.equal(probs, torch.tensor([0.3, 0.7, 0.6, 0.4, 1.0]))
     state = dispatcher.dispatched
     assert state is not None and state.to_ranks is None
-    assert state.splits.input_splits == state.splits.output_splits == [3]
+    assert state.counts.splits.input_splits == state.counts.splits.output_splits == [3]
 
     # Outputs of the experts 10, 20, 30, 40, 50: a = 10 + 20, b = 30 + 40, c = 50.
     output = combine(dispatcher, torch.tensor([[10.0], [20], [30], [40], [50]]).expand(5, 2))

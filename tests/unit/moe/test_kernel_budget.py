@@ -11,7 +11,7 @@ import pytest
 
 from moiie_megatron.mcore.parallel import ParallelContext
 from tests.helpers.kernels import Kernels
-from tests.unit.moe.layers import router, tokens
+from tests.unit.moe.layers import NoExperts, build_layer, router, tokens
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -27,3 +27,15 @@ def test_router_forward(context: ParallelContext, training: bool) -> None:
         wanted += ["_to_copy", "bmm", "copy_"]
     assert sorted(found.counts.elements()) == sorted(wanted)
     assert found.counts.total() == (12 if training else 9)
+
+
+def test_layer_forward(context: ParallelContext) -> None:
+    """Router, dispatch and combine on one rank; with four of them: dispatcher_worker.py."""
+    layer = build_layer(context, hidden=32).train()
+    layer.experts = NoExperts()
+    hidden, types = tokens()
+    with Kernels(width=32).recorded() as found:
+        layer(hidden, padding_mask=types.t())
+    # The joint weight of the gates, copies to the experts, their sum.
+    assert found.row_copies == {"cat": 1, "index_select": 1, "_embedding_bag_forward_only": 1}
+    assert found.counts.total() <= 37, found.counts

@@ -47,7 +47,7 @@ def whole_numbers(rows: int, width: int, seed: int) -> Tensor:
 def test_indices_by_hand() -> None:
     permutation = make(MASK)
     assert permutation.row_X.tolist() == [0, 2, 2, 0]
-    assert permutation.destination_X.tolist() == [0, 0, 1, 2]
+    assert permutation.place_X.tolist() == [0, 2, 5, 6]
     assert permutation.copies_by_row_X.tolist() == [0, 3, 1, 2]
     assert permutation.start_R.tolist() == [0, 2, 2]
 
@@ -123,7 +123,8 @@ def test_each_is_the_gradient_of_the_other(mask: list[list[int]], seed: int) -> 
 @given(masks())
 def test_copies_are_in_the_order_of_destinations_and_rows(mask: list[list[int]]) -> None:
     permutation = make(mask)
-    pairs = list(zip(permutation.destination_X.tolist(), permutation.row_X.tolist(), strict=True))
+    pairs = [divmod(place, len(mask)) for place in permutation.place_X.tolist()]
+    assert [row for _, row in pairs] == permutation.row_X.tolist()
     wanted = [(z, r) for z in range(len(mask[0])) for r in range(len(mask)) if mask[r][z]]
     assert pairs == wanted
     by_row = permutation.copies_by_row_X.tolist()

@@ -25,7 +25,7 @@ def counted() -> LoadStats:
         load = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
         prob = torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.5, 0.5]])
         stats.add_choices(prob, load, 2 * load)
-        stats.add_rows(MASKS_MT, ROWS_TN, own_rank=0)
+        stats.add_rows(MASKS_MT, ROWS_TN)
         stats.add_z(torch.tensor([0.5, 0.0]))
     return stats
 

@@ -23,7 +23,7 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 # On a GPU, the host waits here.
 WAITS = {
     "backward: masked_scatter_backward": "the gradient of the image features",
-    "moe/dispatcher.py: counts = counts.cpu().view(self.ep_size, self.tp_size, -1): cpu": (
+    "moe/row_counts.py: self._copied.synchronize(): synchronize": (
         "the all-to-all needs its sizes on the host; once per MoE layer"
     ),
     "vlm/merge.py: positions = int(is_image_bs.sum()): _local_scalar_dense": (
@@ -36,10 +36,11 @@ ON_THE_HOST = {
     "nonzero",
     "mcore/packed_sequences.py: lengths = tuple(cu_seqlens.diff().tolist()): tolist",
     # The counts that have been copied.
-    "moe/dispatcher.py: etp_splits=rows[:, :, self.ep_rank].sum(dim=0).tolist(),: tolist",
-    "moe/dispatcher.py: input_splits=rows[self.ep_rank, self.tp_rank].tolist(),: tolist",
-    "moe/dispatcher.py: output_splits=rows[:, self.tp_rank, self.ep_rank].tolist(),: tolist",
-    "moe/dispatcher.py: int(tokens_per_expert.sum()),: _local_scalar_dense",
+    "moe/dispatcher.py: lambda: int(state.counts.splits.tokens_per_expert.sum()),: "
+    "_local_scalar_dense",
+    "moe/row_counts.py: etp_splits=rows[:, :, ep_rank].sum(dim=0).tolist(),: tolist",
+    "moe/row_counts.py: input_splits=rows[ep_rank, groups.expt_tp.rank()].tolist(),: tolist",
+    "moe/row_counts.py: output_splits=rows[:, groups.expt_tp.rank(), ep_rank].tolist(),: tolist",
     # Experts one after the other.
     "moe/expert_ffn.py: counts = rows_per_expert.tolist(): tolist",
     # Megatron's unfused rotary embedding reads cu_seqlens, which stay on the CPU for it.
@@ -82,15 +83,27 @@ def test_the_host_waits_where_it_must(
     assert all(place.startswith("backward") for place in stale) and (megatron == {} or not stale)
 
 
-def test_what_waits_is_recorded() -> None:
+def test_what_waits_is_recorded(context: ParallelContext) -> None:
     with HostSyncs().recorded() as found:
         numbers = torch.arange(3.0)
         numbers.sum().item()
         numbers.nonzero()
         numbers[numbers > 1]
         numbers.cpu().tolist()
+        numbers.to("cpu")
+        numbers.to("cpu", non_blocking=True)
+        numbers.to(torch.device("cpu"))
+        torch.cuda.Event().synchronize()
     names = sorted(place.rpartition(" ")[2] for place in found.counts.elements())
-    assert names == ["_local_scalar_dense", "cpu", "index", "nonzero", "tolist"]
+    assert names == [
+        "_local_scalar_dense",
+        "cpu",
+        "index",
+        "nonzero",
+        "synchronize",
+        "to",
+        "tolist",
+    ]
     before = dict(found.counts)
     numbers.tolist()
     assert found.counts == before
