@@ -21,6 +21,15 @@ def test_imports(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_dispatch(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    sizes = ["--hidden", "32", "--ffn", "64", "--tokens", "64", "--rounds", "1"]
+    run(command("benchmarks/dispatch.py", [*sizes, "--json", file]), timeout=120).check()
+    cases = json.loads(file.read_text())["cases"]
+    assert [(case["experts"], case["rows_per_token"]) for case in cases] == [(4, 0.0), (8, 0.0)]
+
+
+@pytest.mark.slow
 def test_routing_log(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     sizes = ["--layers", "2", "--hidden", "64", "--ffn", "128", "--tokens", "160", "--rounds", "1"]
