@@ -26,6 +26,7 @@ from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.placement import Placement, balanced, contiguous
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.process_lifetime import kill_children_on_exit
 from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
 from moiie_megatron.moe.layer import MoIIELayer
 from moiie_megatron.selftest.checks.layer_case import Case, moiie_layer
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
+    kill_children_on_exit()  # this process ends with torchrun, too
     torch.set_num_threads(1)
     dist_env = dist_env_from(os.environ)
     context = init_parallel(ParallelConfig(expert=dist_env.world_size), dist_env, device="cpu")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +40,7 @@ from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.packing import PackingSpec, pack, split_rows_to_count
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.process_lifetime import kill_children_on_exit, run_child
 from moiie_megatron.selftest.checks.models import example
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
@@ -227,8 +227,7 @@ def scaling(context: ParallelContext, options: argparse.Namespace) -> None:
 def peak_memory(system: str, options: argparse.Namespace) -> float:
     """GB of a process of its own that takes three steps with one system."""
     words = [sys.executable, __file__, "--only", system, "--samples", str(options.samples)]
-    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout.split()[-1])
+    return float(run_child(words).split()[-1])
 
 
 def only(system: str, context: ParallelContext, options: argparse.Namespace) -> None:
@@ -253,6 +252,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--only", choices=("ours", "reference"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    kill_children_on_exit()  # this process ends with torchrun, too
     dist_env = dist_env_from(os.environ)
     torch.set_num_threads(options.threads or max(1, 2 // dist_env.world_size))
     context = init_parallel(ParallelConfig(expert=dist_env.world_size), dist_env, device="cpu")

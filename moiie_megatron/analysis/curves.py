@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from moiie_megatron.analysis.figure import COLOURS, GROUP_COLOURS, INK, new_figure, save_png, tidy
 from moiie_megatron.utils.errors import UserError
@@ -25,6 +25,11 @@ _ROUTERS = {
     "vision": GROUP_COLOURS["vision"],
     "text": GROUP_COLOURS["text"],
     "joint": GROUP_COLOURS["shared"],
+}
+_RATES = {
+    "tokens_per_second": ("tokens per second", COLOURS[2]),
+    "mfu": ("MFU", COLOURS[0]),
+    "data_wait_fraction": ("data wait", COLOURS[1]),
 }
 
 
@@ -81,21 +86,27 @@ def curves_figure(stages: Mapping[str, Records], size: tuple[float, float] = _SI
 
 
 def step_figure(stages: Mapping[str, Records], size: tuple[float, float]) -> Figure:
-    """Panels of tokens per second and gradient norm.
+    """Panels of tokens per second, MFU and data wait (if logged), and gradient norm.
 
     Args:
         stages: As in ``plot_curves``.
-        size: Width and height in inches.
+        size: Width in inches, and height of two panels.
     """
-    figure = new_figure(*size)
-    panels: Sequence[Axes] = figure.subplots(2, 1, sharex=True).tolist()
-    _curve(panels[0], stages, "tokens_per_second", COLOURS[2], smooth=True)
-    tidy(panels[0], "tokens per second")
-    panels[0].set_ylim(bottom=0)
-    _curve(panels[1], stages, "grad_norm", COLOURS[3], smooth=True)
-    _log_scale(panels[1])
-    tidy(panels[1], "gradient norm")
-    panels[1].set_xlabel("optimizer step, all stages", color=INK)
+    rates = [key for key in _RATES if key == "tokens_per_second" or _has(stages, key)]
+    count = len(rates) + 1
+    figure = new_figure(size[0], size[1] * count / 2)
+    panels: Sequence[Axes] = figure.subplots(count, 1, sharex=True).tolist()
+    for axes, key in zip(panels, rates, strict=False):
+        title, colour = _RATES[key]
+        _curve(axes, stages, key, colour, smooth=True)
+        tidy(axes, title)
+        axes.set_ylim(bottom=0)
+        if key != "tokens_per_second":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _curve(panels[-1], stages, "grad_norm", COLOURS[3], smooth=True)
+    _log_scale(panels[-1])
+    tidy(panels[-1], "gradient norm")
+    panels[-1].set_xlabel("optimizer step, all stages", color=INK)
     _mark_stages(panels, stages)
     return figure
 

@@ -9,7 +9,14 @@ from moiie_megatron.config.messages import show
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.jsonl import Records, broken_line, read_records
 
-_AMOUNTS = ("seconds", "tokens_per_second", "tokens")
+_AMOUNTS = (
+    "seconds",
+    "tokens_per_second",
+    "tokens",
+    "tflops_per_rank",
+    "mfu",
+    "data_wait_fraction",
+)
 
 
 def read_metrics(path: str | Path, keys: Sequence[str] = ()) -> Records:

@@ -165,8 +165,23 @@ def _figures(metrics: Records) -> dict[str, str]:
         "final loss": f"{median(losses[-_FINAL_STEPS:]):.3f}",
         "tokens": _short_number(tokens),
         "tokens/s": _short_number(median(record["tokens_per_second"] for record in metrics)),
+        **_rates(metrics),
         "time": str(timedelta(seconds=round(seconds))),
     }
+
+
+def _rates(metrics: Records) -> dict[str, str]:
+    """Medians of what logs with these fields say of the hardware's use."""
+    found = {}
+    for key, title, spec in (
+        ("tflops_per_rank", "TFLOP/s per rank", ".3g"),
+        ("mfu", "MFU", ".1%"),
+        ("data_wait_fraction", "waiting for data", ".1%"),
+    ):
+        values = [record[key] for record in metrics if key in record]
+        if values:
+            found[title] = format(median(values), spec)
+    return found
 
 
 def _short_number(value: float) -> str:

@@ -161,6 +161,11 @@ class VisionConfig(Section):
         """Image tokens per image: one per patch, without a class token."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def num_feature_layers(self) -> int:
+        """Layers that the image features depend on; later layers are never run."""
+        return self.num_layers + 1 + self.feature_layer
+
 
 class ConnectorConfig(Section):
     """The two-layer MLP between vision encoder and language model (Linear, GELU, Linear)."""

@@ -275,6 +275,11 @@ class LogConfig(Section):
         10,
         description="steps between records of routing.jsonl; every checkpoint writes one too",
     )
+    peak_tflops: PositiveFloat | None = Field(
+        None,
+        description="dense bf16 TFLOP/s of a GPU, of which MFU is the fraction; null: by the "
+        "name of the GPU",
+    )
     wandb_project: Text | None = Field(
         None, description="project of Weights & Biases to report to (extra: wandb); null: none"
     )

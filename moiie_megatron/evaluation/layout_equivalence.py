@@ -66,7 +66,7 @@ def record_step(
     record = _gather("start", _shards(model, context, lambda parameter: parameter.data), context)
     eval_loss = evaluate_loss(config, context, model, batches)
     train_state = prepare_training(config, context, model, steps=10)
-    labels, *_ = count_tokens(batches, context)
+    labels = count_tokens(batches, context).labels
     scale = len(batches) * context.dp_size / max(labels, 1)
     micro_batch_losses = run_schedule(config, context, train_state.ddp, batches, loss_scale=scale)
     loss = micro_batch_losses.sum() / max(labels, 1)

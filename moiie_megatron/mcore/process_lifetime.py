@@ -77,6 +77,23 @@ def start_child(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]
     return subprocess.Popen(command, start_new_session=True, preexec_fn=_nothing, **options)
 
 
+def run_child(command: Sequence[str]) -> str:
+    """The standard output of another program, which is killed when this process ends.
+
+    Raises:
+        subprocess.CalledProcessError: It has failed.
+    """
+    with start_child(command, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            output: str = child.communicate()[0]
+        except BaseException:  # a signal, also Ctrl-C: the with block would wait for the child
+            child.kill()
+            raise
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, list(command))
+    return output
+
+
 def stop_launcher(launcher: subprocess.Popen[Any], number: signal.Signals, seconds: float) -> None:
     """Send a signal to the ranks that torchrun has started, and end it when they have ended.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -65,6 +65,7 @@ class Run:
         self.progress = start.progress
         self._total_steps = start.total_steps
         self._stop = stop
+        self._data_wait = 0.0
         self._train_state = _build_train_state(config, context, start)
         is_energon = config.data.loader == "energon"  # has an order and a state of its own
         order = None if is_energon else SampleOrder(start.dataset.blend, config.train.seed)
@@ -111,22 +112,28 @@ class Run:
         Raises:
             UserError: Too many samples were skipped.
         """
+        begin = time.monotonic()
         batches = next(self._loader)
+        self._data_wait = time.monotonic() - begin
         self._skipped_samples.add(batches, self.progress.step + 1)
         return batches
 
     def step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step."""
         exit_after = self.config.train.exit_after_minutes
+        # A sum in which every rank has a place of its own tells the longest wait of all.
+        waits = [0.0] * self.context.size
+        waits[self.context.rank] = self._data_wait
         self._profiler.before(self.progress.step + 1)
         result = train_step(
             self.config,
             self.context,
             self._train_state,
             batches,
-            also_sum=partial(self._stop.flags, exit_after),
+            also_sum=lambda: [*waits, *self._stop.flags(exit_after)],
         )
-        self._stop.resolve(result.also_summed, exit_after)
+        self._data_wait = max(result.also_summed[: len(waits)])
+        self._stop.resolve(result.also_summed[len(waits) :], exit_after)
         return result
 
     def report(self, batches: list[Batch], result: StepResult) -> None:
@@ -152,6 +159,7 @@ class Run:
             StepReport(
                 step=self.progress.step,
                 result=result,
+                data_wait=self._data_wait,
                 router_losses=self._counters.losses() if is_due else None,
                 memory=peak_memory(self.context) if is_due else {},
                 skipped_samples=self.progress.skipped_samples,

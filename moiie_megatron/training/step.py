@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,10 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.encode.images import normalize
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.families.registry import vision_family
-from moiie_megatron.layout.token_types import IMAGE, PADDING
+from moiie_megatron.layout.token_types import IMAGE
 from moiie_megatron.mcore.packed_sequences import segments_of
 from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.planning.flops import Work
 from moiie_megatron.training.state import TrainState
 from moiie_megatron.vlm.model import MoIIEModel
 
@@ -35,6 +36,7 @@ class StepResult:
         tokens: Tokens of the global batch, without padding.
         image_tokens: How many of them are image tokens.
         positions: Tokens of the global batch, with padding.
+        squared_lengths: Sum of the squares of the lengths of its samples.
         updated: False if loss or gradient was not finite: the step has changed nothing.
         also_summed: The sums over all ranks of ``also_sum`` (see ``train_step``).
         micro_batch_losses: fp32, the summed token losses of each of this rank's micro-batches, 0
@@ -48,9 +50,19 @@ class StepResult:
     tokens: int
     image_tokens: int
     positions: int
+    squared_lengths: int
     updated: bool
     also_summed: list[float]
     micro_batch_losses: Tensor
+
+    def work(self, num_image_tokens: int) -> Work:
+        """What the model had to process, with so many tokens per image."""
+        return Work(
+            tokens=self.tokens,
+            labels=self.label_tokens,
+            images=self.image_tokens // num_image_tokens,
+            squared_lengths=self.squared_lengths,
+        )
 
 
 def forward_inputs(config: RunConfig, batch: Batch, context: ParallelContext) -> dict[str, Any]:
@@ -125,21 +137,29 @@ def run_schedule(
     return torch.stack([report["loss_sum"] for report in reports])
 
 
-def count_tokens(batches: list[Batch], context: ParallelContext) -> tuple[int, int, int, int]:
-    """Label tokens, tokens, image tokens, and tokens with padding of the global batch.
+class TokenCounts(NamedTuple):
+    """What is counted of the global batch; see ``StepResult``."""
 
-    They are summed in one small reduction.
-    """
-    counts = torch.zeros(4, dtype=torch.int64)
+    labels: int
+    tokens: int
+    image_tokens: int
+    positions: int
+    squared_lengths: int
+
+
+def count_tokens(batches: list[Batch], context: ParallelContext) -> TokenCounts:
+    """Count the global batch in one small reduction."""
+    counts = torch.zeros(len(TokenCounts._fields), dtype=torch.int64)
     for batch in batches:
+        lengths = batch.sample_lengths
         counts[0] += batch.num_label_tokens
-        counts[1] += (batch.token_types != PADDING).sum()
+        counts[1] += lengths.sum()
         counts[2] += (batch.token_types == IMAGE).sum()
         counts[3] += batch.token_types.numel()
+        counts[4] += lengths.square().sum()
     counts = counts.to(context.device.torch_device)
     dist.all_reduce(counts, group=context.groups.dp)
-    labels, tokens, images, positions = counts.tolist()
-    return labels, tokens, images, positions
+    return TokenCounts(*counts.tolist())
 
 
 def train_step(
@@ -162,7 +182,7 @@ def train_step(
             summed over all ranks in the reduction of the loss.
     """
     learning_rates = train_state.learning_rates(config)
-    labels, tokens, image_tokens, positions = count_tokens(batches, context)
+    counts = count_tokens(batches, context)
     train_state.ddp.zero_grad_buffer()
     train_state.optimizer.zero_grad()
     micro_batch_losses = run_schedule(
@@ -170,7 +190,7 @@ def train_step(
         context,
         train_state.ddp,
         batches,
-        loss_scale=len(batches) * context.dp_size / max(labels, 1),
+        loss_scale=len(batches) * context.dp_size / max(counts.labels, 1),
     )
     # Started before the optimizer step, read after it has synced for the gradient norm anyway.
     sums = _sum_over_ranks(micro_batch_losses, also_sum(), context)
@@ -179,13 +199,14 @@ def train_step(
         train_state.scheduler.step(increment=1)
     loss_sum, *also_summed = sums.tolist()
     return StepResult(
-        lm_loss=loss_sum / max(labels, 1),
+        lm_loss=loss_sum / max(counts.labels, 1),
         learning_rates=learning_rates,
         grad_norm=grad_norm,
-        label_tokens=labels,
-        tokens=tokens,
-        image_tokens=image_tokens,
-        positions=positions,
+        label_tokens=counts.labels,
+        tokens=counts.tokens,
+        image_tokens=counts.image_tokens,
+        positions=counts.positions,
+        squared_lengths=counts.squared_lengths,
         updated=updated,
         also_summed=also_summed,
         micro_batch_losses=micro_batch_losses,
@@ -197,7 +218,7 @@ def evaluate_loss(
     config: RunConfig, context: ParallelContext, model: MoIIEModel, batches: list[Batch]
 ) -> float:
     """The mean loss per label token over all ranks' batches, without training."""
-    labels, *_ = count_tokens(batches, context)
+    labels = count_tokens(batches, context).labels
     was_training = model.training
     model.eval()
     micro_batch_losses = run_schedule(

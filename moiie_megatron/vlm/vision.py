@@ -34,7 +34,7 @@ class VisionEncoder(torch.nn.Module):
     @property
     def _num_layers(self) -> int:
         """Number of layers that the features depend on; later layers are never run."""
-        return self.config.num_layers + 1 + self.config.feature_layer
+        return self.config.num_feature_layers
 
     def _unused(self) -> list[torch.nn.Module]:
         """Modules after the feature layer: kept for export, never trained."""

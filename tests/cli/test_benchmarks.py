@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import runpy
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,61 @@ def test_imports(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they take from the package is there, or this raises; nothing more is tested."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     runpy.run_path(str(path))
+
+
+@pytest.fixture
+def layer(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names of ``benchmarks/layer.py``, whose cases are none; ``started`` are their names."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    main = runpy.run_path(str(ROOT / "benchmarks" / "layer.py"))["main"]
+    names: dict[str, Any] = main.__globals__
+    started = names["started"] = []
+
+    def run_child(command: Sequence[str]) -> str:
+        name = command[command.index("--only") + 1]
+        assert command[0] == sys.executable and "--rounds=3" in command
+        started.append(name)
+        hidden, ffn, dtype = names["CASES"][name]
+        result = {"hidden": hidden, "ffn": ffn, "dtype": dtype, "limit_ms": 5.0}
+        ratios = {"moiie_over_limit": 1.0, "moiie_over_fastest_peer": 0.9, "fastest_peer": "loop"}
+        return "a warning\n" + json.dumps(result | ratios | {"peers_over_limit": {"loop": 1.1}})
+
+    names["run_child"] = run_child
+    return names
+
+
+@pytest.mark.parametrize(
+    ("words", "bf16", "cases"),
+    [
+        (["--cases", "fp32"], True, ["1024-fp32", "256-fp32"]),
+        (["--cases", "256-bf16,1024"], False, ["1024-fp32", "1024-bf16", "256-bf16"]),
+        ([], True, ["1024-fp32", "1024-bf16", "256-fp32", "256-bf16"]),
+        ([], None, ["1024-fp32", "1024-bf16", "256-fp32", "256-bf16"]),
+        ([], False, ["1024-fp32", "256-fp32"]),
+    ],
+)
+def test_cases_of_the_layer(
+    words: list[str],
+    bf16: bool | None,
+    cases: list[str],
+    layer: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    layer["has_bf16_instructions"] = lambda: bf16
+    layer["main"]([*words, "--rounds", "3", "--json", str(tmp_path / "result.json")])
+    assert layer["started"] == cases
+    found = json.loads((tmp_path / "result.json").read_text())["cases"]
+    assert [f"{case['hidden']}-{case['dtype']}" for case in found] == cases
+    printed = capsys.readouterr()
+    assert printed.out.count("| over limit: moiie 1.000  loop 1.100  |") == len(cases)
+    assert ("no BF16 instructions" in printed.err) == (bf16 is False and not words)
+
+
+def test_a_case_that_is_none(layer: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        layer["main"](["--cases", "fp32,fp64"])
+    assert "'fp64' is none of 1024-fp32, 1024-bf16, 256-fp32, 256-bf16" in capsys.readouterr().err
 
 
 @pytest.mark.slow

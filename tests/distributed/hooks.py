@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import resource
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 POISONED_STEP = 3
+LATE_STEP = 5
+DELAY = 1.0  # seconds
 MICRO_BATCHES = 2  # per step and rank
 
 
 def poison_rank_1(rank: int) -> None:
-    """The pictures of rank 1's second micro-batch of step 3 become NaN."""
+    """The pictures of rank 1's second micro-batch of step 3 become NaN; its data of step 5 are
+    late."""
     if rank != 1:
         return
-    from moiie_megatron.training import step
+    from moiie_megatron.training import run, step
+
+    build = run.build_train_loader
+
+    def build_train_loader(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for number, batches in enumerate(build(*args, **kwargs), start=1):
+            time.sleep(DELAY if number == LATE_STEP else 0.0)
+            yield batches
+
+    run.build_train_loader = build_train_loader
 
     original, calls = step.forward_inputs, iter(range(1, 1000))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moiie_megatron.data.stream.order import SampleOrder
-from tests.distributed.hooks import POISONED_STEP
+from tests.distributed.hooks import DELAY, LATE_STEP, POISONED_STEP
 from tests.helpers.checkpoints import plain_tensors
 from tests.helpers.ranks import run_ranks, start_ranks
 from tests.helpers.tiny_run import read_metrics, tiny_values, write_config
@@ -47,6 +47,10 @@ def test_one_bad_step_is_left_out(tmp_path: Path, digits: Path) -> None:
     assert all(math.isfinite(s["lm_loss"]) for s in steps if s is not bad)
     assert [line["skipped_steps"] for line in steps] == [0, 0, 1, 1, 1]
     assert "SKIPPED: loss or gradient is not finite" in job.text()
+    # Rank 0 logs that another rank has waited for its data, but for step 1, which sets them up.
+    waits = {line["step"]: line["data_wait_fraction"] * line["seconds"] for line in steps[1:]}
+    assert [step for step, wait in waits.items() if wait > DELAY / 2] == [LATE_STEP]
+    assert all(line["tflops_per_rank"] > 0 for line in steps)
     before, after, later = (
         plain_tensors(output / "checkpoints" / f"step_{POISONED_STEP + n:07d}") for n in (-1, 0, 1)
     )

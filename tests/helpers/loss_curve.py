@@ -43,7 +43,7 @@ def curve_values(digits: Path, output: Path) -> dict[str, Any]:
 
 def curve(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
     """The logged values of every step by name, without those that tell the time."""
-    times = ("seconds", "tokens_per_second")
+    times = ("seconds", "tokens_per_second", "tflops_per_rank", "data_wait_fraction")
     return {name: [line[name] for line in metrics] for name in metrics[0] if name not in times}
 
 

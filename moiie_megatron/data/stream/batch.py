@@ -65,6 +65,15 @@ class Batch:
         """Number of positions with a label; synchronizes if the batch is on a GPU."""
         return int((self.labels != IGNORE).sum())
 
+    @property
+    def sample_lengths(self) -> Tensor:
+        """int64 (c,) or (b,): tokens of every segment or row, without padding."""
+        is_token = self.token_types != PADDING
+        if self.cu_seqlens is None:
+            return is_token.sum(dim=1)
+        before = torch.nn.functional.pad(is_token.flatten().cumsum(0), (1, 0))
+        return before.index_select(0, self.cu_seqlens).diff()
+
     def pin_memory(self) -> Batch:
         """The batch in pinned memory; torch's DataLoader calls this method by its name."""
         return replace(

@@ -12,18 +12,17 @@ import torch
 import torch.distributed as dist
 
 from moiie_megatron.config.schema import LanguageConfig, RunConfig, VisionConfig
-from moiie_megatron.data.encode.encoder import IGNORE
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.packing import PackingSpec, pack
 from moiie_megatron.mcore.parallel import ParallelContext
-from moiie_megatron.planning.flops import Work, step_flops
+from moiie_megatron.planning.flops import model_flops
+from moiie_megatron.planning.gpu_peaks import peak_flops
 from moiie_megatron.planning.parameters import count_parameters
 from moiie_megatron.selftest.check import Finding, Session, failed, passed
-from moiie_megatron.selftest.checks.hardware import peak_flops
 from moiie_megatron.selftest.checks.layer_case import Case, GemmLimit, moiie_layer
 from moiie_megatron.selftest.checks.models import example, tiny_config
 from moiie_megatron.training.state import prepare_training
-from moiie_megatron.training.step import train_step
+from moiie_megatron.training.step import StepResult, train_step
 from moiie_megatron.utils.timing import Timings, interleave, slower_rank
 from moiie_megatron.vlm.build import build_model, te_experts
 
@@ -108,7 +107,7 @@ def check_step_speed(session: Session) -> Finding:
     if session.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     rounds = 5 if session.is_cuda else 2
-    results = []
+    results: list[StepResult] = []
     run = {"step": lambda: results.append(train_step(config, context, state, batches))}
     timings = slower_rank(interleave(run, rounds=rounds, warmup=2, device=device), device)
     seconds = timings.median("step")
@@ -125,7 +124,7 @@ def check_step_speed(session: Session) -> Finding:
     if not all(result.updated for result in results):
         return failed("a loss or gradient was not finite", **figures)
     if session.is_cuda:
-        flops = context.dp_size * sum(step_flops(config, _work(batch)) for batch in batches)
+        flops = model_flops(config).of(results[-1].work(config.vision.num_image_tokens))
         text += _cuda_figures(figures, flops / seconds / context.size)
         if figures["mfu"] is not None and figures["mfu"] < _ABSURD_MFU:
             return failed(text, **figures)
@@ -212,12 +211,3 @@ def _rows(config: RunConfig, seed: int) -> Iterator[Batch]:
             for images in (1, number)
         ]
         yield from pack(samples, spec)
-
-
-def _work(batch: Batch) -> Work:
-    assert batch.cu_seqlens is not None
-    return Work(
-        segments=batch.cu_seqlens.diff().tolist(),
-        labels=int((batch.labels != IGNORE).sum()),
-        images=len(batch.images),
-    )

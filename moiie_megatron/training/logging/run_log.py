@@ -16,6 +16,7 @@ from moiie_megatron.routing_stats.counters import RouterLosses
 from moiie_megatron.routing_stats.scalars import routing_scalars
 from moiie_megatron.training.logging.jsonl import LostFn, StepLines, refuse
 from moiie_megatron.training.logging.scalars import Scalars
+from moiie_megatron.training.logging.throughput import Throughput, describe
 from moiie_megatron.training.step import StepResult
 
 LOGGER: Final = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class StepReport:
         step: Its number, from 1.
         result: What it did.
         router_losses: Means since the last line; None where no line is due.
+        data_wait: Seconds that the rank with the slowest data has waited for the step's batches.
         memory: Peaks since the last line (``memory.py``).
         skipped_samples: Samples skipped so far, on all ranks.
         skipped_steps: Steps so far that changed nothing.
@@ -38,6 +40,7 @@ class StepReport:
     step: int
     result: StepResult
     router_losses: RouterLosses | None
+    data_wait: float = 0.0
     memory: Mapping[str, float] = field(default_factory=dict)
     skipped_samples: int = 0
     skipped_steps: int = 0
@@ -49,7 +52,7 @@ class RunLog:
 
     A line of ``metrics.jsonl`` holds the values of its own step, with these exceptions, which
     cover all steps since the line before: the mean balance and z-losses (``aux_ROUTER``,
-    ``z_ROUTER``), ``seconds``, ``tokens_per_second`` and, on GPUs, the peaks of memory
+    ``z_ROUTER``), ``seconds``, the rates (``throughput.py``) and, on GPUs, the peaks of memory
     (``memory_*_gib``).  ``routing_stats/record.py`` describes ``routing.jsonl``.  A resumed run
     drops what was logged after its checkpoint, so that the files read as if the run had never
     stopped.
@@ -77,7 +80,7 @@ class RunLog:
         self.active = context.rank == 0
         self.clock = clock
         self.start_time = self.last_time = clock()
-        self.tokens = 0
+        self.throughput = Throughput(config, context)
         if not self.active:
             return
         output = Path(config.output)
@@ -92,12 +95,12 @@ class RunLog:
     def step(self, report: StepReport) -> None:
         """Log one optimizer step."""
         result, losses = report.result, report.router_losses
-        self.tokens += result.tokens
+        self.throughput.add(result, report.data_wait)
         if losses is None:
             return
         now = self.clock()
         seconds, self.last_time = now - self.last_time, now
-        tokens, self.tokens = self.tokens, 0
+        rates = self.throughput.take(seconds)
         if not self.active:
             return
         values = {
@@ -111,7 +114,7 @@ class RunLog:
             "label_tokens": result.label_tokens,
             "image_fraction": result.image_tokens / max(result.tokens, 1),
             "padding_fraction": 1 - result.tokens / result.positions,
-            "tokens_per_second": tokens / max(seconds, 1e-9),  # without padding
+            **rates,
             "seconds": seconds,
             **report.memory,
             "skipped_samples": report.skipped_samples,
@@ -138,8 +141,8 @@ class RunLog:
             f"step {step}/{self.total_steps} | loss {result.lm_loss:.4f} | "
             + (f"aux {aux} | " if aux else "")
             + f"lr {max(result.learning_rates.values()):.2e} | grad {result.grad_norm:.3f} | "
-            f"{values['tokens_per_second']:.0f} tok/s | image {values['image_fraction']:.0%} | "
-            + (f"memory {max(report.memory.values()):.1f} GiB | " if report.memory else "")
+            f"{describe(values)} | image {values['image_fraction']:.0%} | "
+            + (f"memory {_memory(report.memory)} | " if report.memory else "")
             + f"left {left}"
             + ("" if result.updated else " | SKIPPED: loss or gradient is not finite")
             + (f" | SPIKE: {report.spike:.1f} x the usual loss" if report.spike is not None else "")
@@ -147,7 +150,7 @@ class RunLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of the block out of ``seconds`` and ``tokens_per_second``."""
+        """Leave the time of the block out of ``seconds`` and the rates."""
         begin = self.clock()
         yield
         self.last_time += self.clock() - begin
@@ -162,3 +165,9 @@ class RunLog:
             self.metrics.close()
             self.routes.close()
             self.scalars.close()
+
+
+def _memory(peaks: Mapping[str, float]) -> str:
+    """Allocated, and what torch's allocator holds for it."""
+    allocated, reserved = peaks["memory_allocated_gib"], peaks["memory_reserved_gib"]
+    return f"{allocated:.1f} GiB ({reserved:.1f} reserved)"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moiie_megatron.analysis.curves import curves_figure, plot_curves
+from moiie_megatron.analysis.curves import curves_figure, plot_curves, step_figure
 from tests.helpers.user_errors import user_error
 
 
@@ -52,6 +52,18 @@ def test_smooth_line_follows_the_median() -> None:
 
 def test_dense_stages_have_no_balance_panel() -> None:
     assert len(curves_figure({"first": STAGES["first"]}).axes) == 2
+
+
+def test_rates_have_a_panel_where_they_are_logged() -> None:
+    old = [{"step": s, "lm_loss": 1.0, "tokens_per_second": 10.0 * s} for s in (1, 2)]
+    new = [line | {"mfu": 0.4, "data_wait_fraction": 0.01 * line["step"]} for line in old]
+    assert len(step_figure({"old": old}, (6, 4)).axes) == 2
+    figure = step_figure({"old": old, "new": new}, (6, 4))
+    tokens, mfu, wait, _ = figure.axes
+    assert figure.get_size_inches().tolist() == [6, 8]
+    (line,) = [line for line in wait.get_lines() if line.get_alpha()]
+    np.testing.assert_allclose(line.get_xydata(), [(3, 0.01), (4, 0.02)])
+    assert len(tokens.get_lines()) == 4 and mfu.get_lines()[0].get_ydata()[0] == 0.4
 
 
 def test_png(tmp_path: Path) -> None:

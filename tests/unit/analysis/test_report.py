@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -15,8 +16,10 @@ from tests.unit.config.minimal import MINIMAL
 from tests.unit.routing_stats.routing_records import RECORDS
 
 
-def make_run(folder: Path, *, routed: bool = True) -> Path:
-    """The files of a run of three steps."""
+def make_run(
+    folder: Path, *, routed: bool = True, rates: Mapping[str, float] | None = None
+) -> Path:
+    """The files of a run of three steps; ``rates`` are further fields of its metrics."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(MINIMAL)
     lines = [
@@ -27,6 +30,7 @@ def make_run(folder: Path, *, routed: bool = True) -> Path:
             "seconds": 25.0,
             "skipped_samples": step - 1,
         }
+        | dict(rates or {})
         for step in (1, 2, 3)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -109,6 +113,18 @@ def test_a_dense_run_and_a_run_with_experts_on_one_page(tmp_path: Path) -> None:
     assert 'id="routing"' not in alone and 'id="answers"' not in alone
     # No routing, no problems.
     assert len(images(alone)) == 2 and "Steps with problems" not in alone
+
+
+def test_rates_that_only_newer_logs_have(tmp_path: Path) -> None:
+    rates = {"tflops_per_rank": 412.3, "mfu": 0.417, "data_wait_fraction": 0.012}
+    runs = [make_run(tmp_path / "old"), make_run(tmp_path / "new", rates=rates)]
+    page = write_report(runs, tmp_path / "report.html").read_text()
+    for title, value in (
+        ("TFLOP/s per rank", "412"),
+        ("MFU", "41.7%"),
+        ("waiting for data", "1.2%"),
+    ):
+        assert page.count(f"<b>{value}</b><span>{title}</span>") == page.count(f">{title}<") == 1
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -11,28 +11,48 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moiie_megatron.mcore.process_lifetime import start_child, stop_launcher
+from moiie_megatron.mcore.process_lifetime import run_child, start_child, stop_launcher
 from tests.helpers.launch import ROOT, is_running
 from tests.helpers.ranks import wait_until
 
-PARENT = """
+STARTED = """
 import time
 from moiie_megatron.mcore.process_lifetime import start_child
 print(start_child(["sleep", "60"]).pid, flush=True)
 time.sleep(60)
 """
+WAITED_FOR = """
+from moiie_megatron.mcore.process_lifetime import run_child
+run_child(["bash", "-c", "echo $$ >&2; sleep 60"])
+"""
 RANK = "trap 'sleep 0.2; touch saved; exit 0' TERM; touch up$1; while :; do sleep 0.05; done"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_a_child_ends_with_a_killed_parent() -> None:
-    command = [sys.executable, "-c", PARENT]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+@pytest.mark.parametrize(
+    ("program", "number"),
+    [
+        (STARTED, signal.SIGKILL),
+        *((WAITED_FOR, number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)),
+    ],
+)
+def test_a_child_ends_with_a_stopped_parent(program: str, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         assert is_running(child)
-        parent.kill()
+        parent.send_signal(number)
+    assert parent.returncode == -number
     wait_until(lambda: not is_running(child), lambda: "the child lives", timeout=5)
+
+
+def test_what_a_child_prints() -> None:
+    assert run_child(["echo", "a line"]) == "a line\n"
+    with pytest.raises(subprocess.CalledProcessError):
+        run_child(["false"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from moiie_megatron.selftest.checks.hardware import peak_flops
 from moiie_megatron.selftest.checks.versions import check_versions, requirements, wrong_versions
 from tests.unit.selftest.sessions import session
 
@@ -44,19 +43,3 @@ def test_ranges_of_sources_that_are_not_installed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(metadata, "requires", not_found)
     text = (Path(__file__).parents[4] / "pyproject.toml").read_text()
     assert all(f'"{requirement.name}' in text for requirement in requirements())
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H200 NVL", 835e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H20", 148e12),
-        ("NVIDIA GeForce RTX 4090", None),
-    ],
-)
-def test_peaks(name: str, peak: float | None) -> None:
-    assert peak_flops(name) == peak

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moiie_megatron.mcore.device import Device
 from moiie_megatron.routing_stats.counters import RouterLosses
 from moiie_megatron.routing_stats.scalars import routing_scalars
 from moiie_megatron.training.logging.run_log import RunLog, StepReport
@@ -26,6 +27,7 @@ RESULT = StepResult(
     tokens=100,
     image_tokens=40,
     positions=125,
+    squared_lengths=5000,
     updated=True,
     also_summed=[],
     micro_batch_losses=torch.zeros(1),
@@ -48,7 +50,7 @@ def open_log(folder: Path, start: int = 0, rank: int = 0, clock: Clock | None = 
     overrides = [f"output={folder / 'run'}", "log.interval=2"]
     return RunLog(
         load_minimal(folder, overrides),
-        SimpleNamespace(rank=rank),
+        SimpleNamespace(rank=rank, size=2, device=Device("cpu", "gloo")),
         start_step=start,
         total_steps=5,
         clock=clock or Clock(),
@@ -90,7 +92,7 @@ def test_memory_of_gpus_is_in_the_line(tmp_path: Path, caplog: pytest.LogCapture
     log.close()
     with_gpu, without = lines(tmp_path, "metrics.jsonl")
     assert with_gpu.items() >= peaks.items() and not without.keys() & peaks.keys()
-    assert " | memory 70.5 GiB | left " in caplog.messages[0]
+    assert " | memory 61.2 GiB (70.5 reserved) | left " in caplog.messages[0]
     assert "memory" not in caplog.messages[1]
 
 
@@ -165,12 +167,14 @@ def test_what_the_operator_reads(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     log = open_log(tmp_path, clock=clock)
     with caplog.at_level("INFO", logger="moiie_megatron"):
         clock.now += 1
-        log.step(StepReport(1, RESULT, LOSSES, skipped_samples=3, skipped_steps=1, spike=4.0))
+        counts = {"skipped_samples": 3, "skipped_steps": 1}
+        log.step(StepReport(1, RESULT, LOSSES, data_wait=0.25, **counts, spike=4.0))
         log.saved(Path("runs/step_0000001"), 0.25)
     log.close()
     assert caplog.messages == [
         "step 1/5 | loss 2.5000 | aux vision 2.250 text 2.000 | lr 1.00e-03 | grad 1.000 | "
-        "100 tok/s | image 40% | left 00:00:04 | SPIKE: 4.0 x the usual loss",
+        "100 tok/s | 0.1 GFLOP/s/rank | data wait 25.0% | image 40% | left 00:00:04"
+        " | SPIKE: 4.0 x the usual loss",
         "saved runs/step_0000001 in 0.2 s",
     ]
     (line,) = lines(tmp_path, "metrics.jsonl")
