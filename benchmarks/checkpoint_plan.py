@@ -47,7 +47,7 @@ from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.training.state import TrainState, prepare_training
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 
 STATE = ("param", "exp_avg", "exp_avg_sq")  # what the optimizer keeps of a parameter, in fp32
 INITIALIZERS = ("normal_", "uniform_", "trunc_normal_", "xavier_uniform_", "zeros_", "ones_")
@@ -169,7 +169,7 @@ def built_stage(
         for name in INITIALIZERS:
             stack.enter_context(patch.object(torch.nn.init, name, first))
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = build_model(config, context)
+            model = build_chunks(config, context)
             state = prepare_training(config, context, model, steps=10)
         yield context, state
 

@@ -43,7 +43,7 @@ from moiie_megatron.training.logging.run_log import RunLog, StepReport
 from moiie_megatron.training.state import TrainState, prepare_training
 from moiie_megatron.training.step import StepResult, train_step
 from moiie_megatron.utils.timing import interleave, slower_rank
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 
 VOCABULARY = 512
 IMAGE_SIZE, PATCH = 84, 7  # 144 image tokens
@@ -115,10 +115,10 @@ class Run:
 
     def __init__(self, config: RunConfig, context: ParallelContext) -> None:
         self.config, self.context = config, context
-        model = build_model(config, context)
+        model = build_chunks(config, context)
         self.layers = [m for m in model.modules() if isinstance(m, MoIIELayer)]
         self.train_state: TrainState = prepare_training(config, context, model, steps=1000)
-        self.train_state.ddp.train()
+        self.train_state.model.train()
         self.counters = RoutingCounters(config, context, model)
         self.log = RunLog(config, context, start_step=0, total_steps=1000)
         self.batches = [make_batch(config, 10 * context.rank + number) for number in range(2)]

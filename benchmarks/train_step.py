@@ -45,7 +45,7 @@ from moiie_megatron.selftest.checks.models import example
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
 from moiie_megatron.utils.timing import Timings, interleave, slower_rank
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 
 MICRO_BATCH = 8  # samples
 LONGEST = 512  # tokens of a sample
@@ -122,8 +122,8 @@ Step = Callable[[], object]
 
 def ours(config: RunConfig, context: ParallelContext, samples: list[Example]) -> Step:
     """This project's step, with packing where the configuration says so."""
-    train_state = prepare_training(config, context, build_model(config, context), steps=1000)
-    train_state.ddp.train()
+    train_state = prepare_training(config, context, build_chunks(config, context), steps=1000)
+    train_state.model.train()
     image_tokens = config.vision.num_image_tokens
     shape = PackingSpec(config.micro_batch_shape[1], LONGEST, image_tokens, pad_id=0)
 

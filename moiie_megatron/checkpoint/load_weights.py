@@ -24,11 +24,11 @@ from moiie_megatron.families.weight_map import CONNECTOR, EXPERTS, ROUTER, VOCAB
 from moiie_megatron.layout.vocabulary import is_padded_vocab
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.utils.errors import UserError
-from moiie_megatron.vlm.model import MoIIEModel
+from moiie_megatron.vlm.chunks import ModelPart
 
 
 def load_weights(
-    checkpoint: Path, context: ParallelContext, model: MoIIEModel, *, new_connector: bool = False
+    checkpoint: Path, context: ParallelContext, model: ModelPart, *, new_connector: bool = False
 ) -> None:
     """Load the weights of a checkpoint of any stage and parallel layout into a fresh model.
 
@@ -78,7 +78,7 @@ def load_weights(
 
 
 def _entries(
-    model: MoIIEModel, context: ParallelContext
+    model: ModelPart, context: ParallelContext
 ) -> list[ShardedTensor | ShardedTensorFactory]:
     """One entry per parameter; the extra state of Transformer Engine modules is not loaded."""
     state = model.sharded_state_dict(metadata=sharding_metadata(context))
@@ -114,7 +114,7 @@ def _check(
     shard: ShardedTensor,
     present: dict[str, tuple[int, ...]],
     checkpoint: Path,
-    model: MoIIEModel,
+    model: ModelPart,
 ) -> None:
     if shard.key not in present:
         raise UserError(
@@ -125,7 +125,7 @@ def _check(
         # Rows that pad the vocabulary may be more or fewer: Megatron allows for that.
         shard.key in VOCABULARY
         and have[1:] == want[1:]
-        and is_padded_vocab(have[0], model.language_model.num_tokens)
+        and is_padded_vocab(have[0], model.num_tokens)
     ):
         return
     if have != want:

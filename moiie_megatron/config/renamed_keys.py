@@ -26,4 +26,26 @@ def rename_keys(data: dict[str, Any]) -> dict[str, Any]:
         values = renamed.get(section)
         if isinstance(values, dict) and before in values:
             values.setdefault(after, values.pop(before))
+    _take_stage_sizes(renamed)
     return renamed
+
+
+def _take_stage_sizes(data: dict[str, Any]) -> None:
+    """Layers of the first and last stage, once fields of the ``megatron`` section."""
+    megatron = data.get("megatron")
+    if not isinstance(megatron, dict):
+        return
+    first, last = (
+        megatron.pop(f"num_layers_in_{end}_pipeline_stage", None) for end in ("first", "last")
+    )
+    if first is None and last is None:
+        return
+    ends = [size for size in (first, last) if size is not None]
+    stages, layers = data["parallel"]["pipeline"], data["language"]["num_layers"]
+    middle = stages - len(ends)
+    sizes = [(layers - sum(ends)) // middle] * middle if middle else []
+    data["parallel"]["pipeline_layers"] = [
+        *([] if first is None else [first]),
+        *sizes,
+        *([] if last is None else [last]),
+    ]

@@ -60,7 +60,6 @@ __all__ = [
     "VisionFamilyName",
 ]
 
-_ENDS = ("first", "last")
 Part = Literal["vision", "connector", "language", "moe"]
 
 
@@ -70,8 +69,23 @@ class ParallelConfig(Section):
     tensor: PositiveInt = Field(1, description="tensor parallelism (TP)")
     sequence: bool | None = Field(None, description="sequence parallelism; null: if tensor > 1")
     pipeline: PositiveInt = Field(1, description="pipeline parallelism (PP)")
+    virtual_pipeline: PositiveInt = Field(
+        1,
+        description="virtual stages (model chunks) of each pipeline rank, which shorten the waits "
+        "of Megatron's interleaved schedule (VPP)",
+    )
+    pipeline_layers: list[PositiveInt] | None = Field(
+        None,
+        description="layers of every pipeline stage, virtual ones included, in the order of the "
+        "model; null: equally many",
+    )
     expert: PositiveInt = Field(1, description="expert parallelism (EP)")
     expert_tensor: PositiveInt = Field(1, description="tensor parallelism inside experts (ETP)")
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages of the model, virtual ones included."""
+        return self.pipeline * self.virtual_pipeline
 
     @property
     def sequence_parallel(self) -> bool:
@@ -323,9 +337,21 @@ class RunConfig(Section):
 
     @property
     def pipeline_layers(self) -> list[int] | None:
-        """Layers of every pipeline stage; None if they cannot be divided as the run wants."""
-        ends = (self.megatron.get(f"num_layers_in_{end}_pipeline_stage") for end in _ENDS)
-        return layers_of_stages(self.language.num_layers, self.parallel.pipeline, *ends)
+        """Layers of every pipeline stage, virtual ones included, in the order of the model.
+
+        None if they cannot be divided as the run wants, which ``check_config`` refuses.
+        """
+        parallel = self.parallel
+        return layers_of_stages(self.language.num_layers, parallel.stages, parallel.pipeline_layers)
+
+    @property
+    def micro_batches_multiple_of(self) -> int:
+        """What the number of micro-batches of a rank in a step is a multiple of.
+
+        Megatron's interleaved schedule runs groups of as many micro-batches as there are pipeline
+        ranks (``microbatch_group_size_per_vp_stage``).
+        """
+        return self.parallel.pipeline if self.parallel.virtual_pipeline > 1 else 1
 
     @property
     def micro_batch_shape(self) -> tuple[int, int]:

@@ -15,11 +15,7 @@ def check_parallel(config: RunConfig) -> None:
     """
     parallel, language = config.parallel, config.language
     tensor = parallel.tensor
-    if config.pipeline_layers is None:
-        raise UserError(
-            f"parallel.pipeline is {parallel.pipeline} but language.num_layers is "
-            f"{language.num_layers}: use {divisors(language.num_layers)}."
-        )
+    _check_stages(config)
     for key in ("num_attention_heads", "ffn_hidden_size"):
         value = getattr(language, key)
         if value % tensor:
@@ -45,6 +41,37 @@ def check_parallel(config: RunConfig) -> None:
             f"parallel.sequence is false but parallel.tensor is {tensor} and the model has "
             "experts: set parallel.sequence to true, or parallel.tensor to 1."
         )
+
+
+def _check_stages(config: RunConfig) -> None:
+    parallel, layers = config.parallel, config.language.num_layers
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise UserError(
+            f"parallel.virtual_pipeline is {parallel.virtual_pipeline} but parallel.pipeline is 1: "
+            "set parallel.pipeline to 2 or more, or parallel.virtual_pipeline to 1."
+        )
+    if config.pipeline_layers is not None:
+        return
+    given = parallel.pipeline_layers
+    if given is not None and len(given) == parallel.stages:
+        raise UserError(
+            f"parallel.pipeline_layers is {given} ({sum(given)} layers) but language.num_layers "
+            f"is {layers}: give numbers that add up to {layers}."
+        )
+    virtual = parallel.virtual_pipeline
+    stages = f"parallel.pipeline is {parallel.pipeline}"
+    if virtual > 1:
+        stages += f" and parallel.virtual_pipeline is {virtual}"
+    if given is not None:
+        raise UserError(
+            f"parallel.pipeline_layers is {given} but {stages}: give {parallel.stages} numbers, "
+            "one for each stage."
+        )
+    wanted = divisors(layers) if virtual == 1 else f"degrees whose product divides {layers}"
+    raise UserError(
+        f"{stages} but language.num_layers is {layers}: use {wanted}, or say with "
+        "parallel.pipeline_layers how many layers each stage has."
+    )
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
@@ -76,9 +103,25 @@ def check_world(config: RunConfig, world_size: int) -> None:
             f"{train.micro_batch_size} on {replicas} data-parallel ranks: use a multiple of "
             f"{portion}."
         )
+    _check_micro_batches(config, replicas)
     absent = [rank for rank in config.profile.ranks if rank >= world_size]
     if config.profile.steps is not None and absent:
         raise UserError(
             f"profile.ranks has {absent[0]} but the run has {world_size} ranks: use at most "
             f"{world_size - 1}."
+        )
+
+
+def _check_micro_batches(config: RunConfig, replicas: int) -> None:
+    """With packing a rank's samples must be as many: rows are split down to one sample."""
+    samples = 1 if config.data.packing else config.train.micro_batch_size
+    portion = samples * replicas * config.micro_batches_multiple_of
+    if config.train.global_batch_size % portion:
+        what = "rows" if config.data.packing else "micro-batches"
+        raise UserError(
+            f"train.global_batch_size is {config.train.global_batch_size} but "
+            f"parallel.virtual_pipeline is {config.parallel.virtual_pipeline} and "
+            f"parallel.pipeline is {config.parallel.pipeline}, which need a multiple of "
+            f"{config.micro_batches_multiple_of} {what} on each of {replicas} data-parallel "
+            f"ranks: use a multiple of {portion}."
         )

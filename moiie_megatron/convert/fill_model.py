@@ -15,14 +15,14 @@ from torch import Tensor
 
 from moiie_megatron.families.weight_map import VOCABULARY
 from moiie_megatron.utils.errors import UserError
-from moiie_megatron.vlm.model import MoIIEModel
+from moiie_megatron.vlm.chunks import ModelPart
 
 # The full tensor of a checkpoint name and, for experts, a logical id; None leaves the model's.
 Get = Callable[[str, int | None], Tensor | None]
 
 
 @torch.no_grad()
-def fill_model(model: MoIIEModel, get: Get) -> list[str]:
+def fill_model(model: ModelPart, get: Get) -> list[str]:
     """Copy every parameter's part out of full tensors, in place.
 
     Full tensors are asked for one at a time and let go before the next, in an order that asks
@@ -51,7 +51,7 @@ def fill_model(model: MoIIEModel, get: Get) -> list[str]:
             if full is None:
                 left.add(shard.key)
             else:
-                _copy(shard, full, model.language_model.num_tokens)
+                _copy(shard, full, model.num_tokens)
         # A factory may have built copies instead of views.
         storage = owner.data.untyped_storage().data_ptr()
         if any(shard.data.untyped_storage().data_ptr() != storage for shard in shards):
@@ -61,7 +61,7 @@ def fill_model(model: MoIIEModel, get: Get) -> list[str]:
 
 
 def _parts(
-    model: MoIIEModel,
+    model: ModelPart,
 ) -> Iterator[tuple[ShardedTensor | ShardedTensorFactory, list[ShardedTensor]]]:
     """Every parameter's entry and the shards that it stands for."""
     # Layers under their own numbers also where all are alike (a dense model), so that one name

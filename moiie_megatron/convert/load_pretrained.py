@@ -19,10 +19,10 @@ from moiie_megatron.convert.hf.config import (
 )
 from moiie_megatron.convert.hf.reader import HfReader, language_reader, vision_reader
 from moiie_megatron.families import weight_map
-from moiie_megatron.vlm.model import MoIIEModel
+from moiie_megatron.vlm.chunks import ModelPart
 
 
-def load_pretrained(model: MoIIEModel, config: RunConfig) -> list[str]:
+def load_pretrained(model: ModelPart, config: RunConfig) -> list[str]:
     """Fill the model from ``language.pretrained`` and ``vision.pretrained``, where set.
 
     Without counterpart in the sources, routers and connector keep their fresh weights.  Every

@@ -23,8 +23,8 @@ from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import count_tokens, evaluate_loss, run_schedule
-from moiie_megatron.vlm.build import build_model
-from moiie_megatron.vlm.model import MoIIEModel
+from moiie_megatron.vlm.build import build_chunks
+from moiie_megatron.vlm.chunks import ModelChunks
 
 # A shard: name of its tensor, full shape, offset of the shard in it, and the values.
 _Shard = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
@@ -60,7 +60,7 @@ def record_step(
     config = config.model_copy(
         update={"optimizer": config.optimizer.model_copy(update={"distributed": False})}
     )
-    model = build_model(config, context)
+    model = build_chunks(config, context)
     if weights is not None:
         fill_model(model, weights)
     record = _gather("start", _shards(model, context, lambda parameter: parameter.data), context)
@@ -92,7 +92,7 @@ def _main_grad(parameter: Any) -> Tensor | None:
 
 
 def _shards(
-    model: MoIIEModel, context: ParallelContext, read: Callable[[Tensor], Tensor | None]
+    model: ModelChunks, context: ParallelContext, read: Callable[[Tensor], Tensor | None]
 ) -> Iterator[_Shard]:
     """This rank's shard of every tensor; ``read`` returns the values of a parameter."""
     for entry in model.sharded_state_dict(metadata=sharding_metadata(context)).values():

@@ -64,7 +64,7 @@ def measure_routing(
             examples, bad = _read(dataset, range(first, min(first + size, samples)))
             counts += torch.tensor([len(examples), bad])
             batch = _batch(config, dataset, examples)
-            run_schedule(unpacked, context, model, [batch], loss_scale=1.0, forward_only=True)
+            run_schedule(unpacked, context, [model], [batch], loss_scale=1.0, forward_only=True)
     counts = counts.to(context.device.torch_device)
     dist.all_reduce(counts, group=context.groups.dp)
     read, bad = counts.tolist()

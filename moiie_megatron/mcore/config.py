@@ -9,11 +9,12 @@ Megatron-Core renames has to be changed here and where it is read.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_standard_config_overrides
@@ -46,7 +47,7 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
     if "attention_backend" in given:
         given["attention_backend"] = AttnBackend[given["attention_backend"]]
     language, moe, parallel = config.language, config.moe, config.parallel
-    dtype = torch_dtype(config)
+    virtual, dtype = parallel.virtual_pipeline, torch_dtype(config)
     fields: dict[str, Any] = {
         "num_layers": language.num_layers,
         "hidden_size": language.hidden_size,
@@ -82,11 +83,17 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         "apply_rope_fusion": config.data.packing and device.transformer_engine,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": _fuses_weight_gradients(device),
-        "batch_p2p_comm": device.is_cuda,
-        # What has been sent to the next stage is needed for its place in the graph alone.
-        "deallocate_pipeline_outputs": parallel.pipeline > 1,
+        # Interleaved stages send and receive behind the computation, as Megatron-LM has it: two
+        # ranks would else exchange several tensors in one batch of messages.
+        "overlap_p2p_comm": virtual > 1,
+        "batch_p2p_comm": device.is_cuda and virtual == 1,
+        # What has been sent to the next stage is needed for its place in the graph alone.  Of
+        # interleaved stages Megatron would free what is still being sent, which Gloo does not hold.
+        "deallocate_pipeline_outputs": parallel.pipeline > 1 and virtual == 1,
         "use_cpu_initialization": not device.is_cuda,
     }
+    if parallel.pipeline > 1:
+        fields["pipeline_model_parallel_layout"] = _pipeline_layout(config)
     if language.sliding_window is not None:
         # transformers: a token sees `sliding_window` positions, itself included.
         fields["window_size"] = (language.sliding_window - 1, 0)
@@ -120,6 +127,13 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
             f"Megatron-Core refuses the megatron section {config.megatron} "
             f"({str(error) or 'a failed assertion'}): change or leave out its keys."
         ) from error
+
+
+def _pipeline_layout(config: RunConfig) -> list[list[str]]:
+    """What each pipeline stage holds, virtual ones included, in the order of the model."""
+    assert config.pipeline_layers is not None  # see config/validate_parallel.py
+    layout = [["decoder"] * layers for layers in config.pipeline_layers]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 
 def _fuses_weight_gradients(device: Device) -> bool:
@@ -195,9 +209,17 @@ def lr_scheduler(config: RunConfig, optimizer: Any, steps: int) -> OptimizerPara
     )
 
 
-def connect_schedules(model: Any, ddp_model: Any, optimizer: Any) -> None:
-    """Set the callbacks of Megatron's pipeline schedules in the model's configuration."""
-    model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.grad_scale_func = optimizer.scale_loss
-    if ddp_model.ddp_config.overlap_grad_reduce:
-        model.config.no_sync_func = ddp_model.no_sync
+def connect_schedules(ddp: Sequence[DistributedDataParallel], optimizer: Any) -> None:
+    """Set the callbacks of Megatron's pipeline schedules in the model's configuration.
+
+    Args:
+        ddp: The wrappers of this rank's chunks, which share one configuration.
+        optimizer: Of all chunks.
+    """
+    config = ddp[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if ddp[0].ddp_config.overlap_grad_reduce:
+        no_sync = [wrapper.no_sync for wrapper in ddp]
+        # Only the interleaved schedule takes a list.
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]

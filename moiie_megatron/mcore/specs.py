@@ -11,12 +11,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from moiie_megatron.mcore.attention import SDPACoreAttention
 from moiie_megatron.mcore.device import Device
@@ -28,7 +24,7 @@ def decoder_spec(
     device: Device,
     *,
     moe_module: ModuleSpec | None,
-    pp_rank: int,
+    layers: range,
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage, in order.
 
@@ -37,16 +33,15 @@ def decoder_spec(
         device: Where the model runs.
         moe_module: Replaces the FFN in the layers that ``config.moe_layer_freq`` marks; None for
             a dense model.
-        pp_rank: The pipeline stage.
+        layers: Those of the stage, from 0 (``RunConfig.pipeline_layers``).
     """
     dense = _dense_layer(config, device)
-    layers = [dense] * config.num_layers
+    specs = [dense] * config.num_layers
     if moe_module is not None:
         moe = _with_mlp(dense, moe_module, device)
         assert isinstance(config.moe_layer_freq, list)
-        layers = [moe if flag else dense for flag in config.moe_layer_freq]
-    first = get_transformer_layer_offset(config, pp_rank=pp_rank)
-    here = layers[first : first + get_num_layers_to_build(config, pp_rank=pp_rank)]
+        specs = [moe if flag else dense for flag in config.moe_layer_freq]
+    here = [specs[layer] for layer in layers]
     return TransformerBlockSubmodules(layer_specs=here, layer_norm=_norm(device))
 
 

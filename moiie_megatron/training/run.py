@@ -36,8 +36,8 @@ from moiie_megatron.training.step import StepResult, train_step
 from moiie_megatron.training.stop import StopRequest
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.files import atomic_write
-from moiie_megatron.vlm.build import build_model
-from moiie_megatron.vlm.model import MoIIEModel
+from moiie_megatron.vlm.build import build_chunks
+from moiie_megatron.vlm.chunks import ModelChunks
 
 LOGGER: Final = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Run:
         self._saver = CheckpointSaver(config, context, parts, self._log.saved, start.checkpoint)
         self._profiler = StepProfiler(config, context, stop.fail)
         self._counters = RoutingCounters(config, context, self._train_state.model)
-        self._train_state.ddp.train()
+        self._train_state.model.train()
 
     @property
     def is_over(self) -> bool:
@@ -249,13 +249,13 @@ class Run:
 
 def _build_train_state(config: RunConfig, context: ParallelContext, start: RunStart) -> TrainState:
     """Model and optimizer; with the initial weights at a run's first start."""
-    model = build_model(config, context)
+    model = build_chunks(config, context)
     if start.checkpoint is None:
         _load_initial_weights(config, context, model)
     return prepare_training(config, context, model, start.total_steps)
 
 
-def _load_initial_weights(config: RunConfig, context: ParallelContext, model: MoIIEModel) -> None:
+def _load_initial_weights(config: RunConfig, context: ParallelContext, model: ModelChunks) -> None:
     """Weights from an earlier stage's checkpoint, or else from pretrained directories."""
     if config.checkpoint.init_from is not None:
         directory = Path(config.checkpoint.init_from)

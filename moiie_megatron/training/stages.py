@@ -12,6 +12,7 @@ from typing import get_args
 import torch
 
 from moiie_megatron.config.schema import Part, StageConfig
+from moiie_megatron.vlm.chunks import ModelChunks
 from moiie_megatron.vlm.model import MoIIEModel
 
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -34,22 +35,23 @@ def part_of(name: str) -> Part:
 
 
 def named_parts(model: MoIIEModel) -> Iterator[tuple[Part, str, torch.nn.Parameter]]:
-    """Every parameter with its part and name."""
+    """Every parameter of a chunk with its part and name."""
     for name, parameter in model.named_parameters():
         yield part_of(name), name, parameter
 
 
-def apply_stage(model: MoIIEModel, stage: StageConfig) -> None:
+def apply_stage(chunks: ModelChunks, stage: StageConfig) -> None:
     """Freeze the parts that the stage does not train, and mark every parameter with its part.
 
     Must run before the model is wrapped for data parallelism, whose gradient buffers cover the
     parameters that train.
     """
-    after_features: set[int] = set()
-    if model.vision_encoder is not None:
-        used = {id(p) for p in model.vision_encoder.trainable_parameters()}
-        after_features = {id(p) for p in model.vision_encoder.parameters()} - used
-    for part, _, parameter in named_parts(model):
-        setattr(parameter, part_mark(part), True)
-        trains = part in stage.learning_rates and id(parameter) not in after_features
-        parameter.requires_grad_(trains)
+    for model in chunks:
+        after_features: set[int] = set()
+        if model.vision_encoder is not None:
+            used = {id(p) for p in model.vision_encoder.trainable_parameters()}
+            after_features = {id(p) for p in model.vision_encoder.parameters()} - used
+        for part, _, parameter in named_parts(model):
+            setattr(parameter, part_mark(part), True)
+            trains = part in stage.learning_rates and id(parameter) not in after_features
+            parameter.requires_grad_(trains)

@@ -21,15 +21,22 @@ from moiie_megatron.mcore.optimizer import SkipNonFiniteOptimizer
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.patches.adamw import use_fused_adamw
 from moiie_megatron.training.stages import PARTS, apply_stage, part_mark
-from moiie_megatron.vlm.model import MoIIEModel
+from moiie_megatron.vlm.chunks import ModelChunks
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a step needs: the bare model, its data-parallel wrapper, optimizer and schedule."""
+    """What a step needs.
 
-    model: MoIIEModel
-    ddp: DistributedDataParallel
+    Attributes:
+        model: This rank's part of the bare model.
+        ddp: The data-parallel wrapper of each of its chunks.
+        optimizer: Of all chunks.
+        scheduler: Of the learning rates.
+    """
+
+    model: ModelChunks
+    ddp: list[DistributedDataParallel]
     optimizer: SkipNonFiniteOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -47,7 +54,7 @@ class TrainState:
 
 
 def prepare_training(
-    config: RunConfig, context: ParallelContext, model: MoIIEModel, steps: int
+    config: RunConfig, context: ParallelContext, model: ModelChunks, steps: int
 ) -> TrainState:
     """Wrap a model and build its optimizer, which takes an fp32 copy of the trained weights.
 
@@ -56,21 +63,28 @@ def prepare_training(
         steps: Optimizer steps of the whole run, the length of the schedule.
     """
     apply_stage(model, config.stage)
-    ddp = DistributedDataParallel(
-        model.config,
-        ddp_config(config, context.device),
-        model,
-        pg_collection=context.groups,
-    )
-    ddp.broadcast_params()
+    ddp = [
+        DistributedDataParallel(
+            chunk.config,
+            ddp_config(config, context.device),
+            chunk,
+            # As in Megatron-LM: the reduction of a later chunk overlaps with the backward pass of
+            # the chunks before it.
+            disable_bucketing=number > 0,
+            pg_collection=context.groups,
+        )
+        for number, chunk in enumerate(model)
+    ]
+    for wrapper in ddp:
+        wrapper.broadcast_params()
     chained = get_megatron_optimizer(
         optimizer_config(config),
-        [ddp],
+        ddp,
         config_overrides=part_overrides(config, {part: part_mark(part) for part in PARTS}),
         use_gloo_process_groups=False,
         pg_collection=context.groups,
     )
     use_fused_adamw(chained)
     optimizer = SkipNonFiniteOptimizer(chained.chained_optimizers)
-    connect_schedules(model, ddp, optimizer)
+    connect_schedules(ddp, optimizer)
     return TrainState(model, ddp, optimizer, lr_scheduler(config, optimizer, steps))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from moiie_megatron.config.schema import RunConfig
@@ -21,7 +22,7 @@ from moiie_megatron.mcore.packed_sequences import segments_of
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.planning.flops import Work
 from moiie_megatron.training.state import TrainState
-from moiie_megatron.vlm.model import MoIIEModel
+from moiie_megatron.vlm.chunks import ModelChunks
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,27 @@ class StepResult:
         )
 
 
-def forward_inputs(config: RunConfig, batch: Batch, context: ParallelContext) -> dict[str, Any]:
-    """The model's arguments for a micro-batch, on the device.
+def forward_inputs(
+    config: RunConfig, batch: Batch, context: ParallelContext, chunk: torch.nn.Module
+) -> dict[str, Any]:
+    """The arguments of a chunk of the model for a micro-batch, on the device.
 
     Every pipeline stage gets the token types and the segments of a packed row; images only the
     first one, labels only the last one.
+
+    Args:
+        chunk: A ``MoIIEModel`` or its data-parallel wrapper.
     """
+    is_first, is_last = (
+        get_attr_wrapped_model(chunk, name) for name in ("pre_process", "post_process")
+    )
     device = context.device.torch_device
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
     images = None
-    if context.is_first_stage and len(batch.images):
+    if is_first and len(batch.images):
         statistics = vision_family(config.vision.family).statistics
         images = normalize(move(batch.images), statistics.mean, statistics.std)
     return {
@@ -85,8 +94,8 @@ def forward_inputs(config: RunConfig, batch: Batch, context: ParallelContext) ->
         "position_ids": move(batch.position_ids),
         "token_types": move(batch.token_types),
         "images": images,
-        "labels": move(batch.labels) if context.is_last_stage else None,
-        "label_positions": move(batch.label_positions) if context.is_last_stage else None,
+        "labels": move(batch.labels) if is_last else None,
+        "label_positions": move(batch.label_positions) if is_last else None,
         "packed_seq_params": (
             None if batch.cu_seqlens is None else segments_of(batch.cu_seqlens, context.device)
         ),
@@ -96,7 +105,7 @@ def forward_inputs(config: RunConfig, batch: Batch, context: ParallelContext) ->
 def run_schedule(
     config: RunConfig,
     context: ParallelContext,
-    model: Any,
+    chunks: Iterable[torch.nn.Module],
     batches: list[Batch],
     *,
     loss_scale: float,
@@ -105,7 +114,9 @@ def run_schedule(
     """Forward (and backward) of all micro-batches through Megatron's schedule.
 
     Args:
-        model: The data-parallel wrapper, or the bare model with ``forward_only``.
+        chunks: The data-parallel wrappers of this rank's chunks, or the bare chunks with
+            ``forward_only``.
+        batches: A multiple of ``config.micro_batches_multiple_of``.
         loss_scale: Factor on the summed token losses of every micro-batch.
 
     Returns:
@@ -117,14 +128,15 @@ def run_schedule(
         total = losses_bs.float().sum()
         return total * loss_scale, {"loss_sum": total.detach()}
 
-    def forward_step(data: Iterator[Batch], module: Any) -> tuple[Tensor, partial[Any]]:
-        inputs = forward_inputs(config, next(data), context)
-        return module(**inputs), partial(loss_function)
+    def forward_step(data: Iterator[Batch], chunk: Any) -> tuple[Tensor, partial[Any]]:
+        inputs = forward_inputs(config, next(data), context, chunk)
+        return chunk(**inputs), partial(loss_function)
 
+    model = list(chunks)
     rows, length = config.micro_batch_shape
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
+        data_iterator=[iter(batches) for _ in model],
         model=model,
         num_microbatches=len(batches),
         # Only read when the micro-batches have one fixed length.
@@ -183,7 +195,8 @@ def train_step(
     """
     learning_rates = train_state.learning_rates(config)
     counts = count_tokens(batches, context)
-    train_state.ddp.zero_grad_buffer()
+    for wrapper in train_state.ddp:
+        wrapper.zero_grad_buffer()
     train_state.optimizer.zero_grad()
     micro_batch_losses = run_schedule(
         config,
@@ -215,7 +228,7 @@ def train_step(
 
 @torch.no_grad()
 def evaluate_loss(
-    config: RunConfig, context: ParallelContext, model: MoIIEModel, batches: list[Batch]
+    config: RunConfig, context: ParallelContext, model: ModelChunks, batches: list[Batch]
 ) -> float:
     """The mean loss per label token over all ranks' batches, without training."""
     labels = count_tokens(batches, context).labels

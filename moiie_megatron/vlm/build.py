@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.layout.stages import layers_of_ranks
 from moiie_megatron.layout.vocabulary import padded_vocab_size
 from moiie_megatron.mcore.config import torch_dtype, transformer_config
 from moiie_megatron.mcore.parallel import ParallelContext
@@ -17,42 +19,79 @@ from moiie_megatron.moe.dispatcher import MoIIETokenDispatcher
 from moiie_megatron.moe.layer import moiie_module
 from moiie_megatron.moe.reference_aux_loss import PooledLoads
 from moiie_megatron.moe.router import RouterSettings
+from moiie_megatron.utils.errors import UserError
+from moiie_megatron.vlm.chunks import ModelChunks
 from moiie_megatron.vlm.connector import Connector
 from moiie_megatron.vlm.language_model import LanguageModel
 from moiie_megatron.vlm.model import MoIIEModel
 from moiie_megatron.vlm.vision import VisionEncoder
 
 
-def build_model(config: RunConfig, context: ParallelContext) -> MoIIEModel:
+def build_chunks(config: RunConfig, context: ParallelContext) -> ModelChunks:
     """Build this rank's part of the model on its device, in the dtype of the run.
 
     Raises:
         UserError: A setting that Megatron-Core cannot express.
     """
-    language, device = config.language, context.device
-    mconfig = transformer_config(config, device)
+    # One object for all chunks: Megatron's schedules read it from the first one.
+    mconfig = transformer_config(config, context.device)
     experts = moe_module(config, context) if config.moe_layers else None
-    spec = decoder_spec(mconfig, device, moe_module=experts, pp_rank=context.groups.pp.rank())
+    chunks = range(config.parallel.virtual_pipeline)
+    return ModelChunks(_build_chunk(config, context, mconfig, experts, chunk) for chunk in chunks)
+
+
+def build_model(config: RunConfig, context: ParallelContext) -> MoIIEModel:
+    """``build_chunks`` for programs without virtual pipeline stages, where a rank has one chunk.
+
+    Raises:
+        UserError: Virtual pipeline stages, or a setting that Megatron-Core cannot express.
+    """
+    if config.parallel.virtual_pipeline != 1:
+        raise UserError(
+            f"parallel.virtual_pipeline is {config.parallel.virtual_pipeline}: only training has "
+            "virtual stages, use 1."
+        )
+    (model,) = build_chunks(config, context)
+    return model
+
+
+def _build_chunk(
+    config: RunConfig,
+    context: ParallelContext,
+    mconfig: TransformerConfig,
+    experts: ModuleSpec | None,
+    chunk: int,
+) -> MoIIEModel:
+    """One pipeline stage of this rank, the ``chunk``-th of its virtual stages."""
+    language, device = config.language, context.device
+    virtual = config.parallel.virtual_pipeline
+    assert config.pipeline_layers is not None  # see config/validate_parallel.py
+    ranks = layers_of_ranks(config.pipeline_layers, config.parallel.pipeline)
+    layers = ranks[context.groups.pp.rank()][chunk]
+    spec = decoder_spec(mconfig, device, moe_module=experts, layers=layers)
+    is_first = context.is_first_stage and chunk == 0
+    is_last = context.is_last_stage and chunk == virtual - 1
     language_model = LanguageModel(
         config=mconfig,
         transformer_layer_spec=spec,
         vocab_size=padded_vocab_size(language.vocab_size, context.groups.tp.size()),
         num_tokens=language.vocab_size,
         max_sequence_length=language.max_position_embeddings,
-        pre_process=context.is_first_stage,
-        post_process=context.is_last_stage,
+        pre_process=is_first,
+        post_process=is_last,
         share_embeddings_and_output_weights=language.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=language.rotary_base,
         # Images are merged into the whole sequence before it is split (vlm/model.py).
         scatter_embedding_sequence_parallel=False,
         pg_collection=context.groups,
+        vp_stage=chunk if virtual > 1 else None,
     )
     rope = scaled_rotary_embedding(language, mconfig, context.groups)
     if rope is not None:
         language_model.rotary_pos_emb = rope
     vision_encoder = connector = None
-    if context.is_first_stage:
+    if is_first:
         connector_size = config.connector.hidden_size or language.hidden_size
         vision_encoder = VisionEncoder(config.vision)
         connector = Connector(config.vision.hidden_size, connector_size, language.hidden_size)

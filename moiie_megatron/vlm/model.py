@@ -69,6 +69,12 @@ class MoIIEModel(MegatronModule):
             language_model.share_embeddings_and_output_weights
         )
         self.model_type = language_model.model_type
+        self.vp_stage = language_model.vp_stage
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the embedding table that are tokens."""
+        return self.language_model.num_tokens
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the activations of the previous pipeline stage."""

@@ -17,14 +17,14 @@ from moiie_megatron.checkpoint.save_load import load_checkpoint, request_save
 from moiie_megatron.config.load import load_config
 from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.training.state import TrainState, prepare_training
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 
 
 def build(config_file: Path, overrides: list[str], launch: DistEnv, seed: int) -> Any:
     """Context and training state of a layout; layouts of one seed have the same weights or not."""
     config = load_config(config_file, overrides)
     context = init_parallel(config.active_parallel, launch, device="cpu", seed=seed)
-    model = build_model(config, context)
+    model = build_chunks(config, context)
     return context, prepare_training(config, context, model, steps=10)
 
 

@@ -14,12 +14,13 @@ import pytest
 from tests.distributed.joint_runs import (
     BLOCK,
     FAMILIES,
-    FIRST_STAGE,
-    LAST_STAGE,
+    FIRST_SMALL,
+    LAST_SMALL,
     LONGROPE,
     ONE_LAYER,
     SAVE_EVERY,
     STEPS,
+    VIRTUAL,
     family_values,
     go_back,
     joint_values,
@@ -82,7 +83,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path) -
     def make(folder: Path) -> None:
         seed = single / "seed"
 
-        def joint(name: str, degrees: dict[str, int], **sections: Any) -> Any:
+        def joint(name: str, degrees: dict[str, Any], **sections: Any) -> Any:
             return joint_values(digits, folder / name, seed, parallel=degrees, **sections)
 
         connector = tiny_values(digits, folder / "connector", "connector")
@@ -90,27 +91,34 @@ def pair(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path) -
         connector["checkpoint"]["init_from"] = str(seed)
         connector["checkpoint"]["interval"] = 1
         connector["parallel"] = {"pipeline": 2}
+        dense = tiny_values(digits, folder / "dense", "dense")
+        dense["train"]["steps"] = 1
+        dense["checkpoint"]["init_from"] = str(seed)
+        dense["parallel"] = VIRTUAL
         longrope = {"language": {"longrope": LONGROPE}, "train": {"steps": 1}}
         runs = {
             # Also the undisturbed run that test_resume.py compares with.
             "ep2": joint("ep2", {"expert": 2}, checkpoint={"interval": SAVE_EVERY}),
             "pp2": joint("pp2", {"pipeline": 2}),
             "pp2block": joint("pp2block", {"pipeline": 2}, megatron=BLOCK),
-            "pp2first": joint("pp2first", {"pipeline": 2}, megatron=FIRST_STAGE),
-            "pp2last": joint("pp2last", {"pipeline": 2}, megatron=LAST_STAGE),
+            "pp2first": joint("pp2first", {"pipeline": 2, "pipeline_layers": FIRST_SMALL}),
+            "pp2last": joint("pp2last", {"pipeline": 2, "pipeline_layers": LAST_SMALL}),
+            # Also the undisturbed run of a resumed one.
+            "pp2virtual": joint("pp2virtual", VIRTUAL, checkpoint={"interval": SAVE_EVERY}),
             "tp2": joint("tp2", {"tensor": 2}),
             "dp2": joint("dp2", {}),
             "tp2etp2": joint("tp2etp2", {"tensor": 2, "expert_tensor": 2}),
             "tp2ep2": joint("tp2ep2", {"tensor": 2, "expert": 2}),
             "one_layer": joint(
                 "one_layer",
-                {"pipeline": 2},
+                VIRTUAL,
                 moe=ONE_LAYER,
                 checkpoint={"interval": SAVE_EVERY},
             ),
             "tp2longrope": joint("tp2longrope", {"tensor": 2}, **longrope),
             "pp2longrope": joint("pp2longrope", {"pipeline": 2}, **longrope),
             "connector": connector,
+            "dense": dense,
         }
         for family in FAMILIES:
             for layout, degrees in (("ep2", {"expert": 2}), ("tp2", {"tensor": 2})):
@@ -134,12 +142,12 @@ def quad(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path, p
             digits, go_back(pair / "connector", folder / "connector", 1), "connector"
         )
         connector["train"]["steps"] = 2
-        connector["parallel"] = {"pipeline": 2}
+        connector["parallel"] = VIRTUAL
         runs = {
             "tp2ep2dp2": joint_values(
                 digits, folder / "tp2ep2dp2", seed, parallel={"tensor": 2, "expert": 2}
             ),
-            "resumed": joint_values(digits, resumed, seed, parallel=both),
+            "resumed": joint_values(digits, resumed, seed, parallel={**both, **VIRTUAL}),
             "one_layer": joint_values(digits, one_layer, seed, parallel=both, moe=ONE_LAYER),
             "connector": connector,
         }

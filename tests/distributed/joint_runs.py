@@ -35,12 +35,13 @@ BLOCK = {
     "recompute_num_layers": 1,
 }
 
-# Of four layers, one and three on each of two pipeline stages.
-FIRST_STAGE = {"num_layers_in_first_pipeline_stage": 1}
-LAST_STAGE = {"num_layers_in_last_pipeline_stage": 1}
+# Of four layers, one and three on two pipeline stages.
+FIRST_SMALL, LAST_SMALL = [1, 3], [3, 1]
 
-# Of four layers in two pipeline stages, the second stage's have no experts.
+# Of four layers on two pipeline ranks, the layers of one rank have no experts: of the second rank,
+# or with virtual stages, layers 0 and 2 on the first rank, of that one.
 ONE_LAYER = {"layers": [1]}
+VIRTUAL = {"pipeline": 2, "virtual_pipeline": 2}
 
 
 def joint_values(digits: Path, output: Path, seed: Path, **sections: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from moiie_megatron.mcore.run import run_sequentially
 from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 from tests.helpers.batches import image_batch, text_batch
 
 # What the micro-batches of rank 0 and rank 1 hold, step by step.
@@ -34,14 +34,14 @@ SCHEDULE = (
 
 def steps(config: RunConfig, context: ParallelContext) -> list[dict[str, object]]:
     """The same batches for every number of ranks: rank r of n takes every n-th micro-batch."""
-    model = build_model(config, context)
+    model = build_chunks(config, context)
     # Fresh experts differ between layouts; those made from one dense FFN do not.
     assert config.checkpoint.init_from is not None
     source = latest_checkpoint(config.checkpoint.init_from)
     assert source is not None
     load_weights(source, context, model)
     train_state = prepare_training(config, context, model, len(SCHEDULE))
-    train_state.ddp.train()
+    train_state.model.train()
     counters = RoutingCounters(config, context, train_state.model)
     lines: list[dict[str, object]] = []
     for number, ranks in enumerate(SCHEDULE):

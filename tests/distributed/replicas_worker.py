@@ -21,7 +21,7 @@ from moiie_megatron.mcore.run import run_sequentially
 from moiie_megatron.training.stages import named_parts
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 from tests.helpers.batches import image_batch
 
 NOISE = 1e-6
@@ -30,16 +30,21 @@ STEPS = 3
 
 def steps(config: RunConfig, context: ParallelContext) -> dict[str, object]:
     """Train with noise on rank 1; how far replicas of weights are then apart."""
-    model = build_model(config, context)
+    model = build_chunks(config, context)
     replicas = {
         name: parameter
         for name, parameter in model.named_parameters()
         if not getattr(parameter, "tensor_model_parallel", False)
     }
-    vision = {n: p for part, n, p in named_parts(model) if part in ("vision", "connector")}
+    vision = {
+        n: p
+        for chunk in model
+        for part, n, p in named_parts(chunk)
+        if part in ("vision", "connector")
+    }
     start = {name: parameter.detach().clone() for name, parameter in vision.items()}
     train_state = prepare_training(config, context, model, STEPS)
-    train_state.ddp.train()
+    train_state.model.train()
     trained = {name: p for name, p in vision.items() if p.requires_grad}
     noisy = 0
 

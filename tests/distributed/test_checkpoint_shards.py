@@ -19,9 +19,11 @@ from tests.helpers.tiny_run import tiny_values, write_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
+# Virtual stages of different sizes; the second and the third one have experts.
+STAGES = ["parallel.virtual_pipeline=2", "parallel.pipeline_layers=[1, 1, 2, 1]"]
 LAYOUTS = {
     "tp2ep2": ["parallel.tensor=2", "parallel.expert=2"],
-    "pp2ep2": ["parallel.pipeline=2", "parallel.expert=2"],
+    "pp2ep2": ["parallel.pipeline=2", "parallel.expert=2", *STAGES],
     "tp2etp2": ["parallel.tensor=2", "parallel.expert_tensor=2"],
     "dp4": [],
 }
@@ -33,6 +35,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(folder: Path) -> None:
         values = tiny_values(folder / "digits", folder / "run")
+        values["language"]["num_layers"] = 5
         values["train"]["precision"] = "bf16"  # fp32 copies of the weights, as on GPUs
         config = write_config(folder / "run.yaml", values)
         words = [f"{name}={json.dumps(overrides)}" for name, overrides in LAYOUTS.items()]

@@ -29,7 +29,10 @@ def assert_same_routing(output: Path, reference: Path) -> None:
                 assert got["prob"] == pytest.approx(part["prob"], abs=TOLERANCE), place
 
 
-LAYOUTS = ("ep2", "pp2", "pp2block", "pp2first", "pp2last", "tp2", "dp2", "tp2etp2", "tp2ep2")
+LAYOUTS = (
+    *("ep2", "tp2", "dp2", "tp2etp2", "tp2ep2"),
+    *("pp2", "pp2block", "pp2first", "pp2last", "pp2virtual"),
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,7 +68,14 @@ def test_four_processes_train_like_one(single: Path, quad: Path) -> None:
     assert_same_routing(quad / "tp2ep2dp2", single / "moiie")
 
 
+def test_virtual_stages_of_a_dense_model(single: Path, pair: Path) -> None:
+    (step,), (wanted,) = read_metrics(pair / "dense"), read_metrics(single / "dense")
+    for key in ("lm_loss", "grad_norm", "tokens"):
+        assert step[key] == pytest.approx(wanted[key], rel=TOLERANCE), key
+
+
 def test_a_pipeline_stage_without_experts(single: Path, pair: Path) -> None:
+    """Of virtual stages."""
     assert_same_course(read_metrics(pair / "one_layer"), read_metrics(single / "one_layer"))
     assert_same_routing(pair / "one_layer", single / "one_layer")
 

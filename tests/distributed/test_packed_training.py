@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed.joint_runs import (
     TOLERANCE,
+    VIRTUAL,
     assert_same_course,
     go_back,
     joint_values,
@@ -79,6 +80,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory, digits: Path, alone: Path)
             "tp2": {"parallel": {"tensor": 2}},
             "resumed": {"parallel": {"tensor": 2}},
             "pp2rows": {"parallel": {"pipeline": 2}, "data": whole_rows},
+            "pp2virtual": {"parallel": VIRTUAL, "moe": UNBALANCED, "data": whole_rows},
             "ep2": {"parallel": {"expert": 2}, "moe": UNBALANCED, "megatron": FULL},
             "allgather": {
                 "parallel": {"expert": 2},
@@ -130,7 +132,7 @@ def test_two_processes_train_like_one(layout: str, alone: Path, layouts: Path) -
         assert whole_rows(steps) == [3, 3, 6]
 
 
-@pytest.mark.parametrize("layout", ["ep2", "allgather"])
+@pytest.mark.parametrize("layout", ["ep2", "allgather", "pp2virtual"])
 def test_ranks_with_rows_of_their_own(layout: str, alone: Path, layouts: Path) -> None:
     """Each rank packs its own share: other rows, the same losses and gradients."""
     steps, reference = read_metrics(layouts / layout), read_metrics(alone / "packed")
@@ -142,6 +144,9 @@ def test_ranks_with_rows_of_their_own(layout: str, alone: Path, layouts: Path) -
     if layout == "allgather":
         # In the last step one rank has 4 rows, and the other spreads its 3 over as many.
         assert whole_rows(steps) == [4, 4, 8]
+    if layout == "pp2virtual":
+        # Three rows are split into four: the schedule takes two at a time.
+        assert whole_rows(steps) == [4, 4, 6]
 
 
 def test_resume_in_the_middle(tmp_path: Path, alone: Path, layouts: Path) -> None:

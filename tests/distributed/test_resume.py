@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.joint_runs import SAVE_EVERY, STEPS, assert_same_course, joint_values
+from tests.distributed.joint_runs import (
+    SAVE_EVERY,
+    STEPS,
+    VIRTUAL,
+    assert_same_course,
+    go_back,
+    joint_values,
+)
 from tests.helpers.checkpoints import plain_tensors
 from tests.helpers.launch import TRAIN, command, kill_group, run, started
 from tests.helpers.pause import Pause
@@ -67,7 +74,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 def test_resume_in_another_layout(pair: Path, quad: Path) -> None:
-    """Two ranks with EP=2 begin, four with PP=2 and EP=2 finish."""
+    """Two ranks with EP=2 begin, four with EP=2 and PP=2 in virtual stages finish."""
     steps = read_metrics(quad / "resumed")
     assert_same_course(steps, read_metrics(pair / "ep2"))
     # Not the copied lines: the other layout has written its own.
@@ -76,10 +83,31 @@ def test_resume_in_another_layout(pair: Path, quad: Path) -> None:
 
 
 def test_resume_with_a_stage_without_experts(pair: Path, quad: Path) -> None:
-    """Two ranks begin, four finish; one pipeline stage has no expert parameters to optimize."""
+    """Two ranks with virtual stages begin, four without finish; one of the pipeline ranks has no
+    expert parameters to optimize."""
     steps, whole = read_metrics(quad / "one_layer"), read_metrics(pair / "one_layer")
     assert_same_course(steps, whole)
     assert steps[-1]["seconds"] != whole[-1]["seconds"]
+
+
+def test_virtual_stages_resume_bit_for_bit(
+    tmp_path: Path, digits: Path, single: Path, pair: Path
+) -> None:
+    whole = pair / "pp2virtual"
+    output = go_back(whole, tmp_path / "run", STEPS - SAVE_EVERY)
+    values = joint_values(
+        digits, output, single / "seed", parallel=VIRTUAL, checkpoint={"interval": SAVE_EVERY}
+    )
+    file = write_config(tmp_path / "run.yaml", values)
+    run(command(TRAIN, [file], processes=2), timeout=120).check()
+    steps, wanted = read_metrics(output), read_metrics(whole)
+    assert steps[-1]["seconds"] != wanted[-1]["seconds"]
+    for key in ("step", "lm_loss", "grad_norm", "aux_vision", "aux_text"):
+        assert [line[key] for line in steps] == [line[key] for line in wanted], key
+    last = Path("checkpoints", f"step_{STEPS:07d}")
+    before, after = plain_tensors(whole / last), plain_tensors(output / last)
+    assert before.keys() == after.keys() == plain_tensors(pair / "ep2" / last).keys()
+    assert [name for name, value in before.items() if not torch.equal(value, after[name])] == []
 
 
 def test_finished_run_is_left_alone(tmp_path: Path, single: Path, digits: Path) -> None:
@@ -125,7 +153,7 @@ def test_connector_stage_whose_last_rank_has_nothing_to_train(single: Path, pair
 
 
 def test_connector_stage_resumes(pair: Path, quad: Path) -> None:
-    """Two ranks begin, four go on; the last stage's optimizer still has nothing."""
+    """Two ranks begin, four with virtual stages go on; the last rank's optimizer has nothing."""
     steps, whole = read_metrics(quad / "connector"), read_metrics(pair / "connector")
     assert len(steps) == len(whole) == 2
     assert steps[1]["seconds"] != whole[1]["seconds"]

@@ -22,7 +22,7 @@ from moiie_megatron.convert.fill_model import fill_model
 from moiie_megatron.convert.reshard import reshard_checkpoint
 from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.training.state import TrainState, prepare_training
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 from moiie_megatron.vlm.model import MoIIEModel
 from tests.helpers.train_states import save, update
 
@@ -55,7 +55,7 @@ def training(
     """Context and fresh training state of a layout."""
     config = load_config(source / CONFIG_FILE, ["train.device=cpu", *overrides])
     context = init_parallel(config.active_parallel, launch, device="cpu", seed=1)
-    return context, prepare_training(config, context, build_model(config, context), steps=10)
+    return context, prepare_training(config, context, build_chunks(config, context), steps=10)
 
 
 def main() -> None:
@@ -66,15 +66,16 @@ def main() -> None:
     tensor = ["parallel.tensor=2"]
 
     context, state = training(source, tensor, launch)
-    load_weights(source, context, state.model)
-    found = outputs(state.model)
+    (model,) = state.model
+    load_weights(source, context, model)
+    found = outputs(model)
     # language.pretrained fills a model from whole tensors: the same weights.
-    loaded = {name: p.detach().clone() for name, p in state.model.named_parameters()}
-    fill_model(state.model, CheckpointReader(source).get)
-    assert all(torch.equal(p, loaded[name]) for name, p in state.model.named_parameters())
-    state.model(**inputs()).sum().backward()
+    loaded = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fill_model(model, CheckpointReader(source).get)
+    assert all(torch.equal(p, loaded[name]) for name, p in model.named_parameters())
+    model(**inputs()).sum().backward()
     for name in ("embedding.word_embeddings", "output_layer"):
-        weight = state.model.language_model.get_submodule(name).weight
+        weight = model.language_model.get_submodule(name).weight
         found[name] = weight.main_grad.clone()
     torch.save(found, out / f"rank{launch.rank}.pt")
     update(state)

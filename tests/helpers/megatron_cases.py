@@ -22,7 +22,7 @@ from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.parallel import ParallelContext, seed_everything
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 from tests.helpers.batches import image_batch, text_batch
 from tests.parity import tiny
 
@@ -59,13 +59,6 @@ TE_CASES: tuple[Case, ...] = (
     {"attention_backend": "unfused"},
     {"apply_rope_fusion": True},
 )
-
-# With two pipeline stages.
-STAGE_CASES: tuple[Case, ...] = (
-    {"num_layers_in_first_pipeline_stage": 1},
-    {"num_layers_in_last_pipeline_stage": 3},
-)
-
 
 FIELDS = {field.name: field for field in dataclasses.fields(TransformerConfig)}
 # Fields of the installed Megatron-Core that are refused because they change nothing.
@@ -111,9 +104,9 @@ def take_step(
     check_config(config, world_size=context.size)
     seed_everything(3, context.groups)
     with _no_attention_backend(), _forced(forced or {}):
-        model = build_model(config, context)
+        model = build_chunks(config, context)
     state = prepare_training(config, context, model, steps=2)
-    state.ddp.train()
+    state.model.train()
     result = train_step(config, context, state, [image_batch(0), text_batch(1)])
     found = {f"grad/{n}": p.main_grad for n, p in model.named_parameters() if p.requires_grad}
     return found | {"losses": result.micro_batch_losses, "norm": torch.tensor(result.grad_norm)}

@@ -12,7 +12,7 @@ from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.parallel import ParallelContext, seed_everything
 from moiie_megatron.training.state import TrainState, prepare_training
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 from tests.helpers.tiny_run import tiny_values, write_config
 
 RATES = {"vision": 1e-4, "connector": 3e-3, "language": 1e-3, "moe": 2e-3}
@@ -27,7 +27,7 @@ def make_config(folder: Path, **sections: Any) -> RunConfig:
 
 def make_state(config: RunConfig, context: ParallelContext, seed: int) -> TrainState:
     seed_everything(seed, context.groups)
-    return prepare_training(config, context, build_model(config, context), steps=10)
+    return prepare_training(config, context, build_chunks(config, context), steps=10)
 
 
 def update(state: TrainState) -> None:

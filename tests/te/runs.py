@@ -13,8 +13,8 @@ from moiie_megatron.config.schema import MoEConfig, RunConfig
 from moiie_megatron.mcore.parallel import ParallelContext, seed_everything
 from moiie_megatron.training.state import TrainState, prepare_training
 from moiie_megatron.training.step import StepResult, train_step
-from moiie_megatron.vlm.build import build_model
-from moiie_megatron.vlm.model import MoIIEModel
+from moiie_megatron.vlm.build import build_chunks
+from moiie_megatron.vlm.chunks import ModelChunks
 from tests.helpers.tiny_hf import write_language
 from tests.te.steps import RATES, padded, tiny_config
 
@@ -30,9 +30,9 @@ def config_of(model: str) -> RunConfig:
     return config.model_copy(update={"stage": stage})
 
 
-def fresh_model(model: str, context: ParallelContext, seed: int) -> MoIIEModel:
+def fresh_model(model: str, context: ParallelContext, seed: int) -> ModelChunks:
     seed_everything(seed, context.groups)
-    return build_model(config_of(model), context)
+    return build_chunks(config_of(model), context)
 
 
 def start(model: str, context: ParallelContext, seed: int) -> TrainState:

@@ -27,7 +27,7 @@ from moiie_megatron.mcore import config as mcore_config
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 from tests.parity.tiny import language, run_config
 
 IMAGE_TOKENS = 16
@@ -123,7 +123,9 @@ class Weights:
     """
 
     def __init__(self, config: RunConfig, context: ParallelContext) -> None:
-        state = build_model(config, context).sharded_state_dict(metadata=sharding_metadata(context))
+        state = build_chunks(config, context).sharded_state_dict(
+            metadata=sharding_metadata(context)
+        )
         shapes = {}
         for entry in state.values():
             if isinstance(entry, ShardedTensor | ShardedTensorFactory):
@@ -163,10 +165,10 @@ def course(
     config: RunConfig, context: ParallelContext, steps: Sequence[list[Batch]]
 ) -> list[tuple[float, float]]:
     """Loss and gradient norm of training steps, each on this rank's micro-batches."""
-    model = build_model(config, context)
+    model = build_chunks(config, context)
     assert fill_model(model, Weights(config, context)) == []
     state = prepare_training(config, context, model, steps=10)
-    state.ddp.train()
+    state.model.train()
     results = [train_step(config, context, state, batches) for batches in steps]
     assert all(result.updated for result in results)
     return [(result.lm_loss, result.grad_norm) for result in results]

@@ -29,7 +29,6 @@ class Allowed:
 
 
 _TE: Final = "Transformer Engine"
-_STAGES: Final = "`parallel.pipeline` of 2 or more"
 
 ALLOWED: Final[dict[str, Allowed]] = {
     "recompute_granularity": Allowed(
@@ -78,18 +77,6 @@ ALLOWED: Final[dict[str, Allowed]] = {
     ),
     "attention_dropout": Allowed(
         FractionBelowOne, "dropout on attention weights, in training only", "different"
-    ),
-    "num_layers_in_first_pipeline_stage": Allowed(
-        PositiveInt,
-        "layers of the first pipeline stage, which also runs the vision encoder",
-        "the same up to rounding",
-        _STAGES,
-    ),
-    "num_layers_in_last_pipeline_stage": Allowed(
-        PositiveInt,
-        "layers of the last pipeline stage, which also computes logits and losses",
-        "the same up to rounding",
-        _STAGES,
     ),
     "bias_activation_fusion": Allowed(
         bool,

@@ -39,7 +39,6 @@ def check_megatron(config: RunConfig) -> None:
     """
     fields = megatron_fields(config)
     _check_recompute(config, fields)
-    _check_stages(config, fields)
 
 
 def _value(name: str, value: Any) -> Any:
@@ -127,26 +126,6 @@ def _check_recomputed_modules(config: RunConfig, modules: list[str]) -> None:
         raise UserError(
             f"megatron.recompute_modules has mlp but all {config.language.num_layers} layers have "
             "experts: use moe."
-        )
-
-
-def _check_stages(config: RunConfig, fields: dict[str, Any]) -> None:
-    names = [
-        name
-        for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-        if name in fields
-    ]
-    stages, layers = config.parallel.pipeline, config.language.num_layers
-    if names and stages == 1:
-        raise UserError(
-            f"megatron.{names[0]} is {fields[names[0]]} but parallel.pipeline is 1: use 2 or more "
-            "stages, or leave it out."
-        )
-    if names and config.pipeline_layers is None:
-        given = listed((f"megatron.{name} is {fields[name]}" for name in names), "and")
-        raise UserError(
-            f"{given}, but language.num_layers is {layers} and parallel.pipeline is {stages}: the "
-            "other stages must get the same number of layers each."
         )
 
 

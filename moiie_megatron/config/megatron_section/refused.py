@@ -29,22 +29,8 @@ class Refused:
 REFUSED: Final = (
     # Parallelism.
     Refused(
-        "interleaved pipeline stages are not supported",
-        (
-            "virtual_pipeline_model_parallel_size",
-            "microbatch_group_size_per_vp_stage",
-            "overlap_p2p_comm",
-            "overlap_p2p_comm_warmup_flush",
-        ),
-    ),
-    Refused(
-        "stages are divided by the number of layers alone",
-        (
-            "pipeline_model_parallel_layout",
-            "account_for_embedding_in_pipeline_split",
-            "account_for_loss_in_pipeline_split",
-        ),
-        "use num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage",
+        "the interleaved schedule has one form only",
+        ("microbatch_group_size_per_vp_stage", "overlap_p2p_comm_warmup_flush"),
     ),
     Refused(
         "pipeline stages communicate in one way only, which train.device decides",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.families.weight_map import EMBEDDING, LANGUAGE, VOCABULARY, WeightMapping
+from moiie_megatron.layout.stages import layers_of_ranks
 from moiie_megatron.layout.vocabulary import padded_vocab_size
 
 
@@ -21,7 +22,7 @@ class TensorShards:
     Args:
         offsets: Where it begins.
         shape: Its size.
-        stage: The pipeline stage.
+        stage: The pipeline rank.
         owner: ``("all",)`` the whole stage, ``("tensor", rank)`` one tensor-parallel rank,
             ``("expert", rank, tensor rank)`` one expert-parallel rank.
     """
@@ -88,12 +89,12 @@ def _parts(
 
 
 def _stage(config: RunConfig, row: WeightMapping) -> int:
-    """The first pipeline stage that holds a tensor (tied embeddings are on the last one, too)."""
+    """The first pipeline rank that holds a tensor (tied embeddings are on the last one, too)."""
     stages = config.parallel.pipeline
     if not row.megatron.startswith(LANGUAGE) or row.megatron == EMBEDDING:
         return 0
     if row.layer is None:
         return stages - 1
     assert config.pipeline_layers is not None  # see config/validate_parallel.py
-    stage_of_layer = [stage for stage, n in enumerate(config.pipeline_layers) for _ in range(n)]
-    return stage_of_layer[row.layer]
+    ranks = layers_of_ranks(config.pipeline_layers, stages)
+    return next(r for r, held in enumerate(ranks) if any(row.layer in layers for layers in held))

@@ -139,11 +139,11 @@ def build_train_loader(  # noqa: PLR0913  # what a run knows of its stream
         is_stopping=is_stopping,
     )
     if config.data.packing:
-        spec = _packing_spec(config, dataset)
+        spec, multiple_of = _packing_spec(config, dataset), config.micro_batches_multiple_of
         if isinstance(dataset, LlavaDataset):
-            return build_packed_loader(dataset, settings, spec, max_over_dp)
+            return build_packed_loader(dataset, settings, spec, max_over_dp, multiple_of)
         steps = _energon_stream(config, dataset, settings, partial(pack, spec=spec), state)
-        return equalize_row_counts(iter(steps), spec, max_over_dp)
+        return equalize_row_counts(iter(steps), spec, max_over_dp, multiple_of)
     make = _batch_maker(config, dataset)
     if isinstance(dataset, LlavaDataset):
         micro_batches = build_loader(dataset, settings, make)

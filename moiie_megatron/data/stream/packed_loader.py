@@ -22,6 +22,7 @@ def build_packed_loader(
     settings: LoaderSettings,
     spec: PackingSpec,
     max_over_dp: Callable[[int], int],
+    rows_multiple_of: int = 1,
 ) -> Iterator[list[Batch]]:
     """The rows of every step of one data-parallel rank, each a micro-batch.
 
@@ -33,10 +34,13 @@ def build_packed_loader(
             which samples of a step the rank has.
         spec: What all rows have in common.
         max_over_dp: The maximum of a number over the data-parallel ranks; called once per step.
+        rows_multiple_of: The number of rows is a multiple of this, and so must be the number of
+            samples.
 
     Raises:
         UserError: While iterating: too many samples in a row were skipped.
     """
     sampler = StepSampler(SampleOrder(dataset.blend, settings.seed), settings)
     items = ReadSamples(dataset, settings, partial(pack, spec=spec))
-    return equalize_row_counts(read_ahead(items, sampler, settings), spec, max_over_dp)
+    steps = read_ahead(items, sampler, settings)
+    return equalize_row_counts(steps, spec, max_over_dp, rows_multiple_of)

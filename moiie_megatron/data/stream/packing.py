@@ -113,7 +113,10 @@ def split_rows_to_count(rows: Sequence[Batch], count: int, spec: PackingSpec) ->
 
 
 def equalize_row_counts(
-    steps: Iterator[list[Batch]], spec: PackingSpec, max_over_dp: Callable[[int], int]
+    steps: Iterator[list[Batch]],
+    spec: PackingSpec,
+    max_over_dp: Callable[[int], int],
+    rows_multiple_of: int = 1,
 ) -> Iterator[list[Batch]]:
     """The rows of every step, split so that all data-parallel ranks have the same number of rows.
 
@@ -121,9 +124,12 @@ def equalize_row_counts(
         steps: The packed rows of every step of this rank.
         spec: The one that the rows were packed with.
         max_over_dp: The maximum of a number over the data-parallel ranks; called once per step.
+        rows_multiple_of: The number of rows is a multiple of this, and so must be the number of
+            samples.
     """
     for rows in steps:
-        yield split_rows_to_count(rows, max_over_dp(len(rows)), spec)
+        count = math.ceil(max_over_dp(len(rows)) / rows_multiple_of) * rows_multiple_of
+        yield split_rows_to_count(rows, count, spec)
 
 
 def _pack_row(examples: Sequence[Example], spec: PackingSpec) -> Batch:

@@ -24,7 +24,7 @@ from moiie_megatron.selftest.checks.models import example, tiny_config
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import StepResult, train_step
 from moiie_megatron.utils.timing import Timings, interleave, slower_rank
-from moiie_megatron.vlm.build import build_model, te_experts
+from moiie_megatron.vlm.build import build_chunks, te_experts
 
 _IMAGE_FRACTION: Final = 0.7
 _ABSURD_RATIO: Final = 20.0  # of the layer's time to that of its matrix products
@@ -100,8 +100,8 @@ def check_step_speed(session: Session) -> Finding:
     config = _step_config(session)
     if config is None:
         return failed("the GPU has too little memory for the smallest of its models")
-    state = prepare_training(config, context, build_model(config, context), steps=100)
-    state.ddp.train()
+    state = prepare_training(config, context, build_chunks(config, context), steps=100)
+    state.model.train()
     batches = _packed_rows(config, context)
     device = context.device.torch_device
     if session.is_cuda:

@@ -41,7 +41,7 @@ from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
 from moiie_megatron.training.stop import StopRequest
 from moiie_megatron.utils.files import atomic_write
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 
 CURVE: Final = Path(__file__).with_name("loss_curve.json")
 STEPS: Final = 20
@@ -103,10 +103,10 @@ def loss_curve(
         directory: The built-in data is written there.
     """
     config = _curve_config(directory, context, precision)
-    model = build_model(config, context)
+    model = build_chunks(config, context)
     fill_model(model, seeded_weights(config))
     state = prepare_training(config, context, model, STEPS)
-    state.ddp.train()
+    state.model.train()
     loader = _loader(config, context.dp_rank, context.dp_size)
     results = [train_step(config, context, state, next(loader)) for _ in range(STEPS)]
     return {

@@ -8,6 +8,8 @@ from moiie_megatron.config.validate import check_config
 from tests.helpers.user_errors import user_error
 from tests.unit.config.minimal import load_minimal
 
+VIRTUAL = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
+
 
 @pytest.mark.parametrize(
     ("overrides", "parts"),
@@ -168,7 +170,27 @@ from tests.unit.config.minimal import load_minimal
         ),
         (
             ["parallel.pipeline=3"],
-            ("parallel.pipeline", "3", "language.num_layers", "4", "1, 2 or 4"),
+            ("parallel.pipeline", "3", "language.num_layers", "4", "1, 2 or 4", "pipeline_layers"),
+        ),
+        (
+            ["parallel.virtual_pipeline=2"],
+            ("parallel.virtual_pipeline is 2", "parallel.pipeline is 1"),
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=3"],
+            ("parallel.pipeline is 2 and parallel.virtual_pipeline is 3", "divides 4"),
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.pipeline_layers=[1, 2]"],
+            ("parallel.pipeline_layers is [1, 2] (3 layers)", "language.num_layers is 4"),
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.pipeline_layers=[1, 1, 2]"],
+            ("parallel.pipeline_layers is [1, 1, 2]", "parallel.pipeline is 2", "2 numbers"),
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.pipeline_layers=[0, 4]"],
+            ("parallel.pipeline_layers.0 is 0", "above 0"),
         ),
         (
             ["parallel.tensor=8"],
@@ -262,6 +284,7 @@ def test_measured_loads_place_the_experts(tmp_path: Path) -> None:
         ["parallel.tensor=2"],
         ["parallel.tensor=4"],  # two query groups shared by four ranks
         ["parallel.pipeline=4", "parallel.expert=4", "parallel.expert_tensor=2"],
+        ["parallel.pipeline=3", "parallel.pipeline_layers=[2, 1, 1]"],
         ["parallel.expert=3", "stage.preset=stage-connector"],  # not used by a dense stage
         ["moe.variant=dense", "stage.learning_rates.moe=null"],
         ["stage.learning_rates={moe: null}"],  # experts, but frozen
@@ -319,6 +342,17 @@ def test_possible_combination(tmp_path: Path, overrides: list[str]) -> None:
             6,
             ("3 data-parallel ranks", "multiple of 6"),
         ),
+        # The interleaved schedule takes two micro-batches at a time, and rows are samples at least.
+        (
+            [*VIRTUAL, "train.micro_batch_size=4"],
+            2,
+            ("global_batch_size is 4", "virtual_pipeline is 2", "2 micro-batches", "multiple of 8"),
+        ),
+        (
+            [*VIRTUAL, "data.packing=true"],
+            8,
+            ("global_batch_size is 4", "2 rows", "each of 4 data-parallel ranks", "multiple of 8"),
+        ),
     ],
 )
 def test_impossible_world(
@@ -336,6 +370,8 @@ def test_impossible_world(
         (["parallel.expert=4"], 4),
         (["parallel.expert=4", "stage.preset=stage-connector"], 2),
         (["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2"], 4),
+        ([*VIRTUAL, "train.micro_batch_size=2"], 2),
+        ([*VIRTUAL, "train.micro_batch_size=2", "data.packing=true"], 4),
         (["parallel.tensor=2", "parallel.expert_tensor=2", "parallel.expert=2"], 4),
     ],
 )

@@ -103,3 +103,12 @@ def test_where_weight_gradients_are_fused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_sent_activations_are_freed(stages: int) -> None:
     config = transformer_config(run(parallel=ParallelConfig(pipeline=stages)), CPU)
     assert config.deallocate_pipeline_outputs == (stages > 1)
+
+
+def test_virtual_stages() -> None:
+    """They send behind the computation, so that what they send must not be freed."""
+    parallel = ParallelConfig(pipeline=2, virtual_pipeline=2)
+    config = transformer_config(run(parallel=parallel), CPU)
+    assert config.virtual_pipeline_model_parallel_size == 2
+    assert config.overlap_p2p_comm and not config.batch_p2p_comm
+    assert not config.deallocate_pipeline_outputs

@@ -36,7 +36,7 @@ def built_class(mlp: Any) -> type:
 
 
 def test_a_dense_decoder() -> None:
-    spec = decoder_spec(config(), CPU, moe_module=None, pp_rank=0)
+    spec = decoder_spec(config(), CPU, moe_module=None, layers=range(4))
     assert mlps(spec) == [MLP] * 4 and spec.layer_norm is RMSNorm
     layer = spec.layer_specs[0].submodules
     assert layer.input_layernorm is layer.pre_mlp_layernorm is RMSNorm
@@ -44,24 +44,24 @@ def test_a_dense_decoder() -> None:
 
 
 def test_experts_are_where_the_configuration_says() -> None:
-    spec = decoder_spec(config(moe_layer_freq=[0, 1, 0, 1]), CPU, moe_module=EXPERTS, pp_rank=0)
+    every_second = config(moe_layer_freq=[0, 1, 0, 1])
+    spec = decoder_spec(every_second, CPU, moe_module=EXPERTS, layers=range(4))
     assert mlps(spec) == [MLP, torch.nn.Identity, MLP, torch.nn.Identity]
 
 
 def test_a_stage_gets_its_own_layers() -> None:
-    """Layers 0 and 1, then 2 and 3."""
-    two = config(
-        moe_layer_freq=[0, 1, 1, 0], pipeline_model_parallel_size=2, pipeline_dtype=torch.float32
-    )
+    whole = config(moe_layer_freq=[0, 1, 1, 0])
     first, second = (
-        mlps(decoder_spec(two, CPU, moe_module=EXPERTS, pp_rank=rank)) for rank in (0, 1)
+        mlps(decoder_spec(whole, CPU, moe_module=EXPERTS, layers=layers))
+        for layers in (range(1), range(1, 4))
     )
-    assert first == [MLP, torch.nn.Identity] and second == [torch.nn.Identity, MLP]
+    assert first == [MLP] and second == [torch.nn.Identity, torch.nn.Identity, MLP]
 
 
 def test_the_norm_before_experts_keeps_its_checkpoint_name() -> None:
     """In a dense layer it is stored as part of the FFN's first linear layer."""
-    spec = decoder_spec(config(moe_layer_freq=[0, 1, 0, 1]), CPU, moe_module=EXPERTS, pp_rank=0)
+    every_second = config(moe_layer_freq=[0, 1, 0, 1])
+    spec = decoder_spec(every_second, CPU, moe_module=EXPERTS, layers=range(4))
     dense, moe = (layer.submodules.sharded_state_dict_keys_map for layer in spec.layer_specs[:2])
     assert dense["pre_mlp_layernorm."] == "mlp.linear_fc1.layer_norm_"
     assert "pre_mlp_layernorm." not in moe

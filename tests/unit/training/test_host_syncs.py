@@ -73,7 +73,7 @@ def test_the_host_waits_where_it_must(
     model = build(config, context)
     row = packed_row()
     with HostSyncs().recorded() as found:
-        loss = model(**forward_inputs(config, row, context)).sum()
+        loss = model(**forward_inputs(config, row, context, model)).sum()
         loss.backward()
     unknown = found.counts.keys() - WAITS.keys() - ON_THE_HOST
     assert not unknown, sorted(unknown)

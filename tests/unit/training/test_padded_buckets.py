@@ -28,7 +28,8 @@ def test_a_run_resumes_bit_for_bit(
 
     def prepare(*arguments: Any) -> Any:
         prepared = state.prepare_training(*arguments)
-        for buffer in (*prepared.ddp.buffers, *prepared.ddp.expert_parallel_buffers):
+        (ddp,) = prepared.ddp
+        for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
             padding.extend(b.grad_data.numel() - b.numel_unpadded for b in buffer.buckets)
         return prepared
 

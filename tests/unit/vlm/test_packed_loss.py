@@ -61,7 +61,7 @@ def losses(model: MoIIEModel, context: ParallelContext, batches: list[Batch]) ->
     model.zero_grad()
     found: dict[str, Tensor] = {}
     for batch in batches:
-        loss = model(**forward_inputs(CONFIG, batch, context))
+        loss = model(**forward_inputs(CONFIG, batch, context, model))
         loss.sum().backward()
         if batch.cu_seqlens is None:
             parts = dict(zip(batch.record_ids, loss, strict=True))

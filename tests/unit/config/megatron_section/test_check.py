@@ -19,12 +19,13 @@ FULL = {"recompute_granularity": "full", "recompute_num_layers": 2}
 BLOCK = {**FULL, "recompute_method": "block"}
 UNIFORM = {**FULL, "recompute_method": "uniform"}
 SELECTIVE = {"recompute_granularity": "selective"}
-FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 
 
-def run(stages: int = 1, moe: MoEConfig | None = None, **megatron: Any) -> RunConfig:
+def run(
+    parallel: ParallelConfig | None = None, moe: MoEConfig | None = None, **megatron: Any
+) -> RunConfig:
     """A run of four layers; experts, if any, are in layers 1 and 3."""
-    parallel = ParallelConfig(pipeline=stages)
+    parallel = parallel or ParallelConfig()
     return tiny.run_config(tiny.language("llama"), moe, parallel=parallel, megatron=megatron)
 
 
@@ -71,7 +72,11 @@ def test_possible_sections(megatron: dict[str, Any]) -> None:
         ({**UNIFORM, "recompute_num_layers": 3}, ("recompute_num_layers is 3", "1, 2 or 4")),
         ({**SELECTIVE, "recompute_modules": []}, ("recompute_modules", "core_attn")),
         ({**SELECTIVE, "recompute_modules": ["ffn"]}, ("recompute_modules", "ffn", "moe_act")),
-        ({FIRST: 1}, (f"megatron.{FIRST} is 1", "parallel.pipeline is 1")),
+        (
+            {"virtual_pipeline_model_parallel_size": 2},
+            ("virtual_pipeline_model_parallel_size is 2", "parallel.virtual_pipeline"),
+        ),
+        ({"num_layers_in_first_pipeline_stage": 1}, ("is 1", "parallel.pipeline_layers")),
     ],
 )
 def test_impossible_sections(megatron: dict[str, Any], parts: tuple[str, ...]) -> None:
@@ -91,46 +96,15 @@ def test_there_may_be_no_dense_layer_to_recompute() -> None:
         check_megatron(config)
 
 
-@pytest.mark.parametrize(
-    ("stages", "megatron", "layers"),
-    [
-        (2, {}, [2, 2]),
-        (2, {FIRST: 1}, [1, 3]),
-        (2, {LAST: 1}, [3, 1]),
-        (2, {FIRST: 1, LAST: 3}, [1, 3]),
-        (3, {FIRST: 2}, [2, 1, 1]),
-        (3, {FIRST: 1, LAST: 2}, [1, 1, 2]),
-    ],
-)
-def test_stages_of_different_sizes(
-    stages: int, megatron: dict[str, int], layers: list[int]
-) -> None:
-    config = run(stages, **megatron)
-    check_megatron(config)
-    assert config.pipeline_layers == layers
-
-
-@pytest.mark.parametrize(
-    ("stages", "megatron"),
-    [
-        (2, {FIRST: 4}),
-        (2, {FIRST: 1, LAST: 1}),
-        (3, {FIRST: 1}),
-        (3, {FIRST: 2, LAST: 2}),
-        (2, {LAST: 5}),
-    ],
-)
-def test_stages_that_do_not_add_up(stages: int, megatron: dict[str, int]) -> None:
-    name, value = next(iter(megatron.items()))
-    with user_error(f"megatron.{name} is {value}", "language.num_layers is 4"):
-        check_megatron(run(stages, **megatron))
-
-
 def test_recomputed_layers_are_those_of_a_stage() -> None:
-    uneven = {FIRST: 1, "recompute_granularity": "full", "recompute_num_layers": 3}
-    check_megatron(run(2, **uneven, recompute_method="block"))
+    uneven = ParallelConfig(pipeline=2, pipeline_layers=[1, 3])
+    three = {"recompute_granularity": "full", "recompute_num_layers": 3}
+    check_megatron(run(uneven, **three, recompute_method="block"))
     with user_error("recompute_num_layers is 3", "has 1 layers"):
-        check_megatron(run(2, **uneven, recompute_method="uniform"))
+        check_megatron(run(uneven, **three, recompute_method="uniform"))
+    virtual = ParallelConfig(pipeline=2, virtual_pipeline=2)
+    with user_error("recompute_num_layers is 2", "has 1 layers"):
+        check_megatron(run(virtual, **BLOCK))
 
 
 def test_a_name_is_in_one_table() -> None:
