@@ -94,7 +94,9 @@ def loads(case: Case, layer: MoIIELayer, context: ParallelContext) -> float:
     """Largest over mean number of rows that the ranks' experts process."""
     with torch.no_grad():
         layer(case.hidden, padding_mask=case.token_types)
-    mine = layer.token_dispatcher.dispatched.counts.splits.tokens_per_expert.sum().double().reshape(1)
+    mine = (
+        layer.token_dispatcher.dispatched.counts.splits.tokens_per_expert.sum().double().reshape(1)
+    )
     every = [torch.zeros_like(mine) for _ in range(context.size)]
     dist.all_gather(every, mine)
     rows: Tensor = torch.cat(every)

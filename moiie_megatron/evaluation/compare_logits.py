@@ -27,6 +27,7 @@ from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.run import run_distributed
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.image_split import images_of_rank
 
 _SEED = 20
 _ROWS = 2
@@ -177,7 +178,9 @@ def megatron_logits(
         tokens = given.tokens.to(device)
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         types = torch.where(given.is_image, IMAGE, TEXT).to(device, torch.int8)
-        images = None if given.images is None else given.images.to(device)
+        images = given.images
+        if images is not None:
+            images = images[images_of_rank(len(images), context.groups.tp)].to(device)
         results.append(model(tokens, positions, types, images).float().cpu())
     return results
 

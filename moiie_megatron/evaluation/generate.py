@@ -22,7 +22,7 @@ from moiie_megatron.checkpoint.load_weights import load_weights
 from moiie_megatron.config.load import load_saved_config
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.encode.encoder import encode_prompt
-from moiie_megatron.data.encode.images import ImageLoader, normalize
+from moiie_megatron.data.encode.images import ImageLoader
 from moiie_megatron.data.encode.stop_ids import stop_ids
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
@@ -32,6 +32,7 @@ from moiie_megatron.layout.token_types import PADDING, TEXT
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.image_split import pixels_of_rank
 from moiie_megatron.vlm.model import MoIIEModel
 
 
@@ -214,7 +215,7 @@ class Generator:
                 len(prompts), 1
             ),
             token_types=self._padded(types, PADDING).to(device),
-            images=normalize(images.to(device), self.statistics.mean, self.statistics.std),
+            images=pixels_of_rank(images, self.config.vision, self.context),
         )
         rows = torch.arange(len(prompts), device=device)
         last = logits[rows, torch.tensor(lengths, device=device) - 1]

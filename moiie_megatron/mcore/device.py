@@ -38,6 +38,12 @@ class Device:
     def is_cuda(self) -> bool:
         return self.type == "cuda"
 
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the host on this device; the host does not wait for the copy."""
+        if self.is_cuda:
+            tensor = tensor.pin_memory()  # from other memory CUDA may wait; pinned ones stay
+        return tensor.to(self.torch_device, non_blocking=True)
+
 
 def choose_device(wanted: str, local_rank: int, transformer_impl: str = "auto") -> Device:
     """Choose CPU or GPU and bind this process to it; for the CPU, patch Megatron-Core.

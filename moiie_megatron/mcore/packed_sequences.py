@@ -36,7 +36,7 @@ def segments_of(cu_seqlens: Tensor, device: Device) -> Segments:
     """
     lengths = tuple(cu_seqlens.diff().tolist())
     if device.transformer_engine:
-        cu_seqlens = cu_seqlens.to(device.torch_device, non_blocking=True)
+        cu_seqlens = device.copy(cu_seqlens)
     longest = max(lengths)
     return Segments(
         qkv_format="thd",

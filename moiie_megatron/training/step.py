@@ -14,15 +14,14 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.encode.images import normalize
 from moiie_megatron.data.stream.batch import Batch
-from moiie_megatron.families.registry import vision_family
 from moiie_megatron.layout.token_types import IMAGE
 from moiie_megatron.mcore.packed_sequences import segments_of
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.planning.flops import Work
 from moiie_megatron.training.state import TrainState
 from moiie_megatron.vlm.chunks import ModelChunks
+from moiie_megatron.vlm.image_split import pixels_of_rank
 
 
 @dataclass(frozen=True)
@@ -72,30 +71,21 @@ def forward_inputs(
     """The arguments of a chunk of the model for a micro-batch, on the device.
 
     Every pipeline stage gets the token types and the segments of a packed row; images only the
-    first one, labels only the last one.
+    first one (this tensor-parallel rank's part), labels only the last one.
 
     Args:
         chunk: A ``MoIIEModel`` or its data-parallel wrapper.
     """
-    is_first, is_last = (
-        get_attr_wrapped_model(chunk, name) for name in ("pre_process", "post_process")
-    )
-    device = context.device.torch_device
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
-
-    images = None
-    if is_first and len(batch.images):
-        statistics = vision_family(config.vision.family).statistics
-        images = normalize(move(batch.images), statistics.mean, statistics.std)
+    first, last = (get_attr_wrapped_model(chunk, name) for name in ("pre_process", "post_process"))
+    move = context.device.copy
     return {
         "tokens": move(batch.tokens),
         "position_ids": move(batch.position_ids),
         "token_types": move(batch.token_types),
-        "images": images,
-        "labels": move(batch.labels) if is_last else None,
-        "label_positions": move(batch.label_positions) if is_last else None,
+        "images": pixels_of_rank(batch.images, config.vision, context) if first else None,
+        "image_positions": move(batch.image_positions) if first else None,
+        "labels": move(batch.labels) if last else None,
+        "label_positions": move(batch.label_positions) if last else None,
         "packed_seq_params": (
             None if batch.cu_seqlens is None else segments_of(batch.cu_seqlens, context.device)
         ),

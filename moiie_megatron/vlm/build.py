@@ -158,12 +158,11 @@ def te_experts() -> Any:
 def _keep_equal_over_tensor_ranks(
     modules: tuple[torch.nn.Module, ...], context: ParallelContext
 ) -> None:
-    """Give the replicas on all tensor-parallel ranks the same weights, now and after every step.
+    """Give all tensor-parallel ranks the same weights, now and after every step.
 
-    Kernels of GPUs are not reproducible to the last bit, so the replicas' gradients differ
-    slightly and the weights would drift apart.  Megatron averages the gradients of parameters
-    with this mark (``finalize_model_grads``), as for its own modules of Hugging Face models
-    (``models/huggingface/module.py``).
+    Each rank's gradients are those of its part of the images (``image_split.py``).  Megatron
+    averages the gradients of parameters with this mark (``finalize_model_grads``), as for its own
+    modules of Hugging Face models (``models/huggingface/module.py``).
     """
     if context.groups.tp.size() == 1:
         return

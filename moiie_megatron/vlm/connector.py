@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Connector(torch.nn.Module):
-    """Linear, GELU, Linear (paper, section 3); replicated over tensor-parallel ranks."""
+    """Linear, GELU, Linear (paper, section 3)."""
 
     def __init__(self, vision_size: int, hidden_size: int, language_size: int) -> None:
         super().__init__()

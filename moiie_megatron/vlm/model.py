@@ -1,7 +1,8 @@
 """The whole model: vision encoder, connector, Megatron's GPTModel with MoIIE layers.
 
-    tokens (b, s)                     images (i, 3, H, W)          first pipeline stage
+    tokens (b, s)                     images (i / TP, 3, H, W)     first pipeline stage
         | embedding                       | vision encoder, connector
+        |                                 | gather over tensor-parallel ranks
     (s, b, h)                         (i, p, h)
         +------------- merge -------------+
                           | split over tensor-parallel ranks
@@ -24,8 +25,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moiie_megatron.data.stream.batch import image_positions as positions_of
 from moiie_megatron.layout.token_types import TEXT
 from moiie_megatron.vlm.connector import Connector
+from moiie_megatron.vlm.image_split import gather_features, images_of_rank
 from moiie_megatron.vlm.language_model import LanguageModel
 from moiie_megatron.vlm.last_image_token import last_image_tokens_as_text
 from moiie_megatron.vlm.merge import merge_images
@@ -35,7 +38,8 @@ from moiie_megatron.vlm.vision import VisionEncoder
 class MoIIEModel(MegatronModule):
     """One pipeline stage of the vision-language model.
 
-    Vision encoder and connector live on the first stage, replicated over tensor-parallel ranks.
+    Vision encoder and connector live on the first stage.  Every tensor-parallel rank has their
+    whole weights and encodes its part of the images (``image_split.py``).
 
     Args:
         config: Megatron's configuration of the language model.
@@ -84,7 +88,7 @@ class MoIIEModel(MegatronModule):
         """The tied weight, for Megatron's reduction over first and last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def forward(
+    def forward(  # noqa: PLR0913  # what the stages need of a micro-batch
         self,
         tokens: Tensor,
         position_ids: Tensor,
@@ -92,6 +96,7 @@ class MoIIEModel(MegatronModule):
         images: Tensor | None = None,
         labels: Tensor | None = None,
         label_positions: Tensor | None = None,
+        image_positions: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
@@ -101,11 +106,15 @@ class MoIIEModel(MegatronModule):
             tokens: int64 ``(b, s)``; ids at image positions are ignored.
             position_ids: int64 ``(b, s)``.
             token_types: int8 ``(b, s)``, needed on every stage.
-            images: Normalised ``(i, 3, H, W)``, in the order of their tokens in the batch; first
-                stage only.
+            images: Normalised ``(images of this rank, 3, H, W)``: this tensor-parallel rank's
+                part (``image_split.images_of_rank``) of the images, which are in the order of
+                their tokens in the batch; first stage only.  None is no image.
             labels: int64 ``(b, s)``, already shifted, -100 where there is none; last stage only.
             label_positions: int64 ``(y,)``, positions of the labels in the flattened ``(s, b)``;
                 default: computed from the labels, which is a host sync.
+            image_positions: int64 ``(i * p,)``, where the features of the images go
+                (``data/stream/batch.py``); first stage only.  Default: computed from the token
+                types, which is a host sync.
             inputs_embeds: ``(b, s, h)`` instead of tokens and images (parity tests).
             packed_seq_params: The segments of a packed row (b = 1), needed on every stage;
                 attention and positions start anew in each.
@@ -120,7 +129,11 @@ class MoIIEModel(MegatronModule):
         """
         decoder_input = None
         if self.pre_process:
-            decoder_input = self._embed(tokens, position_ids, token_types, images, inputs_embeds)
+            if inputs_embeds is not None:
+                merged = inputs_embeds.transpose(0, 1).contiguous()
+            else:
+                merged = self._embed(tokens, position_ids, token_types, images, image_positions)
+            decoder_input = self._split_embeddings(merged)
         routed_types = token_types
         if self.last_image_token_as_text:
             routed_types = last_image_tokens_as_text(token_types)
@@ -164,39 +177,39 @@ class MoIIEModel(MegatronModule):
         position_ids: Tensor,
         token_types: Tensor,
         images: Tensor | None,
-        inputs_embeds: Tensor | None,
+        image_positions: Tensor | None,
     ) -> Tensor:
-        """Embed text, encode images, merge: ``(s, b, h)``, split for sequence parallelism."""
-        if inputs_embeds is not None:
-            merged = inputs_embeds.transpose(0, 1).contiguous()
-        else:
-            # The image id may lie outside the vocabulary, so it is never looked up.
-            text = torch.where(token_types == TEXT, tokens, 0)
-            merged = self.language_model.embedding(input_ids=text, position_ids=position_ids)
-            merged = self._add_images(merged, token_types, images)
-        if torch.is_grad_enabled() and not merged.requires_grad:
+        """Embed text, encode images, merge: ``(s, b, h)``."""
+        # The image id may lie outside the vocabulary, so it is never looked up.
+        text = torch.where(token_types == TEXT, tokens, 0)
+        embeddings = self.language_model.embedding(input_ids=text, position_ids=position_ids)
+        if image_positions is None:
+            image_positions = positions_of(token_types)
+        if images is None:
+            images = embeddings.new_empty(0)
+        features = self._image_features(images, len(image_positions))
+        return merge_images(embeddings, features, image_positions)
+
+    def _image_features(self, images: Tensor, positions: int) -> Tensor:
+        """The features ``(i, p, h)`` of all images, of which ``images`` is this rank's part."""
+        assert self.vision_encoder is not None and self.connector is not None
+        p = self.vision_encoder.config.num_image_tokens
+        i, rest = divmod(positions, p)
+        part = images_of_rank(i, self.groups.tp)
+        if rest or len(images) != part.stop - part.start:
+            raise ValueError(
+                f"The tokens hold {positions} image positions, of which this rank has images "
+                f"[{part.start}, {part.stop}) of {p} image tokens each, but it is given "
+                f"{len(images)} images: every placeholder must be expanded to {p} image ids."
+            )
+        return gather_features(self.connector(self.vision_encoder(images)), i, self.groups.tp)
+
+    def _split_embeddings(self, merged_sbh: Tensor) -> Tensor:
+        """This rank's part of the sequence under sequence parallelism, with a gradient."""
+        if torch.is_grad_enabled() and not merged_sbh.requires_grad:
             # Nothing before the decoder trains.  Megatron's recompute checkpoints give their
             # output a gradient only if an input has one: without it the experts would not train.
-            merged = merged.detach().requires_grad_()
+            merged_sbh = merged_sbh.detach().requires_grad_()
         if self.config.sequence_parallel:
-            merged = scatter_to_sequence_parallel_region(merged, group=self.groups.tp)
-        return merged
-
-    def _add_images(self, embeddings: Tensor, token_types: Tensor, images: Tensor | None) -> Tensor:
-        assert self.vision_encoder is not None and self.connector is not None
-        if images is None or not len(images):
-            merge_images(embeddings, embeddings.new_zeros(0, 1, embeddings.shape[2]), token_types)
-            return embeddings + self._zero_of_vision_weights(embeddings)
-        return merge_images(embeddings, self.connector(self.vision_encoder(images)), token_types)
-
-    def _zero_of_vision_weights(self, like: Tensor) -> Tensor:
-        """A zero that depends on every trained vision weight, so that each gets a gradient.
-
-        Gradient reductions that overlap with the backward pass wait for every parameter, also in
-        a micro-batch without images.
-        """
-        modules = [m for m in (self.vision_encoder, self.connector) if m is not None]
-        trained = [
-            p.flatten()[0] for module in modules for p in module.parameters() if p.requires_grad
-        ]
-        return (torch.stack(trained).sum() * 0.0).to(like.dtype) if trained else like.new_zeros(())
+            return scatter_to_sequence_parallel_region(merged_sbh, group=self.groups.tp)
+        return merged_sbh

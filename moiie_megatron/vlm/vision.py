@@ -20,7 +20,8 @@ from moiie_megatron.families.registry import vision_family
 class VisionEncoder(torch.nn.Module):
     """Images to one feature per patch: ``hidden_states[feature_layer]`` without a class token.
 
-    Replicated over tensor-parallel ranks: 1 to 3 % of the arithmetic of a step.
+    Its weights are on every tensor-parallel rank, its images are split over them
+    (``image_split.py``).
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -49,13 +50,26 @@ class VisionEncoder(torch.nn.Module):
         """Encode normalised images.
 
         Args:
-            images: ``(i, 3, image_size, image_size)``, float.
+            images: ``(i, 3, image_size, image_size)``, float; i may be 0.
 
         Returns:
-            ``(i, p, hidden_size)``, with p of ``VisionConfig.num_image_tokens``.
+            ``(i, p, hidden_size)``, with p of ``VisionConfig.num_image_tokens``.  Without images
+            it still depends on every trained weight, and all modules have run: gradient
+            reductions and parameter gathers that overlap with the passes wait for each of them.
         """
+        if len(images):
+            return self._encode(images)
+        # transformers' modules refuse an empty batch: one patch of a blank image runs instead.
+        side, p = self.config.image_size, self.config.num_image_tokens
+        blank = images.new_zeros(1, 3, side, side)
+        return self._encode(blank, patches=1)[:0].expand(-1, p, -1)
+
+    def _encode(self, images: Tensor, patches: int | None = None) -> Tensor:
+        """The features of all patches, or of the first ones as if there were no others."""
         dtype = next(self.model.parameters()).dtype
         hidden = self.model.embeddings(images.to(dtype))
+        if patches is not None:
+            hidden = hidden[:, : self.family.num_class_tokens + patches]
         if self.family.pre_norm is not None:
             hidden = self.model.get_submodule(self.family.pre_norm)(hidden)
         for layer in self.model.encoder.layers[: self._num_layers]:

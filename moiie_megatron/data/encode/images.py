@@ -27,10 +27,11 @@ _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 (i, 3, S, S) to normalised float32 (i, 3, S, S), on the device of ``images``."""
-    shape = (1, 3, 1, 1)
-    mean_t = torch.tensor(mean, device=images.device).view(shape)
-    std_t = torch.tensor(std, device=images.device).view(shape)
-    return (images.float() / 255.0 - mean_t) / std_t
+    pixels = images.float().div_(255.0)
+    # Plain numbers, channel by channel: a tensor of them would be a copy that the host waits for.
+    for channel, numbers in enumerate(zip(mean, std, strict=True)):
+        pixels[:, channel].sub_(numbers[0]).div_(numbers[1])
+    return pixels
 
 
 class ImageDecoder:

@@ -61,6 +61,11 @@ class Batch:
         return (self.labels.t().reshape(-1) != IGNORE).nonzero().squeeze(1)
 
     @property
+    def image_positions(self) -> Tensor:
+        """int64 (i * num_image_tokens,): see ``image_positions``."""
+        return image_positions(self.token_types)
+
+    @property
     def num_label_tokens(self) -> int:
         """Number of positions with a label; synchronizes if the batch is on a GPU."""
         return int((self.labels != IGNORE).sum())
@@ -84,6 +89,21 @@ class Batch:
             token_types=self.token_types.pin_memory(),
             images=self.images.pin_memory(),
         )
+
+
+def image_positions(token_types: Tensor) -> Tensor:
+    """Where the features of the images go, in the order of the images.
+
+    On a GPU the host waits for the result's size.
+
+    Args:
+        token_types: int8 (b, s).
+
+    Returns:
+        int64 (image positions,): indices in the flattened transposed batch (s, b).
+    """
+    rows, columns = (token_types == IMAGE).nonzero(as_tuple=True)
+    return columns * len(token_types) + rows
 
 
 def collate(

@@ -34,3 +34,22 @@ def test_recomputation_changes_nothing(family: str) -> None:
     for one, two in zip(plain.parameters(), again.parameters(), strict=True):
         assert (one.grad is None) == (two.grad is None) == (not one.requires_grad)
         assert one.grad is None or torch.equal(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("family", ["siglip", "clip"])
+def test_without_images_every_weight_still_gets_a_gradient(family: str) -> None:
+    """Of zeros, and every module that runs for an image has run."""
+    encoder = _encoder(family, recompute=True)
+    runs = []
+    for module in encoder.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(lambda module, _: runs.append(module))
+    side = encoder.config.image_size
+    encoder(torch.zeros(1, 3, side, side))
+    with_images, runs[:] = list(runs), []
+    features = encoder(torch.empty(0, 3, side, side))
+    assert features.shape == (0, encoder.config.num_image_tokens, encoder.config.hidden_size)
+    assert runs == with_images and len(runs) > 16
+    features.sum().backward()
+    gradients = [p.grad for p in encoder.parameters() if p.requires_grad]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
