@@ -35,9 +35,10 @@ from moiie_megatron.config.schema import (
     TrainConfig,
     VisionConfig,
 )
+from moiie_megatron.data.packing.pack import pack
+from moiie_megatron.data.packing.rows import PackingSpec
 from moiie_megatron.data.stream.batch import collate
 from moiie_megatron.data.stream.example import Example
-from moiie_megatron.data.stream.packing import PackingSpec, pack, split_rows_to_count
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.mcore.process_lifetime import kill_children_on_exit, run_child
@@ -129,8 +130,7 @@ def ours(config: RunConfig, context: ParallelContext, samples: list[Example]) ->
 
     def step() -> None:
         if config.data.packing:
-            rows = pack(samples, shape)
-            batches = split_rows_to_count(rows, context.max_over_dp(len(rows)), shape)
+            batches = pack(samples, shape, context)
         else:
             batches = padded(samples, image_tokens)
         train_step(config, context, train_state, batches)

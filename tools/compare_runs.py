@@ -67,6 +67,7 @@ class Layout:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual: int = 1
     expert: int = 1
     expert_tensor: int = 1
     data: int = 1
@@ -80,7 +81,8 @@ class Layout:
 
     @property
     def name(self) -> str:
-        degrees = f"TP{self.tensor} PP{self.pipeline} EP{self.expert} ETP{self.expert_tensor}"
+        stages = f"PP{self.pipeline}" + (f" VPP{self.virtual}" if self.virtual > 1 else "")
+        degrees = f"TP{self.tensor} {stages} EP{self.expert} ETP{self.expert_tensor}"
         rest = f"recompute {self.recompute} {self.dispatcher} {self.variant or ''}"
         return f"{degrees} DP{self.data} {rest}".rstrip()
 
@@ -88,6 +90,8 @@ class Layout:
         return [
             f"parallel.tensor={self.tensor}",
             f"parallel.pipeline={self.pipeline}",
+            f"parallel.virtual_pipeline={self.virtual}",
+            "parallel.pipeline_layers=null",
             f"parallel.expert={self.expert}",
             f"parallel.expert_tensor={self.expert_tensor}",
             f"moe.dispatcher={self.dispatcher}",
@@ -106,9 +110,9 @@ class Layout:
 
 
 def layouts(processes: int, own_variant: str) -> Iterator[Layout]:
-    """All layouts: the grids of 1, 2, 4, ... processes, then recompute, dispatchers, variants.
+    """All layouts, some of them twice.
 
-    A layout may be yielded twice.
+    The grids of 1, 2, 4, ... processes, then virtual stages, recompute, dispatchers, variants.
     """
     sizes = [n for n in (1, 2, 4, 8, 16, 32) if n <= processes]
     degrees = (1, 2)
@@ -118,7 +122,9 @@ def layouts(processes: int, own_variant: str) -> Iterator[Layout]:
         dense, experts = tensor * pipeline, expert * expert_tensor * pipeline
         if n % dense or n % experts or (max(dense, experts) < n and n > 2):
             continue  # more data parallelism than the grid needs tests nothing new
-        yield Layout(tensor, pipeline, expert, expert_tensor, n // dense)
+        yield Layout(tensor, pipeline, 1, expert, expert_tensor, n // dense)
+    virtual = [Layout(pipeline=2, virtual=2), Layout(pipeline=2, virtual=2, expert=2, data=2)]
+    yield from (layout for layout in virtual if layout.processes <= processes)
     # EP2 on two processes; with PP2 or TP2 on four.
     mixed = [Layout(expert=2, data=2), Layout(pipeline=2, expert=2, data=2)]
     mixed += [Layout(tensor=2, expert=2, data=2)]
@@ -263,7 +269,7 @@ def take_step(
         consumed_samples=0,
         dp_rank=context.dp_rank,
         dp_size=context.dp_size,
-        max_over_dp=context.max_over_dp,
+        ranks=context,
     )
     if reference is None:
         return record_step(config, context, next(loader), None)

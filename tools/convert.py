@@ -233,7 +233,13 @@ def add_reshard(commands: Any) -> None:
     )
     parser.add_argument("ckpt", help="checkpoint, or output folder of a run")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallelism")
-    parser.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages")
+    parser.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline parallelism")
+    parser.add_argument(
+        "--vpp", type=int, default=1, metavar="N", help="virtual stages of each pipeline rank"
+    )
+    parser.add_argument(
+        "--pipeline-layers", type=int, nargs="+", metavar="N", help="layers of every stage"
+    )
     parser.add_argument("--ep", type=int, default=1, metavar="N", help="expert parallelism")
     parser.add_argument(
         "--etp", type=int, default=1, metavar="N", help="tensor parallelism of the experts"
@@ -247,11 +253,16 @@ def reshard(arguments: argparse.Namespace) -> None:
     from moiie_megatron.config.schema import ParallelConfig
     from moiie_megatron.convert.reshard import reshard_checkpoint
 
-    for name in ("tp", "pp", "ep", "etp"):
+    for name in ("tp", "pp", "vpp", "ep", "etp"):
         check_range(arguments, name, 1, MAX_DEGREE)
+    for size in arguments.pipeline_layers or ():
+        if not 1 <= size <= MAX_DEGREE:
+            raise UserError(f"--pipeline-layers has {size}: use numbers from 1 to {MAX_DEGREE}.")
     parallel = ParallelConfig(
         tensor=arguments.tp,
         pipeline=arguments.pp,
+        virtual_pipeline=arguments.vpp,
+        pipeline_layers=arguments.pipeline_layers,
         expert=arguments.ep,
         expert_tensor=arguments.etp,
     )
@@ -259,8 +270,9 @@ def reshard(arguments: argparse.Namespace) -> None:
         out = reshard_checkpoint(
             arguments.ckpt, arguments.out, parallel, force=arguments.force, progress=progress
         )
+    stages = f"PP {arguments.pp}" + (f", VPP {arguments.vpp}" if arguments.vpp > 1 else "")
     print(
-        f"{out}: cut for TP {arguments.tp}, PP {arguments.pp}, EP {arguments.ep}, "
+        f"{out}: cut for TP {arguments.tp}, {stages}, EP {arguments.ep}, "
         f"expert TP {arguments.etp}\n{arguments.note}"
     )
 

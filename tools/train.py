@@ -17,6 +17,7 @@ from moiie_megatron.cli.launch import check_runs, exit_code
 from moiie_megatron.cli.program import run_program
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.layout.stages import describe_ranks
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.run import run_sequentially
 from moiie_megatron.planning.parameters import count_parameters, format_parameters
@@ -60,6 +61,10 @@ def main(signals: SignalWatch | None = None) -> int:
             for config in configs if dist_env.rank == 0 else ():
                 check_tokenizer(config)
                 print(format_parameters(count_parameters(config)))
+                if config.parallel.pipeline > 1 and config.pipeline_layers is not None:
+                    print(
+                        *describe_ranks(config.pipeline_layers, config.parallel.pipeline), sep="\n"
+                    )
             return
         if arguments.is_done:
             nonlocal unfinished

@@ -137,6 +137,7 @@ def _facts(config: RunConfig) -> dict[str, str]:
     parallel = {
         "TP": degrees.tensor,
         "PP": degrees.pipeline,
+        "VPP": degrees.virtual_pipeline,
         "EP": degrees.expert,
         "ETP": degrees.expert_tensor,
     }

@@ -41,3 +41,19 @@ def layers_of_ranks(sizes: Sequence[int], ranks: int) -> list[list[range]]:
     ends = list(accumulate(sizes))
     stages = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     return [stages[rank::ranks] for rank in range(ranks)]
+
+
+def describe_ranks(sizes: Sequence[int], ranks: int) -> list[str]:
+    """What every pipeline rank holds, one line each.
+
+    Args:
+        sizes: Layers of every stage, in order (``layers_of_stages``).
+        ranks: Pipeline ranks.
+    """
+    lines = []
+    for rank, stages in enumerate(layers_of_ranks(sizes, ranks)):
+        layers = ["-".join(dict.fromkeys([str(part[0]), str(part[-1])])) for part in stages]
+        first = "vision encoder, connector, embedding, " if rank == 0 else ""
+        last = ", output layer" if rank == ranks - 1 else ""
+        lines.append(f"pipeline rank {rank}: {first}layers {', '.join(layers)}{last}")
+    return lines

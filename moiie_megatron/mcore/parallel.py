@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from moiie_megatron.config.schema import ParallelConfig
 from moiie_megatron.mcore.device import Device, choose_device
@@ -50,11 +52,33 @@ class ParallelContext:
     def is_last_stage(self) -> bool:
         return self.groups.pp.rank() == self.groups.pp.size() - 1
 
-    def max_over_dp(self, number: int) -> int:
-        """The maximum of ``number`` over the data-parallel ranks; a collective."""
-        largest = torch.tensor(number, device=self.device.torch_device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.dp)
-        return int(largest)
+    def gather_over_dp(self, numbers: Tensor) -> Tensor:
+        """int64 (data-parallel ranks, ...): the numbers of all ranks; a collective.
+
+        Args:
+            numbers: int64 on the CPU, of the same shape on all ranks.
+        """
+        own = numbers.to(self.device.torch_device)
+        gathered = own.new_empty((self.dp_size, *own.shape))
+        dist.all_gather_into_tensor(gathered, own.unsqueeze(0), group=self.groups.dp)
+        return gathered.cpu()
+
+    def exchange_over_dp(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """What every data-parallel rank has sent to this one; a collective.
+
+        Args:
+            parts: For every rank, uint8 (bytes,) on the CPU.
+        """
+        device, group = self.device.torch_device, self.groups.dp
+        lengths = torch.tensor([len(part) for part in parts])
+        sent = lengths.to(device)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        sizes = received.tolist()
+        result = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        content = torch.cat(list(parts)).to(device)
+        dist.all_to_all_single(result, content, sizes, lengths.tolist(), group=group)
+        return list(result.cpu().split(sizes))
 
 
 def init_parallel(

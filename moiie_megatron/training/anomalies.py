@@ -148,7 +148,7 @@ class AnomalyMonitor:
             "lm_loss": result.lm_loss,
             "grad_norm": result.grad_norm,
             **self._indices(first_sample),
-            # Round-robin over the ranks, as samples are dealt; packing reorders a rank's samples.
+            # Round-robin over the ranks, as samples are dealt; packing deals rows instead.
             "micro_batches": [batch for turn in zip(*parts, strict=True) for batch in turn],
         }
         append_line(Path(self._config.output) / name, line, self._lost)

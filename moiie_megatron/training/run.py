@@ -83,7 +83,7 @@ class Run:
             consumed_samples=self.progress.consumed_samples,
             dp_rank=context.dp_rank,
             dp_size=context.dp_size,
-            max_over_dp=context.max_over_dp,
+            ranks=context,
             pin_memory=context.device.is_cuda,
             state=stream,
             is_stopping=lambda: any(stop.flags(None)),

@@ -103,6 +103,7 @@ def test_every_grid(table: list[str]) -> None:
     for part in ("TP2", "PP2", "EP2", "EP4", "ETP2", "DP8"):
         assert any(part in grid.split() for grid in grids), part
     assert {"TP2 PP2 EP2 ETP2 DP2", "TP2 PP2 EP4 ETP1 DP2"} <= grids
+    assert {"TP1 PP2 VPP2 EP1 ETP1 DP1", "TP1 PP2 VPP2 EP2 ETP1 DP2"} <= grids
     for variant in ("vanilla", "modality"):
         assert sum(f" {variant}:" in line for line in table) == 4, variant
 

@@ -36,9 +36,9 @@ def _convert(*arguments: str | Path) -> Finished:
 @pytest.mark.slow
 def test_reshard_and_verify(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["reshard", models / "checkpoint", "--tp", "2", "--ep", "2", "--out", out]
-    text = _convert(*words).check().stdout
-    assert "cut for TP 2, PP 1, EP 2, expert TP 1" in text and "Never required" in text
+    degrees = ["--tp", "2", "--pp", "2", "--vpp", "2", "--ep", "2"]
+    text = _convert("reshard", models / "checkpoint", *degrees, "--out", out).check().stdout
+    assert "cut for TP 2, PP 2, VPP 2, EP 2, expert TP 1" in text and "Never required" in text
     finished = _convert("verify", out, models / "export").check()
     lines = finished.stdout.splitlines()
     assert lines[0].startswith(f"A  {out}: Megatron checkpoint, llama, with siglip, experts v")
@@ -80,6 +80,10 @@ def test_errors_are_one_sentence(models: Path, tmp_path: Path) -> None:
         (
             ["reshard", checkpoint, "--tp", "3", "--out", str(tmp_path / "out")],
             ("parallel.tensor", "3"),
+        ),
+        (
+            ["reshard", checkpoint, "--pipeline-layers", "0", "4", "--out", str(tmp_path / "out")],
+            ("--pipeline-layers", "0", "from 1"),
         ),
     ]
     for words, parts in cases:

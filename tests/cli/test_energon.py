@@ -89,7 +89,6 @@ def steps(
         consumed_samples=0,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        max_over_dp=lambda number: number,
         state=state,
     )
 

@@ -38,10 +38,12 @@ def test_dry_run_counts_the_presets(
     values["language"] = {"preset": language}
     values["vision"] = {"preset": "siglip-so400m-384"}
     values["data"]["sequence_length"] = 2048
+    values["parallel"] = {"pipeline": 2, "virtual_pipeline": 2}
     config = write_config(tmp_path / "run.yaml", values)
     table = run(command(TRAIN, [config, "--dry-run"]), timeout=30).check().stdout
     assert billions(table, "activated") == pytest.approx(activated, abs=0.05)
     assert low < billions(table, "total") < high
+    assert "\npipeline rank 1: layers 8-15, 24-31, output layer\n" in table
     assert not (tmp_path / "run").exists()
 
 

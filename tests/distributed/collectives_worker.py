@@ -74,6 +74,8 @@ def batches(config: RunConfig, context: ParallelContext) -> Iterator[list[Batch]
     """This rank's micro-batches, step by step."""
     for step, ranks in enumerate(SCHEDULE):
         kinds = ranks[context.dp_rank % len(ranks)]
+        if config.parallel.virtual_pipeline > 1:  # enough for the steady state of the schedule
+            kinds *= 2
         yield [batch(kind, config, 10 * step + j) for j, kind in enumerate(kinds)]
 
 
@@ -87,11 +89,15 @@ def as_on_gpus(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def batched_as_on_gpus(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Sends and receives of a pipeline in batches, unless the run is named ...one-by-one."""
+    """Sends and receives of a pipeline in batches, unless the run is named ...one-by-one.
+
+    Those of virtual stages are always apart, on GPUs too.
+    """
 
     def transformer_config(config: RunConfig, device: Device) -> Any:
         result = original(config, device)
-        result.batch_p2p_comm = not config.output.endswith("one-by-one")
+        one_by_one = result.overlap_p2p_comm or config.output.endswith("one-by-one")
+        result.batch_p2p_comm = not one_by_one
         return result
 
     return transformer_config

@@ -19,14 +19,14 @@ from moiie_megatron.config.load import load_config
 from moiie_megatron.convert.dcp.reader import CheckpointReader
 from moiie_megatron.mcore.parallel import DistEnv, destroy_parallel, init_parallel
 from moiie_megatron.utils.digest import same_bytes
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 
 
 def _shards(folder: Path, original: CheckpointReader, launch: DistEnv) -> list[Any]:
     """What this rank asked for: name, offsets, shape, and whether it got the original's bytes."""
     config = load_config(folder / "run.yaml", ["train.device=cpu"])
     context = init_parallel(config.active_parallel, launch, device="cpu", seed=1)
-    model = build_model(config, context)
+    model = build_chunks(config, context)
     load_weights(folder, context, model)
     shards: list[ShardedTensor] = []
     for entry in nested_values(model.sharded_state_dict(metadata=sharding_metadata(context))):

@@ -34,6 +34,7 @@ def selective(*modules: str) -> dict[str, Any]:
 
 
 EP2, PP2, TP2 = {"expert": 2}, {"pipeline": 2}, {"tensor": 2}
+VIRTUAL = {**PP2, "virtual_pipeline": 2}
 RUNS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "ep2": {"parallel": EP2, "data": PACKED, "megatron": FULL},
@@ -47,6 +48,8 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2": {"parallel": PP2, "data": PACKED, "megatron": FULL},
         "pp2-connector": {"stage": "connector", "parallel": PP2},
         "pp2-one-by-one": {"parallel": PP2, "data": FIXED, "megatron": selective("core_attn")},
+        "pp2-virtual": {"parallel": VIRTUAL, "data": PACKED, "megatron": FULL},
+        "pp2-virtual-connector": {"stage": "connector", "parallel": VIRTUAL, "data": FIXED},
         "tp2": {
             "parallel": TP2 | EP2, "data": PACKED, "megatron": selective("core_attn", "mlp"),
         },
@@ -55,6 +58,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
     },
     4: {
         "pp2-ep2": {"parallel": PP2 | EP2, "data": PACKED, "megatron": FULL},
+        "pp2-virtual-ep2": {"parallel": VIRTUAL | EP2, "data": PACKED},
         "tp2-ep2-dp2": {"parallel": TP2 | EP2, "megatron": selective("moe")},
         "tp2-pp2": {
             "parallel": TP2 | PP2, "data": PACKED | FIXED,

@@ -33,8 +33,8 @@ FULL = {
 
 
 def packed(digits: Path, output: Path, seed: Path, **sections: Any) -> Any:
-    """Rows of two or three samples; in the third step, one of two ranks alone would need 3 of
-    them and the other 4."""
+    """Rows of two or three samples; in the third step, one of two ranks alone would need three
+    rows and the other four."""
     values = joint_values(digits, output, seed, **sections)
     values["train"] |= {"steps": STEPS, "micro_batch_size": 1}
     values["data"] = {"packing": True, **values["data"], "sequence_length": 128}
@@ -69,7 +69,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def layouts(tmp_path_factory: pytest.TempPathFactory, digits: Path, alone: Path) -> Path:
-    """Two processes in several layouts; one of them goes on from another layout's checkpoint."""
+    """Two processes in several layouts, and four; "resumed" goes on from another layout."""
 
     def make(folder: Path) -> None:
         seed = alone / "seed"
@@ -93,6 +93,8 @@ def layouts(tmp_path_factory: pytest.TempPathFactory, digits: Path, alone: Path)
             for name, sections in layouts.items()
         }
         train_in_turn(folder, runs, processes=2, timeout=400)
+        values = packed(digits, folder / "ep2dp2", seed, parallel={"expert": 2}, moe=UNBALANCED)
+        train_in_turn(folder, {"ep2dp2": values}, processes=4, timeout=100)
 
     return made_once(session_folder(tmp_path_factory) / "packed_layouts", make)
 
@@ -132,9 +134,9 @@ def test_two_processes_train_like_one(layout: str, alone: Path, layouts: Path) -
         assert whole_rows(steps) == [3, 3, 6]
 
 
-@pytest.mark.parametrize("layout", ["ep2", "allgather", "pp2virtual"])
-def test_ranks_with_rows_of_their_own(layout: str, alone: Path, layouts: Path) -> None:
-    """Each rank packs its own share: other rows, the same losses and gradients."""
+@pytest.mark.parametrize("layout", ["ep2", "allgather", "ep2dp2", "pp2virtual"])
+def test_ranks_that_share_their_samples(layout: str, alone: Path, layouts: Path) -> None:
+    """Rows are packed from the samples of all ranks: the same losses and gradients."""
     steps, reference = read_metrics(layouts / layout), read_metrics(alone / "packed")
     assert len(steps) == len(reference) == STEPS
     for line, wanted in zip(steps, reference, strict=True):
@@ -142,8 +144,8 @@ def test_ranks_with_rows_of_their_own(layout: str, alone: Path, layouts: Path) -
         for key in ("lm_loss", "grad_norm"):
             assert line[key] == pytest.approx(wanted[key], rel=TOLERANCE), key
     if layout == "allgather":
-        # In the last step one rank has 4 rows, and the other spreads its 3 over as many.
-        assert whole_rows(steps) == [4, 4, 8]
+        # As many as one process has, rounded up to a multiple of the ranks.
+        assert whole_rows(steps) == [4, 4, 6]
     if layout == "pp2virtual":
         # Three rows are split into four: the schedule takes two at a time.
         assert whole_rows(steps) == [4, 4, 6]

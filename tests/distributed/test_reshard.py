@@ -27,7 +27,8 @@ LAYOUTS = {
     "tp2": ParallelConfig(tensor=2),
     "tp2-etp2": ParallelConfig(tensor=2, expert_tensor=2),
     "tp2-ep2": ParallelConfig(tensor=2, expert=2),
-    "pp2": ParallelConfig(pipeline=2),
+    "pp2": ParallelConfig(pipeline=2, pipeline_layers=[1, 3]),
+    "pp2-virtual": ParallelConfig(pipeline=2, virtual_pipeline=2),
     "ep2": ParallelConfig(expert=2),
 }
 

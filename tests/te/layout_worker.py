@@ -22,7 +22,7 @@ from moiie_megatron.mcore.config import ddp_config
 from moiie_megatron.mcore.dist_env import connect_store, dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.training import state
-from tests.te.steps import course, fused_weight_gradients, padded, tiny_config
+from tests.te.steps import course, fused_weight_gradients, padded, tiny_config, with_section
 
 LAYOUTS = {
     "dp2": ParallelConfig(),
@@ -30,6 +30,7 @@ LAYOUTS = {
     "tp2-sp": ParallelConfig(tensor=2),
     "tp2-sp-ep2": ParallelConfig(tensor=2, expert=2),
     "pp2": ParallelConfig(pipeline=2),
+    "pp2-virtual": ParallelConfig(pipeline=2, virtual_pipeline=2),
 }
 FULL = {
     "recompute_granularity": "full",
@@ -77,6 +78,8 @@ def main() -> None:
         device = dataclasses.replace(context.device, transformer_engine=False)
         local = dataclasses.replace(context, device=device)
         config = tiny_config(parallel=parallel)
+        if parallel.virtual_pipeline > 1:  # a layer for every stage
+            config = with_section(config, "language", num_layers=parallel.stages)
         results[name] = {"local": course(config, local, steps(local))}
         for variant, (options, overlap) in VARIANTS.items():
             state.ddp_config = partial(overlapped, ddp_config) if overlap else ddp_config

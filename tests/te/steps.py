@@ -18,9 +18,10 @@ from moiie_megatron.config.model_schema import LongRope
 from moiie_megatron.config.schema import MoEConfig, RunConfig
 from moiie_megatron.convert.fill_model import fill_model
 from moiie_megatron.data.encode.encoder import IGNORE, Encoded
+from moiie_megatron.data.packing.pack import pack
+from moiie_megatron.data.packing.rows import PackingSpec
 from moiie_megatron.data.stream.batch import Batch, collate
 from moiie_megatron.data.stream.example import Example
-from moiie_megatron.data.stream.packing import PackingSpec, pack
 from moiie_megatron.evaluation.layout_equivalence import differences, record_step
 from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.mcore import config as mcore_config

@@ -13,8 +13,8 @@ from tests.te.layout_worker import LAYOUTS, VARIANTS
 
 @pytest.mark.distributed
 def test_layouts(tmp_path: Path) -> None:
-    """Data, expert, tensor with sequence, and pipeline parallelism; also with fused weight
-    gradients, reductions that overlap with the backward pass, and recomputation.
+    """Data, expert, tensor with sequence, and pipeline parallelism, also with virtual stages; with
+    fused weight gradients, reductions that overlap with the backward pass, and recomputation.
 
     A gradient that a reduction waits for and does not get is an assertion in Megatron-Core: the
     ranks have micro-batches with and without images at the same time.

@@ -29,7 +29,7 @@ class Batch:
         record_ids: One per sample.
         skipped_samples: Samples that were skipped while the batch was read.
         cu_seqlens: int32 (c + 1,) on the CPU: the boundaries of the segments of a packed row, its
-            samples and then its padding (``data/stream/packing.py``; b is 1).  None: every row is
+            samples and then its padding (``data/packing/rows.py``; b is 1).  None: every row is
             one sample.
         notices: What was noticed about its samples.
     """

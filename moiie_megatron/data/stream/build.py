@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageDecoder, ImageLoader
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
+from moiie_megatron.data.packing.exchange_samples import DataParallelRanks
+from moiie_megatron.data.packing.packed_loader import pack_steps, read_steps
+from moiie_megatron.data.packing.rows import PackingSpec
 from moiie_megatron.data.records.llava import RecordFile
 from moiie_megatron.data.stream.batch import Batch, collate
 from moiie_megatron.data.stream.dataset import LlavaDataset, Source
 from moiie_megatron.data.stream.example import Example
 from moiie_megatron.data.stream.loader import build_loader
-from moiie_megatron.data.stream.packed_loader import build_packed_loader
-from moiie_megatron.data.stream.packing import PackingSpec, equalize_row_counts, pack
 from moiie_megatron.data.stream.settings import LoaderSettings
 from moiie_megatron.data.stream.stream_state import StreamState
 from moiie_megatron.families.registry import vision_family
@@ -102,7 +104,7 @@ def build_train_loader(  # noqa: PLR0913  # what a run knows of its stream
     consumed_samples: int,
     dp_rank: int,
     dp_size: int,
-    max_over_dp: Callable[[int], int],
+    ranks: DataParallelRanks | None = None,
     pin_memory: bool = False,
     state: StreamState | None = None,
     is_stopping: Callable[[], bool] = bool,
@@ -117,9 +119,8 @@ def build_train_loader(  # noqa: PLR0913  # what a run knows of its stream
         consumed_samples: Samples that earlier steps have used, on all ranks together.
         dp_rank: This data-parallel rank, from 0.
         dp_size: Number of data-parallel ranks.
-        max_over_dp: The maximum of a number over the data-parallel ranks
-            (``ParallelContext.max_over_dp``); with packing, the ranks agree on the number of
-            micro-batches of a step.
+        ranks: The data-parallel ranks, which share their samples with packing; needed if there
+            are several.
         pin_memory: Put batches into pinned memory.
         state: Where an energon stream continues, and what it saves; the plain loader needs
             ``consumed_samples`` alone.
@@ -139,11 +140,16 @@ def build_train_loader(  # noqa: PLR0913  # what a run knows of its stream
         is_stopping=is_stopping,
     )
     if config.data.packing:
-        spec, multiple_of = _packing_spec(config, dataset), config.micro_batches_multiple_of
-        if isinstance(dataset, LlavaDataset):
-            return build_packed_loader(dataset, settings, spec, max_over_dp, multiple_of)
-        steps = _energon_stream(config, dataset, settings, partial(pack, spec=spec), state)
-        return equalize_row_counts(iter(steps), spec, max_over_dp, multiple_of)
+        assert ranks is not None or dp_size == 1
+        return pack_steps(
+            read_steps(dataset, settings)
+            if isinstance(dataset, LlavaDataset)
+            else _energon_stream(config, dataset, replace(settings, pin_memory=False), list, state),
+            _packing_spec(config, dataset),
+            ranks,
+            rows_multiple_of=config.micro_batches_multiple_of,
+            pin_memory=pin_memory,
+        )
     make = _batch_maker(config, dataset)
     if isinstance(dataset, LlavaDataset):
         micro_batches = build_loader(dataset, settings, make)
@@ -185,7 +191,7 @@ def _energon_stream(
     config: RunConfig,
     dataset: EnergonDataset,
     settings: LoaderSettings,
-    make: Callable[[Sequence[Example]], list[Batch]],
+    make: Callable[[Sequence[Example]], list[Any]],
     state: StreamState | None,
 ) -> EnergonStream:
     # Imported here: an optional package.

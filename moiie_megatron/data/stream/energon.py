@@ -50,7 +50,6 @@ from moiie_megatron.data.encode.images import ImageDecoder
 from moiie_megatron.data.records.energon_index import DATASET_FILE
 from moiie_megatron.data.records.parse import parse_record
 from moiie_megatron.data.records.record import BadRecord
-from moiie_megatron.data.stream.batch import Batch as MicroBatch
 from moiie_megatron.data.stream.example import Example, SkippedSample, notices
 from moiie_megatron.data.stream.flat_item import FlatItem, flatten
 from moiie_megatron.data.stream.order import Blend
@@ -133,12 +132,13 @@ class EnergonDataset:
 
 
 class EnergonStream:
-    """The endless stream of one data-parallel rank: the micro-batches of one step at a time.
+    """The endless stream of one data-parallel rank, one step at a time.
 
     Args:
         dataset: The shards.
         settings: Batch sizes, rank and seed.
-        make: From the samples of this rank in a step to their micro-batches, in the worker.
+        make: From the samples of this rank in a step to what the stream yields, in the worker:
+            their micro-batches, or samples (which are not pinned).
         blend_file: Where the description of the blend is written.
         state: Where to continue; saves the state of this stream from now on.
 
@@ -150,7 +150,7 @@ class EnergonStream:
         self,
         dataset: EnergonDataset,
         settings: LoaderSettings,
-        make: Callable[[Sequence[Example]], list[MicroBatch]],
+        make: Callable[[Sequence[Example]], list[Any]],
         *,
         blend_file: Path,
         state: StreamState,
@@ -185,15 +185,15 @@ class EnergonStream:
         """Energon's state of this rank, pickled."""
         return pickle.dumps(self._loader.save_state_rank())
 
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         before = signal.getsignal(signal.SIGCHLD)
         # Closed here: workers that the garbage collector has to end block for seconds.
         try:
             with closing(iter(self._loader)) as steps:
                 for step in steps:
                     restore_sigchld(before)
-                    batches = step.batches.restore()
-                    yield [b.pin_memory() if self._pin_memory else b for b in batches]
+                    made = step.made.restore()
+                    yield [one.pin_memory() for one in made] if self._pin_memory else made
         except (FatalSampleError, RuntimeError, OSError, EOFError) as error:
             reason = _bad_record(error) if isinstance(error, FatalSampleError) else None
             if reason is None:
@@ -219,9 +219,9 @@ class _EncodedSample(Sample):
 
 @edataclass
 class _Step(Batch):
-    """The micro-batches of one rank in a step, as one flat item."""
+    """What was made of the samples of one rank in a step, as one flat item."""
 
-    batches: FlatItem
+    made: FlatItem
 
 
 @stateless
@@ -247,7 +247,7 @@ class _TaskEncoder(DefaultTaskEncoder):
         self,
         encoding: Encoding,
         images: ImageDecoder,
-        make: Callable[[Sequence[Example]], list[MicroBatch]],
+        make: Callable[[Sequence[Example]], list[Any]],
     ) -> None:
         super().__init__()
         self._encoding = encoding
@@ -286,11 +286,11 @@ class _TaskEncoder(DefaultTaskEncoder):
     def batch(self, samples: list[_EncodedSample]) -> _Step:
         first, *others = [sample.example for sample in samples]
         skipped_samples, self._skipped = tuple(self._skipped), []
-        batches = self._make([replace(first, skipped_samples=skipped_samples), *others])
+        made = self._make([replace(first, skipped_samples=skipped_samples), *others])
         return _Step(
             __key__=[sample.__key__ for sample in samples],
             __restore_key__=(),
-            batches=flatten(batches),
+            made=flatten(made),
         )
 
     def note_skipped(self, error: Exception, sample: Any, sources: Any) -> None:

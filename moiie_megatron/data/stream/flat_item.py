@@ -1,4 +1,4 @@
-"""Items of a stream on their way from a worker process: all tensors of one in one buffer.
+"""Items of a stream on their way to another process: all tensors of one in one buffer.
 
 PyTorch hands every tensor over in a shared memory of its own, whose file descriptor is open in both
 processes for as long as the tensor lives.  A step of hundreds of micro-batches with six tensors
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT: Final = 64  # bytes; tensors of every type may begin there
+_LENGTH: Final = torch.int64  # type of the length of the header of ``to_bytes``
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,73 @@ def flatten(item: Any) -> FlatItem:
     Raises:
         RuntimeError: There is not enough shared memory.
     """
+    content, tensors = _pickled(item)
+    layout = _layout(tensors)
+    buffer = torch.empty(_offsets(layout)[-1], dtype=torch.uint8).share_memory_()
+    _fill(buffer, layout, tensors)
+    return FlatItem(content, layout, buffer)
+
+
+def to_bytes(item: Any) -> Tensor:
+    """The item as uint8 (bytes,), for another process of the job; ``from_bytes`` reads it.
+
+    Args:
+        item: Any object that can be pickled; its tensors are on the CPU.
+    """
+    content, tensors = _pickled(item)
+    layout = _layout(tensors)
+    header = pickle.dumps((content, layout), pickle.HIGHEST_PROTOCOL)
+    start = _aligned(_LENGTH.itemsize + len(header))
+    result = torch.zeros(start + _offsets(layout)[-1], dtype=torch.uint8)
+    result[: _LENGTH.itemsize].view(_LENGTH)[0] = len(header)
+    result[_LENGTH.itemsize : start][: len(header)] = torch.frombuffer(
+        bytearray(header), dtype=torch.uint8
+    )
+    _fill(result[start:], layout, tensors)
+    return result
+
+
+def from_bytes(buffer: Tensor) -> Any:
+    """The item; its tensors share ``buffer``.
+
+    Args:
+        buffer: uint8 (bytes,) on the CPU, from ``to_bytes``; may be a part of a larger tensor that
+            begins where another result of ``to_bytes`` ends.
+    """
+    length = int(buffer[: _LENGTH.itemsize].view(_LENGTH))
+    header = buffer[_LENGTH.itemsize :][:length].numpy().tobytes()
+    content, layout = pickle.loads(header)
+    tensors = _views(buffer[_aligned(_LENGTH.itemsize + length) :], layout)
+    return _Unpickler(content, tensors).load()
+
+
+def _pickled(item: Any) -> tuple[bytes, list[Tensor]]:
+    """The item without its tensors, and its tensors."""
     file = io.BytesIO()
     pickler = _Pickler(file, pickle.HIGHEST_PROTOCOL)
     pickler.dump(item)
-    layout = tuple((tensor.dtype, tensor.shape) for tensor in pickler.tensors)
-    buffer = torch.empty(_offsets(layout)[-1], dtype=torch.uint8).share_memory_()
-    for view, tensor in zip(_views(buffer, layout), pickler.tensors, strict=True):
+    return file.getvalue(), pickler.tensors
+
+
+def _layout(tensors: Sequence[Tensor]) -> tuple[tuple[torch.dtype, torch.Size], ...]:
+    return tuple((tensor.dtype, tensor.shape) for tensor in tensors)
+
+
+def _fill(
+    buffer: Tensor, layout: Sequence[tuple[torch.dtype, torch.Size]], tensors: Sequence[Tensor]
+) -> None:
+    for view, tensor in zip(_views(buffer, layout), tensors, strict=True):
         view.copy_(tensor)
-    return FlatItem(file.getvalue(), layout, buffer)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _offsets(layout: Sequence[tuple[torch.dtype, torch.Size]]) -> list[int]:
     """Where every tensor begins in the buffer, and where the last one ends."""
-    sizes = (-(-shape.numel() * dtype.itemsize // _ALIGNMENT) for dtype, shape in layout)
-    return [_ALIGNMENT * blocks for blocks in accumulate(sizes, initial=0)]
+    sizes = (_aligned(shape.numel() * dtype.itemsize) for dtype, shape in layout)
+    return list(accumulate(sizes, initial=0))
 
 
 def _views(buffer: Tensor, layout: Sequence[tuple[torch.dtype, torch.Size]]) -> list[Tensor]:

@@ -26,9 +26,10 @@ from moiie_megatron.config.schema import (
 )
 from moiie_megatron.convert.fill_model import Get
 from moiie_megatron.data.encode.encoder import IGNORE, Encoded
+from moiie_megatron.data.packing.pack import pack
+from moiie_megatron.data.packing.rows import PackingSpec
 from moiie_megatron.data.stream.batch import Batch, collate
 from moiie_megatron.data.stream.example import Example
-from moiie_megatron.data.stream.packing import PackingSpec, pack
 from moiie_megatron.families.weight_map import model_rows
 from moiie_megatron.layout.token_types import IMAGE, TEXT
 

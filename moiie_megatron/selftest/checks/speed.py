@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from moiie_megatron.config.schema import LanguageConfig, RunConfig, VisionConfig
+from moiie_megatron.data.packing.pack import pack
+from moiie_megatron.data.packing.rows import PackingSpec
 from moiie_megatron.data.stream.batch import Batch
-from moiie_megatron.data.stream.packing import PackingSpec, pack
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.planning.flops import model_flops
 from moiie_megatron.planning.gpu_peaks import peak_flops

@@ -131,7 +131,6 @@ def _loader(config: RunConfig, dp_rank: int, dp_size: int) -> Iterator[list[Batc
         consumed_samples=0,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        max_over_dp=lambda number: number,  # asked for packed rows only
     )
 
 

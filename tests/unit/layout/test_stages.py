@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moiie_megatron.layout.stages import layers_of_ranks, layers_of_stages
+from moiie_megatron.layout.stages import describe_ranks, layers_of_ranks, layers_of_stages
 
 
 @pytest.mark.parametrize(
@@ -25,16 +25,20 @@ def test_sizes(stages: int, given: list[int] | None, sizes: list[int] | None) ->
 @pytest.mark.parametrize(
     ("sizes", "ranks", "layers"),
     [
-        ([2, 2, 2, 2], 4, [["0-1"], ["2-3"], ["4-5"], ["6-7"]]),
+        ([2, 2, 2], 3, [[[0, 1]], [[2, 3]], [[4, 5]]]),
         # Megatron's order of virtual stages, transformer_block.py: get_num_layers_to_build.
-        ([2, 2, 2, 2], 2, [["0-1", "4-5"], ["2-3", "6-7"]]),
-        ([1, 1, 1, 1, 1, 1, 1, 1], 2, [["0", "2", "4", "6"], ["1", "3", "5", "7"]]),
-        ([1, 2, 3, 2], 2, [["0", "3-5"], ["1-2", "6-7"]]),
+        ([2, 2, 2, 2], 2, [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]),
+        ([1] * 8, 2, [[[0], [2], [4], [6]], [[1], [3], [5], [7]]]),
+        ([1, 2, 3, 2], 2, [[[0], [3, 4, 5]], [[1, 2], [6, 7]]]),
     ],
 )
-def test_ranks(sizes: list[int], ranks: int, layers: list[list[str]]) -> None:
-    found = [
-        ["-".join(dict.fromkeys([str(stage[0]), str(stage[-1])])) for stage in rank]
-        for rank in layers_of_ranks(sizes, ranks)
+def test_ranks(sizes: list[int], ranks: int, layers: list[list[list[int]]]) -> None:
+    found = layers_of_ranks(sizes, ranks)
+    assert [[[*stage] for stage in rank] for rank in found] == layers
+
+
+def test_description() -> None:
+    assert describe_ranks([1, 2, 3, 2], 2) == [
+        "pipeline rank 0: vision encoder, connector, embedding, layers 0, 3-5",
+        "pipeline rank 1: layers 1-2, 6-7, output layer",
     ]
-    assert found == layers

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moiie_megatron.config.model_schema import MoEConfig, VisionConfig
 from moiie_megatron.config.schema import Part, RunConfig
+from moiie_megatron.data.packing.pack import pack
+from moiie_megatron.data.packing.rows import PackingSpec
 from moiie_megatron.data.stream.batch import Batch, collate
-from moiie_megatron.data.stream.packing import PackingSpec, pack
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.planning.flops import Work, model_flops
 from moiie_megatron.selftest.checks.models import example, tiny_config

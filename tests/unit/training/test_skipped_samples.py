@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from moiie_megatron.checkpoint.progress import Progress
+from moiie_megatron.data.packing.pack import pack
+from moiie_megatron.data.packing.rows import PackingSpec
 from moiie_megatron.data.stream.batch import collate
 from moiie_megatron.data.stream.example import Example, Notice
-from moiie_megatron.data.stream.packing import PackingSpec, pack, split_rows_to_count
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.skipped_samples import SkippedSampleLog
 from tests.parity import tiny
@@ -49,4 +50,3 @@ def test_packed_rows_keep_notices() -> None:
     spec = PackingSpec(capacity=8, sequence_length=8, num_image_tokens=2, pad_id=0)
     rows = pack(samples(FIRST, SECOND), spec)
     assert [row.notices for row in rows] == [(FIRST, SECOND)]
-    assert [row.notices for row in split_rows_to_count(rows, 2, spec)] == [(FIRST, SECOND), ()]

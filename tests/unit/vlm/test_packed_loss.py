@@ -10,9 +10,10 @@ from torch import Tensor
 
 from moiie_megatron.config.schema import MoEConfig
 from moiie_megatron.data.encode.encoder import IGNORE, Encoded
+from moiie_megatron.data.packing.pack import pack
+from moiie_megatron.data.packing.rows import PackingSpec
 from moiie_megatron.data.stream.batch import Batch, collate
 from moiie_megatron.data.stream.example import Example
-from moiie_megatron.data.stream.packing import PackingSpec, pack
 from moiie_megatron.evaluation.layout_equivalence import differences
 from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.mcore.parallel import ParallelContext, seed_everything

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moiie_megatron.data.audit.packed_rows import rows_needed
-from moiie_megatron.data.stream.packing import best_fit_decreasing
+from moiie_megatron.data.packing.best_fit import best_fit_decreasing
 
 
 @pytest.mark.parametrize(

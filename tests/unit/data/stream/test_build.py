@@ -56,9 +56,7 @@ def test_batches_of_the_digits(digits: Path) -> None:
     dataset = build_dataset(run)
     assert len(dataset) == 40 + 5 + 2 + 40  # conversations, text-only, pairs, captions
     assert dataset.sources[0].images.mean[0] == pytest.approx(0.48145466)
-    steps = build_train_loader(
-        run, dataset, consumed_samples=0, dp_rank=1, dp_size=2, max_over_dp=int
-    )
+    steps = build_train_loader(run, dataset, consumed_samples=0, dp_rank=1, dp_size=2)
     seen = set()
     for _ in range(30):
         (batch,) = next(steps)
@@ -72,9 +70,7 @@ def test_batches_of_the_digits(digits: Path) -> None:
 def test_padding_to_the_sequence_length(digits: Path) -> None:
     run = config(digits, data__padding="sequence_length")
     dataset = build_dataset(run)
-    step = next(
-        build_train_loader(run, dataset, consumed_samples=0, dp_rank=0, dp_size=1, max_over_dp=int)
-    )
+    step = next(build_train_loader(run, dataset, consumed_samples=0, dp_rank=0, dp_size=1))
     assert [batch.tokens.shape for batch in step] == [(2, 128)] * 2
 
 

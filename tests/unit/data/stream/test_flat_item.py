@@ -7,9 +7,10 @@ import pickle
 import pytest
 import torch
 
+from moiie_megatron.data.packing.pack import pack
+from moiie_megatron.data.packing.rows import PackingSpec
 from moiie_megatron.data.records.record import BadRecord
-from moiie_megatron.data.stream.flat_item import flatten
-from moiie_megatron.data.stream.packing import PackingSpec, pack
+from moiie_megatron.data.stream.flat_item import flatten, from_bytes, to_bytes
 from tests.unit.data.stream.streams import assert_same_stream, example, text
 
 
@@ -47,6 +48,10 @@ def test_any_item_comes_back(item: object) -> None:
         return [listed(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
     assert listed(flatten(item).restore()) == listed(item)
+    # Several items in one buffer, as a rank receives them from others.
+    parts = [to_bytes(item), to_bytes("text"), to_bytes(item)]
+    first, _, last = torch.cat(parts).split([len(part) for part in parts])
+    assert listed(from_bytes(first)) == listed(from_bytes(last)) == listed(item)
 
 
 def test_without_tensors() -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from moiie_megatron.data.encode.encoding import Encoding
+from moiie_megatron.data.packing.packed_loader import pack_steps, read_steps
+from moiie_megatron.data.packing.rows import PackingSpec
 from moiie_megatron.data.stream import worker
 from moiie_megatron.data.stream.dataset import LlavaDataset
 from moiie_megatron.data.stream.example import Example
-from moiie_megatron.data.stream.packed_loader import build_packed_loader
-from moiie_megatron.data.stream.packing import PackingSpec
 from tests.helpers.open_files import few_open_files
 from tests.helpers.user_errors import user_error
 from tests.unit.data.stream.streams import assert_same_stream, run, settings, stream
@@ -43,7 +43,7 @@ def test_a_packed_step_of_many_rows(dataset: LlavaDataset) -> None:
     many = settings(
         global_batch_size=256, micro_batch_size=1, num_steps=2, num_workers=2, start_method="fork"
     )
-    steps = list(build_packed_loader(dataset, many, SPEC, int))
+    steps = list(pack_steps(read_steps(dataset, many), SPEC))
     assert len(steps) == 2 and all(len(rows) > 64 for rows in steps)
     assert all(sum(len(row.record_ids) for row in rows) == 256 for rows in steps)
 

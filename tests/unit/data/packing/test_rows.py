@@ -1,4 +1,4 @@
-"""Packing: which samples share a row, and what a row is, by hand and by properties."""
+"""What a packed row is, by hand and by properties."""
 
 from __future__ import annotations
 
@@ -10,56 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moiie_megatron.data.packing.pack import pack
+from moiie_megatron.data.packing.rows import PackingSpec, pack_row
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.example import Example
-from moiie_megatron.data.stream.packing import (
-    PackingSpec,
-    best_fit_decreasing,
-    equalize_row_counts,
-    pack,
-    split_rows_to_count,
-)
-from tests.unit.data.stream.streams import assert_same, example, text
+from tests.unit.data.stream.streams import example, text
 
 SPEC = PackingSpec(capacity=12, sequence_length=8, num_image_tokens=2, pad_id=3)
 CHECKS = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "rows"),
-    [
-        ([], []),
-        ([10], [[0]]),
-        # 6 and 5 open rows; 4 fits best into the row of 6, 3 into that of 5, 2 as well.
-        ([4, 3, 6, 2, 5], [[0, 2], [1, 3, 4]]),
-        # Best fit, not first fit: 3 leaves nothing in the second row, 4 goes to the first.
-        ([6, 7, 3, 4], [[0, 3], [1, 2]]),
-        # Equal lengths keep their order.
-        ([5, 5, 5, 5], [[0, 1], [2, 3]]),
-        ([10, 1, 10], [[0], [1], [2]]),
-    ],
-)
-def test_rows_by_hand(lengths: list[int], rows: list[list[int]]) -> None:
-    assert best_fit_decreasing(lengths, 10) == rows
-
-
-@CHECKS
-@given(st.lists(st.integers(1, 100), max_size=60))
-def test_rows_hold_every_item_once_and_are_few(lengths: list[int]) -> None:
-    rows = best_fit_decreasing(lengths, 100)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= 100 for row in rows)
-    assert rows == sorted(sorted(row) for row in rows)
-    # Best fit decreasing needs at most 11/9 of the fewest rows possible, and 4 more.
-    assert len(rows) <= 11 / 9 * -(-sum(lengths) // 100) + 4
-    # Two rows that would fit into one are never left.
-    sums = sorted(sum(lengths[i] for i in row) for row in rows)
-    assert len(sums) < 2 or sums[0] + sums[1] > 100
-
-
 def test_a_sample_longer_than_a_row() -> None:
-    with pytest.raises(AssertionError, match="13, 12"):
-        pack([text(13, "a")], SPEC)
+    for make in (pack, pack_row):
+        with pytest.raises(AssertionError, match="13, 12"):
+            make([text(13, "a")], SPEC)
     with pytest.raises(AssertionError, match="12, 8"):
         dataclasses.replace(SPEC, multiple_of=8)
 
@@ -100,24 +64,6 @@ def test_lengths_of_rows() -> None:
     assert row.tokens.shape == (1, 24) and row.token_types.sum() == 2 * 19
 
 
-def test_rows_are_split_between_samples() -> None:
-    spec = PackingSpec(40, 20, num_image_tokens=2, pad_id=3, multiple_of=4)
-    a, b, c = three()
-    rows = pack([a, b, c], spec)
-    assert [row.record_ids for row in rows] == [("a", "b", "c")]
-    assert split_rows_to_count(rows, 1, spec) == rows
-    # 4 + 10 + 7: 14 and 7 are nearer to each other than 4 and 17.
-    first, second = split_rows_to_count(rows, 2, spec)
-    assert_same(first, pack([a, b], spec)[0])
-    assert_same(second, pack([c], spec)[0])
-    skipped = [*first.skipped_samples, *second.skipped_samples]
-    assert [sample.index for sample in skipped] == [4, 10, 7]
-    for row, alone in zip(split_rows_to_count(rows, 3, spec), (a, b, c), strict=True):
-        assert_same(row, pack([alone], spec)[0])
-    with pytest.raises(AssertionError):
-        split_rows_to_count(rows, 4, spec)
-
-
 @st.composite
 def portions(draw: st.DrawFn) -> tuple[list[Example], PackingSpec]:
     """Samples with text and images of two tokens each, and rows that they fit into."""
@@ -156,15 +102,10 @@ def segments(rows: list[Batch]) -> dict[str, tuple[list[int], list[int], list[in
 
 
 @CHECKS
-@given(portions(), st.data())
-def test_every_sample_is_in_one_segment(
-    portion: tuple[list[Example], PackingSpec], data: st.DataObject
-) -> None:
+@given(portions())
+def test_every_sample_is_in_one_segment(portion: tuple[list[Example], PackingSpec]) -> None:
     samples, spec = portion
     rows = pack(samples, spec)
-    count = data.draw(st.integers(len(rows), len(samples)))
-    split = split_rows_to_count(rows, count, spec)
-    assert len(split) == count
     expected = {
         sample.record_id: (
             sample.encoded.tokens.tolist(),
@@ -174,36 +115,16 @@ def test_every_sample_is_in_one_segment(
         for sample in samples
     }
     skipped = Counter(one for sample in samples for one in sample.skipped_samples)
-    for found in (rows, split):
-        names = [name for row in found for name in row.record_ids]
-        assert Counter(names) == Counter(expected.keys())
-        assert segments(found) == expected
-        assert Counter(one for row in found for one in row.skipped_samples) == skipped
-        for row in found:
-            length = row.tokens.shape[1]
-            assert length <= spec.capacity and length % spec.multiple_of == 0
-            assert length == spec.capacity or not spec.pad_to_capacity
-            assert int(row.position_ids.max()) < spec.sequence_length
-            assert row.record_ids  # no row is padding alone
-            # The pixels say which sample an image is of.
-            owners = [s for name in row.record_ids for s in samples if s.record_id == name]
-            assert torch.equal(row.images, torch.cat([s.images for s in owners]))
-    # In a row, and from row to row after splitting, samples keep their order.
-    order = [name for row in rows for name in row.record_ids]
-    assert [name for row in split for name in row.record_ids] == order
-
-
-def test_every_step_is_split_to_the_maximum_of_the_ranks() -> None:
-    spec = PackingSpec(40, 20, num_image_tokens=2, pad_id=3)
-    counts: list[int] = []
-
-    def max_over_dp(count: int) -> int:
-        counts.append(count)
-        return len(counts) + 1
-
-    steps = equalize_row_counts(iter([pack(three(), spec)] * 2), spec, max_over_dp)
-    assert [[row.record_ids for row in rows] for rows in steps] == [
-        [("a", "b"), ("c",)],
-        [("a",), ("b",), ("c",)],
-    ]
-    assert counts == [1, 1]
+    names = [name for row in rows for name in row.record_ids]
+    assert Counter(names) == Counter(expected.keys())
+    assert segments(rows) == expected
+    assert Counter(one for row in rows for one in row.skipped_samples) == skipped
+    for row in rows:
+        length = row.tokens.shape[1]
+        assert length <= spec.capacity and length % spec.multiple_of == 0
+        assert length == spec.capacity or not spec.pad_to_capacity
+        assert int(row.position_ids.max()) < spec.sequence_length
+        assert row.record_ids  # no row is padding alone
+        # The pixels say which sample an image is of.
+        owners = [s for name in row.record_ids for s in samples if s.record_id == name]
+        assert torch.equal(row.images, torch.cat([s.images for s in owners]))
