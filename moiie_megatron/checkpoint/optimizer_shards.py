@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch import Tensor
 
 from moiie_megatron.checkpoint.flat_ranges import boxes_of_view, meta_like
+from moiie_megatron.checkpoint.inner_state import begin_state, read_state, take_over
 
 # Megatron-Core's name; it says how tensors are named, not who writes them.
 _SHARDING_TYPE: Final = "fully_reshardable"
@@ -34,28 +35,26 @@ def is_distributed(optimizer: Any) -> bool:
     return all(hasattr(part, "gbuf_ranges") for part in optimizer.chained_optimizers)
 
 
-def begin_state(optimizer: Any) -> None:
-    """Give an optimizer that has not updated anything yet the state that its first update expects.
+@dataclass(frozen=True)
+class OwnedState:
+    """The optimizer state that this rank owns.
 
-    The moments are zeros and the number of steps is 0, as the optimizers themselves begin; with a
-    state from an update nothing changes.  Needed before a save, since Megatron-Core asserts that
-    there is a number of steps.
-
-    Args:
-        optimizer: Megatron's chained optimizer, distributed.
+    Attributes:
+        shards: It as shards of tensors, by a unique name; views of ``tensors``.
+        tensors: By parameter of each of the chained optimizers, see ``read_state``.
     """
-    for part in optimizer.chained_optimizers:
-        inner = part.optimizer
-        if inner is None or inner.state:
-            continue
-        part.init_state_fn(inner, part.config)
-        if isinstance(inner, torch.optim.AdamW):  # the others count in the parameter groups
-            for parameter, values in inner.state.items():
-                values["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+
+    shards: dict[str, ShardedTensor]
+    tensors: list[tuple[Any, dict[torch.nn.Parameter, dict[str, Tensor]]]]
+
+    def take_over(self) -> None:
+        """Let the optimizers go on with what was read into the shards."""
+        for part, tensors in self.tensors:
+            take_over(part, tensors)
 
 
-def optimizer_shards(optimizer: Any, model_state: Mapping[str, Any]) -> dict[str, ShardedTensor]:
-    """The optimizer state that this rank owns; the shards are views of it.
+def owned_state(optimizer: Any, model_state: Mapping[str, Any]) -> OwnedState:
+    """The optimizer state that this rank owns.
 
     Args:
         optimizer: Megatron's chained optimizer, with its state.
@@ -66,17 +65,20 @@ def optimizer_shards(optimizer: Any, model_state: Mapping[str, Any]) -> dict[str
         for entry in nested_values(model_state)
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
-    shards: dict[str, ShardedTensor] = {}
+    state = OwnedState({}, [])
     for part in optimizer.chained_optimizers:
+        tensors = {}
         for parameter, start, stop in owned_ranges(part):
-            tensors = part._get_main_param_and_optimizer_states(parameter)
-            for shard in shards_of_range(entries[id(parameter)], start, stop, tensors):
-                shards[f"{shard.key} {shard.global_offset}"] = shard
-    return shards
+            tensors[parameter] = read_state(part, parameter)
+            entry = entries[id(parameter)]
+            for shard in shards_of_range(entry, start, stop, tensors[parameter]):
+                state.shards[f"{shard.key} {shard.global_offset}"] = shard
+        state.tensors.append((part, tensors))
+    return state
 
 
 def without_copies(shards: Mapping[str, ShardedTensor]) -> dict[str, ShardedTensor]:
-    """What to write of ``optimizer_shards``: not the state of tied weights on a later stage.
+    """What to write of ``OwnedState.shards``: not the state of tied weights on a later stage.
 
     Its ranges differ from those on the first stage.  Tensor-parallel ranks that replicate a
     parameter own equal ranges of it, so that either may write them.
@@ -105,10 +107,9 @@ def shards_of_range(
     Args:
         entry: How the parameter is sharded.
         start, stop: The range of its flattened values.
-        state: Flat tensors by name, of ``stop - start`` values each; a number of steps
-            (``step``) is left out.
+        state: Flat tensors by name, of ``stop - start`` values each.
     """
-    flat = {name: tensor.detach() for name, tensor in state.items() if name != "step"}
+    flat = {name: tensor.detach() for name, tensor in state.items()}
     template = replace(entry, data=meta_like(entry.data))
     built = template.build() if isinstance(template, ShardedTensorFactory) else template
     for shard in nested_values({"": built}):
@@ -141,7 +142,13 @@ def optimizer_settings(optimizer: Any, updates: int) -> dict[Any, Any]:
     parts = [part.state_dict() for part in optimizer.chained_optimizers]
     for part in parts:
         part["param_state_sharding_type"] = _SHARDING_TYPE
-        for group in part["optimizer"]["param_groups"]:
+        groups = part["optimizer"]["param_groups"]
+        # The classes that Megatron's hybrid optimizer has in them are code, which no load runs.
+        groups[:] = [
+            {key: value for key, value in group.items() if not isinstance(value, type)}
+            for group in groups
+        ]
+        for group in groups:
             # Transformer Engine counts steps only where a rank has parameters.
             group.setdefault("step", updates)
     return parts[0] if len(parts) == 1 else dict(enumerate(parts))
@@ -161,6 +168,7 @@ def load_optimizer_settings(optimizer: Any, saved: Mapping[Any, Any], updates: i
     first = saved if "optimizer" in saved else saved[0]
     steps = [g["step"] for g in first["optimizer"]["param_groups"] if "step" in g]
     step = int(steps[0]) if steps else updates
+    begin_state(optimizer)
     for part in optimizer.chained_optimizers:
         groups = [settings | {"step": step} for settings in _settings(part)]
         with keep_settings(optimizer):

@@ -21,14 +21,14 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moiie_megatron.checkpoint.directory import CONFIG_FILE, FORMAT_VERSION
+from moiie_megatron.checkpoint.inner_state import begin_state
 from moiie_megatron.checkpoint.older_progress import renamed_counters
 from moiie_megatron.checkpoint.optimizer_shards import (
-    begin_state,
     is_distributed,
     keep_settings,
     load_optimizer_settings,
     optimizer_settings,
-    optimizer_shards,
+    owned_state,
     without_copies,
 )
 from moiie_megatron.checkpoint.parallel_io import begin_save, load_strategy
@@ -99,13 +99,13 @@ def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str,
     if common.get("world_size") != context.size:
         del state["rng"]  # one state per rank, meaningless for another number of ranks
     _keep_objects(state["model"])
-    optimizer, shards = parts["optimizer"], {}
+    optimizer, owned = parts["optimizer"], None
     updates = Progress.from_state(common["progress"]).updates
     if is_distributed(optimizer):
         load_optimizer_settings(optimizer, common["optimizer"], updates)
-        shards = optimizer_shards(optimizer, state["model"])
+        owned = owned_state(optimizer, state["model"])
         # The shards are views, and read in place; what is handed over may be changed.
-        state["optimizer_shards"] = {name: replace(shard) for name, shard in shards.items()}
+        state["optimizer_shards"] = {name: replace(shard) for name, shard in owned.shards.items()}
     else:
         # Without an update there are no moments, neither there nor here.
         state["optimizer"] = optimizer.sharded_state_dict(
@@ -113,12 +113,14 @@ def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str,
         )
     loaded = read_sharded(checkpoint, state, context)
     parts["model"].load_state_dict(loaded["model"])
-    if not is_distributed(optimizer):
+    if owned is None:
         with keep_settings(optimizer):
             optimizer.load_state_dict(loaded["optimizer"])
-    for name, shard in shards.items():
-        if loaded["optimizer_shards"][name].data_ptr() != shard.data.data_ptr():
-            shard.data.copy_(loaded["optimizer_shards"][name])
+    else:
+        for name, shard in owned.shards.items():
+            if loaded["optimizer_shards"][name].data_ptr() != shard.data.data_ptr():
+                shard.data.copy_(loaded["optimizer_shards"][name])
+        owned.take_over()
     parts["scheduler"].load_state_dict(loaded["scheduler"])
     if "stream" in parts:
         parts["stream"].restore(loaded["stream"])
@@ -196,7 +198,7 @@ def _optimizer_state(
     begin_state(optimizer)
     state = {"optimizer": optimizer_settings(optimizer, updates)}
     # Without one (nothing is trained on this pipeline stage) there is nothing to write.
-    if shards := without_copies(optimizer_shards(optimizer, model_state)):
+    if shards := without_copies(owned_state(optimizer, model_state).shards):
         state["optimizer_shards"] = shards
     return state
 

@@ -197,6 +197,11 @@ class OptimizerConfig(Section):
     distributed: bool = Field(
         True, description="shard optimizer states over data-parallel ranks (ZeRO-1)"
     )
+    megatron: dict[str, Any] = Field(
+        {},
+        description="further fields of Megatron-Core's OptimizerConfig, see "
+        "[megatron-section.md](megatron-section.md#optimizermegatron)",
+    )
 
 
 class TrainConfig(Section):
@@ -320,7 +325,12 @@ class RunConfig(Section):
     megatron: dict[str, Any] = Field(
         {},
         description="further fields of Megatron-Core's TransformerConfig, see "
-        "[megatron-section.md](megatron-section.md)",
+        "[megatron-section.md](megatron-section.md#megatron)",
+    )
+    ddp: dict[str, Any] = Field(
+        {},
+        description="further fields of Megatron-Core's DistributedDataParallelConfig, see "
+        "[megatron-section.md](megatron-section.md#ddp)",
     )
 
     @property

@@ -7,7 +7,8 @@ Only ``check_paths`` reads the disk.
 from __future__ import annotations
 
 from moiie_megatron.config.families import template_names
-from moiie_megatron.config.megatron_section.check import check_megatron
+from moiie_megatron.config.megatron_section.check_model import check_megatron
+from moiie_megatron.config.megatron_section.check_training import check_training_sections
 from moiie_megatron.config.messages import listed
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.config.validate_data import (
@@ -37,6 +38,7 @@ def check_config(config: RunConfig, *, world_size: int | None = None) -> None:
     check_experts(config)
     _check_stage(config)
     check_megatron(config)
+    check_training_sections(config)
     check_parallel(config)
     check_data(config)
     check_packing(config)

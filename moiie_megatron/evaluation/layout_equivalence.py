@@ -56,10 +56,10 @@ def record_step(
     Raises:
         ShardMismatch: Replicas of a tensor differ between ranks.
     """
-    # With the distributed optimizer a rank would hold shards of the gradients only.
-    config = config.model_copy(
-        update={"optimizer": config.optimizer.model_copy(update={"distributed": False})}
-    )
+    # With the distributed optimizer a rank would hold shards of the gradients only; fields of
+    # Megatron-Core's that may depend on it are left out too.
+    optimizer = config.optimizer.model_copy(update={"distributed": False, "megatron": {}})
+    config = config.model_copy(update={"optimizer": optimizer, "ddp": {}})
     model = build_chunks(config, context)
     if weights is not None:
         fill_model(model, weights)

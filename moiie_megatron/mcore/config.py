@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -23,27 +23,33 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
-from moiie_megatron.config.megatron_section.check import megatron_fields
+from moiie_megatron.config.megatron_section.sections import (
+    ddp_fields,
+    megatron_fields,
+    optimizer_fields,
+)
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.device import Device
-from moiie_megatron.mcore.device_checks import check_device
+from moiie_megatron.mcore.device_checks import check_device, overlaps_grad_reduce
 from moiie_megatron.mcore.patches.output_layer import HAS_APEX_EXTENSION
 from moiie_megatron.utils.errors import UserError
+
+_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def torch_dtype(config: RunConfig) -> torch.dtype:
     """The dtype of weights and activations."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return _DTYPES[config.train.precision]
 
 
 def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
     """Megatron's configuration of the language model of this run.
 
     Raises:
-        UserError: The ``megatron`` section, or what it needs and this device lacks.
+        UserError: A section of Megatron-Core's fields, or what it needs and this device lacks.
     """
+    check_device(config, device)
     given = megatron_fields(config)
-    check_device(config, device, given)
     if "attention_backend" in given:
         given["attention_backend"] = AttnBackend[given["attention_backend"]]
     language, moe, parallel = config.language, config.moe, config.parallel
@@ -80,7 +86,9 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         "bias_activation_fusion": device.is_cuda,
         # Megatron's own rotary embedding of packed rows would wait for their lengths in every
         # layer, when they are on the GPU.
-        "apply_rope_fusion": config.data.packing and device.transformer_engine,
+        "apply_rope_fusion": device.transformer_engine,
+        "cross_entropy_loss_fusion": device.transformer_engine,
+        "cross_entropy_fusion_impl": "te" if device.transformer_engine else "native",
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": _fuses_weight_gradients(device),
         # Interleaved stages send and receive behind the computation, as Megatron-LM has it: two
@@ -115,6 +123,7 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
                 "alltoall" if moe.dispatcher == "moiie" else moe.dispatcher
             ),
             "moe_grouped_gemm": True,
+            "moe_permute_fusion": device.transformer_engine and moe.dispatcher != "moiie",
             "expert_model_parallel_size": parallel.expert,
             "expert_tensor_parallel_size": parallel.expert_tensor,
         }
@@ -145,42 +154,61 @@ def _fuses_weight_gradients(device: Device) -> bool:
 
 
 def ddp_config(config: RunConfig, device: Device) -> DistributedDataParallelConfig:
-    """Gradients are reduced in fp32; they overlap with the backward pass on GPUs."""
-    return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.optimizer.distributed,
-        overlap_grad_reduce=device.is_cuda,
-        overlap_param_gather=False,
-        check_for_nan_in_grad=False,
-    )
+    """Reductions of gradients, in fp32, and gathers of updated weights.
+
+    On GPUs both overlap with the passes.
+    """
+    overlap = overlaps_grad_reduce(config, device)
+    fields: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": config.optimizer.distributed,
+        "overlap_grad_reduce": overlap,
+        "overlap_param_gather": device.is_cuda and overlap and config.optimizer.distributed,
+        "check_for_nan_in_grad": False,
+    }
+    return DistributedDataParallelConfig(**(fields | ddp_fields(config)))
 
 
-def optimizer_config(config: RunConfig) -> MegatronOptimizerConfig:
+def optimizer_config(config: RunConfig, device: Device) -> MegatronOptimizerConfig:
     """AdamW; learning rates come from the parameter groups (``part_overrides``)."""
     optimizer = config.optimizer
+    given = optimizer_fields(config)
     max_lr = max(config.stage.learning_rates.values())
-    return MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=max_lr,
-        min_lr=max_lr * optimizer.min_lr_ratio,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        adam_eps=optimizer.epsilon,
-        clip_grad=optimizer.clip_grad,
-        bf16=config.train.precision == "bf16",
-        params_dtype=torch_dtype(config),
-        use_distributed_optimizer=optimizer.distributed,
-    )
+    fields: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": max_lr,
+        "min_lr": max_lr * optimizer.min_lr_ratio,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.beta1,
+        "adam_beta2": optimizer.beta2,
+        "adam_eps": optimizer.epsilon,
+        "clip_grad": optimizer.clip_grad,
+        "bf16": config.train.precision == "bf16",
+        "params_dtype": torch_dtype(config),
+        "use_distributed_optimizer": optimizer.distributed,
+        "overlap_param_gather": ddp_config(config, device).overlap_param_gather,
+        # Checkpoints hold the optimizer's copy of the weights whole.
+        "store_param_remainders": False,
+        "optimizer_offload_fraction": 1.0,
+    }
+    if given.get("optimizer_cpu_offload"):
+        # Otherwise Megatron keeps a copy of the fp32 weights on the GPU.
+        given["use_precision_aware_optimizer"] = True
+    dtypes = {name: _DTYPES[value] for name, value in given.items() if name.endswith("_dtype")}
+    return MegatronOptimizerConfig(**(fields | given | dtypes))
 
 
-def part_overrides(config: RunConfig, marks: dict[str, str]) -> dict[ParamKey, Any]:
+def part_overrides(
+    config: RunConfig, optimizer: MegatronOptimizerConfig, marks: dict[str, str]
+) -> dict[ParamKey, Any]:
     """Parameter-group settings: a learning rate per part, and no weight decay on vectors.
 
     Args:
+        config: The run.
+        optimizer: Its ``optimizer_config``.
         marks: Name of the attribute that marks the parameters of a part, by part.
     """
-    overrides: dict[ParamKey, Any] = get_standard_config_overrides(optimizer_config(config))
+    overrides: dict[ParamKey, Any] = get_standard_config_overrides(optimizer)
     for part, lr in config.stage.learning_rates.items():
         overrides[ParamKey(attr=marks[part])] = {
             "max_lr": lr,
@@ -211,6 +239,9 @@ def lr_scheduler(config: RunConfig, optimizer: Any, steps: int) -> OptimizerPara
 
 def connect_schedules(ddp: Sequence[DistributedDataParallel], optimizer: Any) -> None:
     """Set the callbacks of Megatron's pipeline schedules in the model's configuration.
+
+    ``param_sync_func`` stays unset: the interleaved schedule alone calls it, and without it
+    gathers of weights begin in the forward pass.
 
     Args:
         ddp: The wrappers of this rank's chunks, which share one configuration.

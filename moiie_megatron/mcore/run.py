@@ -37,7 +37,7 @@ def run_distributed(
     """
     from moiie_megatron.mcore.config import transformer_config
     from moiie_megatron.mcore.determinism import set_determinism
-    from moiie_megatron.mcore.device_checks import own_attention_backend
+    from moiie_megatron.mcore.device_checks import own_globals
     from moiie_megatron.mcore.parallel import destroy_parallel, init_parallel
     from moiie_megatron.mcore.process_lifetime import kill_children_on_exit
 
@@ -62,7 +62,7 @@ def run_distributed(
             "train.precision is bf16, but this CPU has no BF16 instructions, and may take minutes "
             "for what takes seconds in fp32: use train.precision=fp32."
         )
-    with own_attention_backend():
+    with own_globals():
         body(context)
     destroy_parallel()
 

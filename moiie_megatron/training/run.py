@@ -186,6 +186,7 @@ class Run:
             self._log.routing(step, self._counters.record())
         if is_due:
             with self._log.paused():
+                self._train_state.gather_weights()
                 self._saver.save(self.progress)
 
     def finish(self) -> Path:

@@ -20,6 +20,8 @@ from moiie_megatron.mcore.config import (
 from moiie_megatron.mcore.optimizer import SkipNonFiniteOptimizer
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.patches.adamw import use_fused_adamw
+from moiie_megatron.mcore.patches.bucket_order import keep_bucket_order
+from moiie_megatron.training.param_gather import complete_hooks, gather_all
 from moiie_megatron.training.stages import PARTS, apply_stage, part_mark
 from moiie_megatron.vlm.chunks import ModelChunks
 
@@ -43,6 +45,11 @@ class TrainState:
     def state_parts(self) -> dict[str, Any]:
         """The stateful objects by their name in a checkpoint."""
         return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+
+    def gather_weights(self) -> None:
+        """Let every rank read all weights between two steps; all ranks must call this."""
+        for wrapper in self.ddp:
+            gather_all(wrapper)
 
     def learning_rates(self, config: RunConfig) -> dict[str, float]:
         """The learning rate of the next step by part; equal on all ranks."""
@@ -77,14 +84,19 @@ def prepare_training(
     ]
     for wrapper in ddp:
         wrapper.broadcast_params()
+    optimizer_fields = optimizer_config(config, context.device)
+    marks: dict[str, str] = {part: part_mark(part) for part in PARTS}
     chained = get_megatron_optimizer(
-        optimizer_config(config),
+        optimizer_fields,
         ddp,
-        config_overrides=part_overrides(config, {part: part_mark(part) for part in PARTS}),
+        config_overrides=part_overrides(config, optimizer_fields, marks),
         use_gloo_process_groups=False,
         pg_collection=context.groups,
     )
     use_fused_adamw(chained)
     optimizer = SkipNonFiniteOptimizer(chained.chained_optimizers)
     connect_schedules(ddp, optimizer)
+    for wrapper in ddp:
+        keep_bucket_order(wrapper)
+        complete_hooks(wrapper)
     return TrainState(model, ddp, optimizer, lr_scheduler(config, optimizer, steps))

@@ -61,9 +61,10 @@ class MoIIEModel(MegatronModule):
         last_image_token_as_text: bool = False,
     ) -> None:
         super().__init__(config=config)
-        self.language_model = language_model
+        # In the order of the forward pass: gathers of weights overlap with it bucket by bucket.
         self.vision_encoder = vision_encoder
         self.connector = connector
+        self.language_model = language_model
         self.groups = groups
         self.last_image_token_as_text = last_image_token_as_text
         # Megatron's schedules and gradient reductions read these from the outermost module.
@@ -180,14 +181,15 @@ class MoIIEModel(MegatronModule):
         image_positions: Tensor | None,
     ) -> Tensor:
         """Embed text, encode images, merge: ``(s, b, h)``."""
-        # The image id may lie outside the vocabulary, so it is never looked up.
-        text = torch.where(token_types == TEXT, tokens, 0)
-        embeddings = self.language_model.embedding(input_ids=text, position_ids=position_ids)
         if image_positions is None:
             image_positions = positions_of(token_types)
         if images is None:
-            images = embeddings.new_empty(0)
+            images = token_types.new_empty(0, dtype=self.config.params_dtype)
+        # Before the embedding, as in the order of the weights.
         features = self._image_features(images, len(image_positions))
+        # The image id may lie outside the vocabulary, so it is never looked up.
+        text = torch.where(token_types == TEXT, tokens, 0)
+        embeddings = self.language_model.embedding(input_ids=text, position_ids=position_ids)
         return merge_images(embeddings, features, image_positions)
 
     def _image_features(self, images: Tensor, positions: int) -> Tensor:

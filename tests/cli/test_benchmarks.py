@@ -1,4 +1,4 @@
-"""The benchmarks start, and one of them runs to its end on a tiny model."""
+"""The benchmarks start; the cheap ones run to their ends."""
 
 from __future__ import annotations
 
@@ -95,3 +95,24 @@ def test_routing_log(tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     assert result["processes"] == 1 and result["moe_layers"] == 1
     assert {"counting_overhead", "overhead", "step_ms"} <= result.keys()
+
+
+def test_packing(tmp_path: Path) -> None:
+    """Packing over the global batch, against every rank alone: fewer rows, and even ones."""
+    file = tmp_path / "result.json"
+    run(command("benchmarks/packing.py", ["--steps", "4", "--json", file]), timeout=120).check()
+    found = {
+        (line["mixture"], line["ranks"], line["global_batch_size"], line["together"]): line
+        for line in json.loads(file.read_text())
+    }
+    for (mixture, ranks, batch, together), line in found.items():
+        if not together:
+            continue
+        alone = found[mixture, ranks, batch, False]
+        assert line["tokens_per_row"] >= alone["tokens_per_row"]
+        assert line["tokens"] <= alone["tokens"] and line["waiting"] <= alone["waiting"]
+        if batch > ranks:  # else every rank has one sample
+            assert line["tokens"] < 1.15 and line["images"] < 1.25 and line["waiting"] < 1.35
+    # 64 GPUs with two tensor-parallel ranks.
+    together, alone = (found["LLaVA-1.5", 32, 128, value] for value in (True, False))
+    assert together["tokens_per_row"] > 1.6 * alone["tokens_per_row"]

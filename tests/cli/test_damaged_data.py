@@ -98,17 +98,20 @@ def test_a_resumed_run_lists_the_same(epoch: tuple[Path, Finished], data: Damage
 def test_counted_over_all_ranks(
     epoch: tuple[Path, Finished], data: DamagedData, digits: Path, tmp_path: Path
 ) -> None:
-    """Two data-parallel ranks read half each; together they report what one would."""
+    """Two data-parallel ranks read half each; together they report what one would, also where
+    packing moves the samples to the other rank."""
     output, _ = epoch
     values = values_of(data, digits, tmp_path / "run")
-    values["data"]["num_workers"] = 1
+    values["data"] |= {"num_workers": 1, "packing": True}
     config = write_config(tmp_path / "run.yaml", values)
     words = [config, "train.epochs=null", "train.steps=3"]
     run(command("tools/train.py", words, processes=2), timeout=200).check()
-    steps = read_metrics(output)[:3]
-    assert [line["skipped_samples"] for line in read_metrics(tmp_path / "run")] == [
-        line["skipped_samples"] for line in steps
-    ]
+    steps, whole = read_metrics(tmp_path / "run"), read_metrics(output)[:3]
+    for line, wanted in zip(steps, whole, strict=True):
+        assert line["skipped_samples"] == wanted["skipped_samples"] > 0
+        assert line["tokens"] == wanted["tokens"]
+    # Of three steps and of an epoch, the learning rates differ from the first step on.
+    assert steps[0]["lm_loss"] == pytest.approx(whole[0]["lm_loss"], rel=1e-4)
     first = [fault for fault in read_faults(output) if fault["step"] <= 3]
 
     def by_index(skipped_samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

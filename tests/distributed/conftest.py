@@ -18,6 +18,7 @@ from tests.distributed.joint_runs import (
     LAST_SMALL,
     LONGROPE,
     ONE_LAYER,
+    OVERLAP,
     SAVE_EVERY,
     STEPS,
     VIRTUAL,
@@ -95,6 +96,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path) -
         dense["train"]["steps"] = 1
         dense["checkpoint"]["init_from"] = str(seed)
         dense["parallel"] = VIRTUAL
+        connector["ddp"] = OVERLAP
         longrope = {"language": {"longrope": LONGROPE}, "train": {"steps": 1}}
         runs = {
             # Also the undisturbed run that test_resume.py compares with.

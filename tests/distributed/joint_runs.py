@@ -35,6 +35,9 @@ BLOCK = {
     "recompute_num_layers": 1,
 }
 
+# Reductions and gathers during the passes, as on GPUs; a tiny model is one bucket.
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
 # Of four layers, one and three on two pipeline stages.
 FIRST_SMALL, LAST_SMALL = [1, 3], [3, 1]
 

@@ -18,7 +18,7 @@ from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.run import run_sequentially
 from moiie_megatron.routing_stats.counters import RoutingCounters
-from moiie_megatron.training.state import prepare_training
+from moiie_megatron.training.state import TrainState, prepare_training
 from moiie_megatron.training.step import train_step
 from moiie_megatron.vlm.build import build_chunks
 from tests.helpers.batches import image_batch, text_batch
@@ -30,6 +30,9 @@ SCHEDULE = (
     (("text", "text"), ("text", "text")),
     (("images", "images"), ("images", "images")),
 )
+
+# Buckets of a few weights each: some modules have weights in two, and most are gathered late.
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000}
 
 
 def steps(config: RunConfig, context: ParallelContext) -> list[dict[str, object]]:
@@ -61,9 +64,16 @@ def steps(config: RunConfig, context: ParallelContext) -> list[dict[str, object]
                 "image_tokens": result.image_tokens,
                 "aux": counters.losses().aux,
                 "kinds": [int(len(batch.images) > 0) for batch in mine],
+                "weights": weights_digest(train_state),
             }
         )
     return lines
+
+
+def weights_digest(train_state: TrainState) -> list[float]:
+    """Sums of the absolute weights of every parameter, as all ranks see them between steps."""
+    train_state.gather_weights()
+    return [float(p.detach().double().abs().sum()) for p in train_state.model.parameters()]
 
 
 def main() -> None:
@@ -72,12 +82,17 @@ def main() -> None:
     plain = load_config(file, overrides)
     full = {"recompute_granularity": "full", "recompute_method": "uniform"}
     recompute = plain.model_copy(update={"megatron": {**full, "recompute_num_layers": 1}})
+    configs = {"plain": plain, "recompute": recompute}
+    for name, config in tuple(configs.items()):
+        configs[f"{name} overlapped"] = config.model_copy(update={"ddp": OVERLAP})
     results: list[list[dict[str, object]]] = []
     run_sequentially(
-        [plain, recompute], launch, lambda config, context: results.append(steps(config, context))
+        list(configs.values()),
+        launch,
+        lambda config, context: results.append(steps(config, context)),
     )
     path = Path(out) / f"rank{launch.rank}.json"
-    path.write_text(json.dumps(dict(zip(("plain", "recompute"), results, strict=True))))
+    path.write_text(json.dumps(dict(zip(configs, results, strict=True))))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 
 from moiie_megatron.data.stream.order import SampleOrder
 from tests.distributed.hooks import DELAY, LATE_STEP, POISONED_STEP
+from tests.distributed.joint_runs import OVERLAP
 from tests.helpers.checkpoints import plain_tensors
 from tests.helpers.ranks import run_ranks, start_ranks
 from tests.helpers.tiny_run import read_metrics, tiny_values, write_config
@@ -29,13 +30,16 @@ def _config(folder: Path, digits: Path, steps: int, **sections: Any) -> Path:
     values["train"]["steps"] = steps
     values["checkpoint"] = {"interval": 1, "keep": 10}
     for section, changes in sections.items():
-        values[section] |= changes
+        values[section] = values.get(section, {}) | changes
     return write_config(folder / "run.yaml", values)
 
 
 def test_one_bad_step_is_left_out(tmp_path: Path, digits: Path) -> None:
-    """One micro-batch of one rank is not finite: no rank changes anything in that step."""
-    config = _config(tmp_path, digits, steps=5)
+    """One micro-batch of one rank is not finite: no rank changes anything in that step.
+
+    Nor does the next step wait for a gather of weights that nobody has updated.
+    """
+    config = _config(tmp_path, digits, steps=5, ddp=OVERLAP | {"bucket_size": 3000})
 
     job = start_ranks(tmp_path, [config], processes=2, hook=HOOKS + "poison_rank_1")
     assert job.wait() == [0, 0], job.text()

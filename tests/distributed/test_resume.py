@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.distributed.joint_runs import (
+    OVERLAP,
     SAVE_EVERY,
     STEPS,
     VIRTUAL,
@@ -30,13 +31,17 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900
 def test_killed_run_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, digits: Path, single: Path, pair: Path
 ) -> None:
-    """SIGKILL for all processes between two checkpoints, then the same command again."""
+    """SIGKILL for all processes between two checkpoints, then the same command again.
+
+    Communication overlaps with the passes, unlike in the undisturbed run.
+    """
     output = tmp_path / "killed"
     values = joint_values(
         digits,
         output,
         single / "seed",
         parallel={"expert": 2},
+        ddp=OVERLAP,
         checkpoint={"interval": SAVE_EVERY},
     )
     arguments = [write_config(tmp_path / "killed.yaml", values)]

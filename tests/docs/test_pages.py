@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from moiie_megatron import __version__
-from moiie_megatron.config.megatron_section.fields import classify
-from moiie_megatron.config.megatron_section.refused import Refused
+from moiie_megatron.config.megatron_section.sections import MEGATRON
+from moiie_megatron.config.megatron_section.table import Refused
 from moiie_megatron.config.renamed_keys import RENAMED
 from tests.docs.doc_pages import PAGES, ROOT, blocks, megatron_core, name
 
@@ -141,5 +141,5 @@ def test_what_the_status_page_calls_refused_is_refused() -> None:
     (table,) = re.findall(r"## Not supported\n\n(.*?)\n\n", text, re.DOTALL)
     names = re.findall(r"`megatron\.(\w+)\*?`", table)
     assert len(names) > 10
-    kinds = {name: classify(f"{name}x" if name.endswith("_") else name) for name in names}
+    kinds = {name: MEGATRON.classify(f"{name}x" if name.endswith("_") else name) for name in names}
     assert [name for name, kind in kinds.items() if not isinstance(kind, Refused | str)] == []

@@ -14,9 +14,9 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from moiie_megatron.config.megatron_section.allowed import ALLOWED
-from moiie_megatron.config.megatron_section.fields import classify
-from moiie_megatron.config.megatron_section.refused import Refused
+from moiie_megatron.config.megatron_section.sections import MEGATRON
+from moiie_megatron.config.megatron_section.table import Refused
+from moiie_megatron.config.megatron_section.transformer.allowed import ALLOWED
 from moiie_megatron.config.schema import MoEConfig, RunConfig, StageConfig
 from moiie_megatron.config.validate import check_config
 from moiie_megatron.mcore.parallel import ParallelContext, seed_everything
@@ -48,7 +48,8 @@ CASES: tuple[Case, ...] = (
     {"bias_activation_fusion": True},
     {"bias_activation_fusion": False},
     {"bias_dropout_fusion": True},
-    {"cross_entropy_loss_fusion": True},
+    {"cross_entropy_loss_fusion": False},
+    {"cross_entropy_fusion_impl": "native", "cross_entropy_loss_fusion": True},
     {"apply_rope_fusion": False},
 )
 
@@ -58,18 +59,20 @@ TE_CASES: tuple[Case, ...] = (
     {"recompute_modules": ["moe_act"], **_SELECTIVE},
     {"attention_backend": "unfused"},
     {"apply_rope_fusion": True},
+    {"moe_permute_fusion": True},
 )
 
 FIELDS = {field.name: field for field in dataclasses.fields(TransformerConfig)}
 # Fields of the installed Megatron-Core that are refused because they change nothing.
-INERT = [name for name in FIELDS if isinstance(kind := classify(name), Refused) and kind.inert]
+INERT = [
+    name for name in FIELDS if isinstance(kind := MEGATRON.classify(name), Refused) and kind.inert
+]
 
 
 def needs_experts(case: Case) -> bool:
     """Whether a case has no meaning in a dense model."""
-    return any(
-        name in ("moe", "moe_act", "layernorm") for name in case.get("recompute_modules", ())
-    )
+    modules = case.get("recompute_modules", ())
+    return "moe_permute_fusion" in case or bool({"moe", "moe_act", "layernorm"} & set(modules))
 
 
 def name_of(case: Case) -> str:
@@ -79,6 +82,8 @@ def name_of(case: Case) -> str:
 
 def tiny_config(experts: bool, dispatcher: str = "moiie", **megatron: Any) -> RunConfig:
     """A run of two layers, of which the second has experts; everything trains."""
+    if "moe_permute_fusion" in megatron:
+        dispatcher = "alltoall"
     moe = MoEConfig(dispatcher=dispatcher) if experts else None
     config = tiny.run_config(tiny.language("llama", num_layers=2), moe, megatron=megatron)
     parts = ("vision", "connector", "language", *(("moe",) if experts else ()))

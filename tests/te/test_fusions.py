@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,8 +12,9 @@ from transformer_engine.pytorch import (
     parallel_cross_entropy,
 )
 
+from moiie_megatron.mcore.config import transformer_config
 from moiie_megatron.mcore.parallel import ParallelContext
-from tests.te.steps import disagreement, packed, take_step, tiny_config, with_section
+from tests.te.steps import disagreement, packed, padded, take_step, tiny_config, with_section
 
 
 def test_cross_entropy() -> None:
@@ -64,18 +63,34 @@ def test_chunks() -> None:
     torch.testing.assert_close(back, tuple(g[places.argsort()] for g in grads))
 
 
-MODEL: dict[str, dict[str, Any]] = {
-    "activation": {"bias_activation_fusion": True},
-    "rotary embedding": {"apply_rope_fusion": True},
+UNFUSED = {
+    "apply_rope_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "moe_permute_fusion": False,
+    "bias_activation_fusion": False,
 }
 
 
-@pytest.mark.parametrize("fusion", MODEL)
-def test_in_the_model(te: ParallelContext, fusion: str) -> None:
-    """Fused, and left alone."""
-    config = with_section(tiny_config(), "data", packing=fusion == "rotary embedding")
+@pytest.mark.parametrize("fusion", UNFUSED)
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+def test_in_the_model(te: ParallelContext, fusion: str, packing: bool) -> None:
+    """Fused, which all but the activation are by default, and left alone."""
+    config = with_section(tiny_config(), "data", packing=packing)
     config = with_section(config, "moe", dispatcher="alltoall")
-    unfused = config.model_copy(update={"megatron": {"apply_rope_fusion": False}})
-    fused = config.model_copy(update={"megatron": MODEL[fusion]})
-    want, got = (take_step(one, te, packed()) for one in (unfused, fused))
-    assert disagreement(got, want) == {}
+    batches = packed() if packing else [padded()]
+    fused = {name: value for name, value in UNFUSED.items() if name != fusion}
+    if fusion == "bias_activation_fusion":
+        fused[fusion] = True
+    records = []
+    for megatron in (UNFUSED, fused):
+        changed = config.model_copy(update={"megatron": megatron})
+        records.append(take_step(changed, te, batches))
+    assert disagreement(records[1], records[0]) == {}
+
+
+def test_they_are_the_default(te: ParallelContext) -> None:
+    built = transformer_config(with_section(tiny_config(), "moe", dispatcher="alltoall"), te.device)
+    assert built.apply_rope_fusion and built.cross_entropy_loss_fusion and built.moe_permute_fusion
+    assert built.cross_entropy_fusion_impl == "te"
+    # The default dispatcher has no rows that Megatron could sort.
+    assert not transformer_config(tiny_config(), te.device).moe_permute_fusion

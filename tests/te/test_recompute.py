@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.planning.flops import Work, step_flops
+from tests.helpers.launch import ROOT
 from tests.te.steps import (
     disagreement,
     fused_weight_gradients,
@@ -56,3 +59,40 @@ def test_recompute(te: ParallelContext, mode: str) -> None:
     plain, recomputed = records
     assert disagreement(recomputed, plain) == {}
     assert counts[1] > counts[0]
+
+
+# Recomputed FLOPs over all others, and activations that a micro-batch keeps on a GPU, in GB.
+SHIPPED = {
+    "llama3-stage1": (0.0, 55),
+    "llama3-stage2": (0.09, 8),
+    "phi3-stage1": (0.0, 44),
+    "phi3-stage2": (0.0, 19),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configurations(
+    te: ParallelContext, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They recompute and keep what their comments say, counted by the benchmark."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module("recompute")
+    path = ROOT / f"examples/configs/{name}.yaml"
+    config = benchmark.load_example(path)
+    plan = benchmark.plan_recompute(config, te, config.megatron)
+    rows, length = config.micro_batch_shape
+    if config.moe_layers:  # everything trains
+        work = Work(segments=[length], labels=0, images=0)
+        assert plan.flops == pytest.approx(step_flops(config, work) / length, rel=0.01)
+    kept = plan.kept * rows * length / config.parallel.tensor / 1e9
+    fraction, size = SHIPPED[name]
+    assert plan.fraction == (pytest.approx(fraction, abs=0.005) if fraction else 0.0)
+    assert kept == pytest.approx(size, abs=0.5)
+    comment = " ".join(line.strip("# ") for line in path.read_text().splitlines())
+    assert f"{size} GB" in comment
+    assert f"{fraction:.0%}".replace("%", " %") in comment or not fraction
+
+
+def test_the_demonstration_recomputes_nothing() -> None:
+    for path in (ROOT / "examples/configs").glob("digits-*.yaml"):
+        assert "recompute" not in path.read_text()

@@ -7,14 +7,16 @@ computes the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, combinations, islice
 from typing import Final
 
 import numpy as np
 
-_PARTNERS: Final = 32  # the emptiest rows, with which one exchanges samples
-_CHOICES: Final = 32  # ways to take up to two samples from a row; more are not looked at
+# Rows with which one exchanges samples, the emptiest: to fit, and to be even.
+_PARTNERS_TO_FIT: Final = 64
+_PARTNERS_TO_EVEN: Final = 16
+_CHOICES: Final = 22  # ways to take up to two samples from a row; six samples have so many
 
 
 class EvenRows:
@@ -46,16 +48,13 @@ class EvenRows:
         self._sample_images = images
         self._capacity = capacity
         self._image_weight = num_image_tokens**2
-        num_rows = len(rows)
         self.rows = [list(row) for row in rows]
-        self.tokens = np.zeros(num_rows, np.int64)
-        self.images = np.zeros(num_rows, np.int64)
-        # What a row can give, padded with nothing, the first choice of every row.
-        self._choices: list[list[tuple[int, ...]]] = [[]] * num_rows
-        self._choice_tokens = np.zeros((num_rows, _CHOICES), np.int64)
-        self._choice_images = np.zeros((num_rows, _CHOICES), np.int64)
-        for row in range(num_rows):
-            self._count(row)
+        self.tokens = np.array([self._total(lengths, row) for row in self.rows], np.int64)
+        self.images = np.array([self._total(images, row) for row in self.rows], np.int64)
+        # What a row can give, listed when it is first needed: nothing first, and padded with it.
+        self._choices: list[list[tuple[int, ...]]] = [[]] * len(rows)
+        self._choice_tokens = np.zeros((len(rows), _CHOICES), np.int64)
+        self._choice_images = np.zeros((len(rows), _CHOICES), np.int64)
 
     @property
     def fits(self) -> bool:
@@ -64,24 +63,27 @@ class EvenRows:
 
     def shorten(self, num_exchanges: int) -> None:
         """Even the tokens of rows that are too long, the longest first."""
-        stuck = np.zeros(len(self.rows), bool)
-        for _ in range(num_exchanges):
-            row = int(np.where(stuck, -1, self.tokens).argmax())
-            if stuck[row] or self.tokens[row] <= self._capacity:
-                return
-            if self._exchange(row, image_weight=0):
-                stuck[:] = False
-            else:
-                stuck[row] = True
+
+        def too_long() -> np.ndarray:
+            return np.where(self.tokens > self._capacity, self.tokens, -1)
+
+        self._repeat(num_exchanges, too_long, _PARTNERS_TO_FIT, image_weight=0)
 
     def even_out(self, num_exchanges: int) -> None:
         """Even tokens and images, the fullest row first; rows that fit go on to fit."""
+        self._repeat(num_exchanges, self._squares, _PARTNERS_TO_EVEN, self._image_weight)
+
+    def _repeat(
+        self, count: int, sizes: Callable[[], np.ndarray], partners: int, image_weight: int
+    ) -> None:
+        """Exchange from the row of the largest size on, until none with a size >= 0 is left."""
         stuck = np.zeros(len(self.rows), bool)
-        for _ in range(num_exchanges):
-            row = int(np.where(stuck, -1, self._squares()).argmax())
-            if stuck[row]:
+        for _ in range(count):
+            left = np.where(stuck, -1, sizes())
+            row = int(left.argmax())
+            if left[row] < 0:
                 return
-            if self._exchange(row, self._image_weight):
+            if self._exchange(row, partners, image_weight):
                 stuck[:] = False
             else:
                 stuck[row] = True
@@ -89,14 +91,17 @@ class EvenRows:
     def _squares(self) -> np.ndarray:
         return self.tokens**2 + self._image_weight * self.images**2
 
-    def _exchange(self, row: int, image_weight: int) -> bool:
+    def _exchange(self, row: int, partners: int, image_weight: int) -> bool:
         """Exchange samples with another row so that the sum of squares falls most.
 
         Returns:
             Whether there was such an exchange.
         """
-        others = np.argsort(self._squares(), kind="stable")[: _PARTNERS + 1]
+        others = np.argsort(self._squares(), kind="stable")[: partners + 1]
         others = others[others != row]
+        for one in (row, *others):
+            if not self._choices[one]:
+                self._list_choices(one)
         width = max((len(self._choices[other]) for other in others), default=0)
         given = slice(0, len(self._choices[row]))
         # (what the row gives, other rows, what they give)
@@ -117,21 +122,23 @@ class EvenRows:
         return True
 
     def _swap(self, row: int, other: int, given: tuple[int, ...], taken: tuple[int, ...]) -> None:
-        self.rows[row] = [i for i in self.rows[row] if i not in given] + list(taken)
-        self.rows[other] = [i for i in self.rows[other] if i not in taken] + list(given)
-        self._count(row)
-        self._count(other)
+        for one, out, back in ((row, given, taken), (other, taken, given)):
+            self.rows[one] = [i for i in self.rows[one] if i not in out] + list(back)
+            self.tokens[one] = self._total(self._sample_tokens, self.rows[one])
+            self.images[one] = self._total(self._sample_images, self.rows[one])
+            self._choices[one] = []
 
-    def _count(self, row: int) -> None:
-        """Count a row that has changed."""
-        samples = self.rows[row]
-        none_one_or_two = chain(*(combinations(samples, number) for number in range(3)))
+    def _list_choices(self, row: int) -> None:
+        none_one_or_two = chain(*(combinations(self.rows[row], number) for number in range(3)))
         choices = list(islice(none_one_or_two, _CHOICES))
         self._choices[row] = choices
-        for counts, totals, of_samples in (
-            (self._choice_tokens, self.tokens, self._sample_tokens),
-            (self._choice_images, self.images, self._sample_images),
+        for counts, of_samples in (
+            (self._choice_tokens, self._sample_tokens),
+            (self._choice_images, self._sample_images),
         ):
-            totals[row] = sum(of_samples[i] for i in samples)
             counts[row] = 0
-            counts[row, : len(choices)] = [sum(of_samples[i] for i in one) for one in choices]
+            counts[row, : len(choices)] = [self._total(of_samples, one) for one in choices]
+
+    @staticmethod
+    def _total(of_samples: Sequence[int], samples: Sequence[int]) -> int:
+        return sum([of_samples[i] for i in samples])

@@ -9,6 +9,8 @@ from moiie_megatron.mcore.patches.patch import Patch
 _GPT = "megatron.core.models.gpt.gpt_model.GPTModel"
 _MOE = "megatron.core.transformer.moe.moe_layer.MoELayer"
 _CHAINED = "megatron.core.optimizer.optimizer.ChainedOptimizer"
+_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+_HYBRID = "megatron.core.optimizer.cpu_offloading.HybridDeviceOptimizer"
 _NO_CHECK = "A name that is used, not a gap that is mended."
 
 PATCHES: Final = (
@@ -51,12 +53,15 @@ PATCHES: Final = (
         name="optimizer state of a rank",
         kind="private name",
         targets=(
-            "megatron.core.optimizer.distrib_optimizer."
-            "DistributedOptimizer._get_main_param_and_optimizer_states",
+            f"{_DISTRIBUTED}._get_main_param_and_optimizer_states",
+            f"{_DISTRIBUTED}._set_main_param_and_optimizer_states",
+            f"{_HYBRID}._sync_sub_optimizers_state_to_hdo",
+            f"{_HYBRID}._sync_hdo_state_to_sub_optimizers",
         ),
-        reason="checkpoint/optimizer_shards.py takes the state of a parameter from it, and the "
-        "range that this rank owns from the attribute gbuf_ranges: no public method gives either "
-        "without a parallel layout or a gather.",
+        reason="checkpoint/inner_state.py takes the state of a parameter from the first and gives "
+        "it back with the others; optimizer_shards.py takes the range that this rank owns from the "
+        "attribute gbuf_ranges: no public method gives either without a parallel layout or a "
+        "gather.",
         need_not_shown=_NO_CHECK,
     ),
     Patch(

@@ -6,6 +6,7 @@ from typing import Final
 
 from moiie_megatron.mcore.patches import (
     adamw,
+    bucket_order,
     cpu_devices,
     cpu_gloo,
     cpu_torch,
@@ -27,6 +28,7 @@ PATCHES: Final[tuple[Patch, ...]] = (
     *output_layer.PATCHES,
     *recompute.PATCHES,
     *adamw.PATCHES,
+    *bucket_order.PATCHES,
     *dist_checkpointing.PATCHES,
     *dist_pickles.PATCHES,
     *warning_filters.PATCHES,

@@ -71,11 +71,11 @@ def _causal(
     module: Any, query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int]
 ) -> Tensor:
     """All ``(b, h, s, d)``; a token sees ``window[0]`` tokens before itself, -1 for all."""
-    length = query.shape[2]
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask = None
     if window[0] >= 0:
-        mask = mask.triu(-window[0])
+        length = query.shape[2]
+        mask = torch.ones(length, length, dtype=torch.bool).tril().triu(-window[0])
     scale = module.flash_attention.softmax_scale  # where the constructor has put it
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moiie_megatron.config.schema import MoEConfig, ParallelConfig, RunConfig
+from moiie_megatron.config.schema import MoEConfig, OptimizerConfig, ParallelConfig, RunConfig
 from moiie_megatron.mcore import config as mcore_config
 from moiie_megatron.mcore.config import (
     ddp_config,
@@ -83,10 +83,29 @@ def test_the_megatron_section_is_passed_on_with_its_types() -> None:
 
 
 def test_optimizer_and_gradients() -> None:
-    optimizer = optimizer_config(run())
+    optimizer = optimizer_config(run(), CPU)
     assert optimizer.lr == 1e-3 and not optimizer.bf16
     ddp = ddp_config(run(), CPU)
     assert ddp.grad_reduce_in_fp32 and not ddp.overlap_grad_reduce
+
+
+@pytest.mark.parametrize(
+    ("distributed", "ddp", "overlaps"),
+    [
+        (True, {}, (True, True)),
+        (False, {}, (True, False)),
+        (True, {"overlap_param_gather": False}, (True, False)),
+        (True, {"overlap_grad_reduce": False}, (False, False)),
+    ],
+)
+def test_what_overlaps_on_gpus(
+    distributed: bool, ddp: dict[str, Any], overlaps: tuple[bool, bool]
+) -> None:
+    config = run().model_copy(
+        update={"ddp": ddp, "optimizer": OptimizerConfig(distributed=distributed)}
+    )
+    built = ddp_config(config, Device("cuda", "nccl"))
+    assert (built.overlap_grad_reduce, built.overlap_param_gather) == overlaps
 
 
 def test_where_weight_gradients_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:

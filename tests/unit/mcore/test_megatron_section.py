@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from moiie_megatron.config.megatron_section.allowed import ALLOWED, Allowed
-from moiie_megatron.config.megatron_section.fields import classify
+from moiie_megatron.config.megatron_section.sections import MEGATRON
+from moiie_megatron.config.megatron_section.table import Allowed
+from moiie_megatron.config.megatron_section.transformer.allowed import ALLOWED
 from moiie_megatron.mcore.parallel import ParallelContext
 from tests.helpers.megatron_cases import (
     CASES,
@@ -27,7 +28,7 @@ from tests.helpers.user_errors import user_error
 
 def test_every_field_is_in_a_table() -> None:
     """One that a new version of Megatron-Core adds has to be looked at first."""
-    assert [name for name in FIELDS if classify(name) is None] == []
+    assert [name for name in FIELDS if MEGATRON.classify(name) is None] == []
 
 
 def test_every_field_that_may_be_set_exists() -> None:
@@ -86,7 +87,7 @@ def test_fields_that_need_transformer_engine(context: ParallelContext, case: Cas
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in FIELDS if not isinstance(classify(name), Allowed)]
+    "name", [name for name in FIELDS if not isinstance(MEGATRON.classify(name), Allowed)]
 )
 def test_fields_that_may_not_be_set(context: ParallelContext, name: str) -> None:
     value = another_value(name)

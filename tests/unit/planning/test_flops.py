@@ -40,11 +40,14 @@ def run_config(trained: Sequence[Part], *, moe: bool = True, **vision: object) -
 
 
 def batch_of(config: RunConfig, samples: Sequence[tuple[int, int]], *, packed: bool) -> Batch:
+    """A micro-batch of these texts and images; padded if they are not equally long."""
     generator = torch.Generator().manual_seed(1)
     examples = [example(generator, text, images, config) for text, images in samples]
     image_tokens = config.vision.num_image_tokens
     if packed:
-        (row,) = pack(examples, PackingSpec(128, 64, image_tokens, pad_id=0))
+        is_padded = len({len(one.encoded.tokens) for one in examples}) > 1
+        spec = PackingSpec(128, 64, image_tokens, pad_id=0, pad_to_capacity=is_padded)
+        (row,) = pack(examples, spec)
         return row
     return collate(examples, pad_id=0, num_image_tokens=image_tokens)
 
@@ -100,11 +103,11 @@ def test_against_the_counter(
     assert routers < 0.01 * others
 
 
-def test_padding_is_not_work(context: ParallelContext) -> None:
+@pytest.mark.parametrize(("packed", "positions"), [(False, 2 * 60), (True, 128)])
+def test_padding_is_not_work(packed: bool, positions: int, context: ParallelContext) -> None:
     config = run_config(PARTS)
-    short, long = (60, 0), (5, 3)
-    batch = batch_of(config, [short, long], packed=False)
+    batch = batch_of(config, [(60, 0), (5, 3)], packed=packed)
     counts = count_tokens([batch, batch], context)
-    assert counts.positions == 4 * 60 and counts.tokens == 2 * (60 + 53)
+    assert counts.positions == 2 * positions and counts.tokens == 2 * (60 + 53)
     assert counts.squared_lengths == 2 * (60**2 + 53**2)
     assert counts.labels == 2 * (59 + 4) and counts.image_tokens == 2 * 3 * 16

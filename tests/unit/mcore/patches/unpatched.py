@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, jit
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, optimizer
 from megatron.core.tensor_parallel import layers, mappings, random
@@ -160,6 +161,15 @@ def fused_adamw() -> None:
     assert not any("fused" in name for name in OptimizerConfig.__dataclass_fields__)
 
 
+def bucket_order() -> None:
+    """What a bucket does as soon as it is ready, or needed, with no look at the others."""
+    group = param_and_grad_buffer._ParamAndGradBucketGroup
+    ready = inspect.getsource(group.register_grad_ready)
+    assert re.search(r"self.start_grad_sync\(", ready) and "bucket_group" not in ready
+    needed = inspect.getsource(group.finish_param_sync)
+    assert re.search(r"if not self.param_gather_dispatched:\s+self.start_param_sync\(\)", needed)
+
+
 def results_queue() -> None:
     assert filesystem_async._results_queue is None
     assert "Manager().Queue()" in inspect.getsource(filesystem_async)
@@ -212,6 +222,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "output layer without Apex": output_layer_without_apex,
     "token types with block recompute": token_types_with_block_recompute,
     "fused AdamW": fused_adamw,
+    "bucket order": bucket_order,
     "results queue": results_queue,
     "common state": common_state,
     "pickles in checkpoints": pickles_in_checkpoints,

@@ -87,14 +87,13 @@ def images_as_text(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ModalityRouter, "forward", forward)
 
 
-def no_balance_loss(patch: pytest.MonkeyPatch) -> None:
-    original = ModalityRouter._balance_loss
+def half_balance_loss(patch: pytest.MonkeyPatch) -> None:
+    original = ModalityRouter._loss_gradient
 
-    def balance_loss(self: Any, balance: Any) -> tuple[Tensor, Tensor]:
-        loss, logged = original(self, balance)
-        return loss * 0.5, logged
+    def loss_gradient(self: Any, all_load_ME: Tensor) -> Tensor:
+        return original(self, all_load_ME) * 0.5
 
-    patch.setattr(ModalityRouter, "_balance_loss", balance_loss)
+    patch.setattr(ModalityRouter, "_loss_gradient", loss_gradient)
 
 
 def wrong_all_to_all(patch: pytest.MonkeyPatch) -> None:
@@ -113,7 +112,7 @@ FAULTS: list[tuple[Callable[[Session], Finding], Plant, str]] = [
     (check_packed_attention, attention_across_segments, "fp32 segments 1 20 7 36: output"),
     (check_layer, images_as_text, "image fp32 moiie: output/hidden"),
     (check_model, attention_across_segments, "packed fp32"),
-    (check_model, no_balance_loss, "padded fp32: grad/"),
+    (check_model, half_balance_loss, "padded fp32: grad/"),
 ]
 
 

@@ -1,34 +1,19 @@
 """Conditions on the ``megatron`` section.
 
 Every violated condition is one ``UserError`` sentence with the field, its value and the remedy.
-Those that depend on the device are in ``mcore/config.py``.
+Those that depend on the device are in ``mcore/device_checks.py``.
 """
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from moiie_megatron.config.megatron_section.allowed import ALLOWED, Allowed
-from moiie_megatron.config.megatron_section.fields import classify
-from moiie_megatron.config.messages import advice, describe, divisors, listed, show
+from moiie_megatron.config.megatron_section.sections import MEGATRON, megatron_fields
+from moiie_megatron.config.messages import describe, divisors, listed, show
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.utils.errors import UserError
-
-PAGE = "docs/megatron-section.md"
-_CONFIG = ConfigDict(allow_inf_nan=False)
-
-
-def megatron_fields(config: RunConfig) -> dict[str, Any]:
-    """The fields of the ``megatron`` section that are set, with values of their types.
-
-    Raises:
-        UserError: The first field that does not exist, may not be set, or has a wrong value.
-    """
-    values = {name: _value(name, value) for name, value in config.megatron.items()}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_megatron(config: RunConfig) -> None:
@@ -39,31 +24,7 @@ def check_megatron(config: RunConfig) -> None:
     """
     fields = megatron_fields(config)
     _check_recompute(config, fields)
-
-
-def _value(name: str, value: Any) -> Any:
-    known = classify(name)
-    key = f"megatron.{name}"
-    if known is None:
-        close = difflib.get_close_matches(name, ALLOWED, n=1)
-        instead = f"did you mean {close[0]}?" if close else f"{PAGE} lists those that may be set."
-        raise UserError(f"{key} is not a known key: {instead}")
-    if isinstance(known, str):
-        raise UserError(
-            f"{key} is {show(value)}, but {name} is set by {known}: leave it out of the megatron "
-            "section."
-        )
-    if not isinstance(known, Allowed):
-        raise UserError(f"{key} is {show(value)}, but {known.reason}: {known.instead}.")
-    if value is None:
-        return None
-    adapter: TypeAdapter[Any] = TypeAdapter(known.kind, config=_CONFIG)
-    try:
-        return adapter.validate_python(value)
-    except ValidationError as error:
-        raise UserError(
-            f"{key} is {show(value)}: use {advice(error.errors()[0], adapter.json_schema(), {})}."
-        ) from error
+    _check_fusions(config, fields)
 
 
 def _check_recompute(config: RunConfig, fields: dict[str, Any]) -> None:
@@ -129,7 +90,48 @@ def _check_recomputed_modules(config: RunConfig, modules: list[str]) -> None:
         )
 
 
+def _check_stages(config: RunConfig, fields: dict[str, Any]) -> None:
+    names = [
+        name
+        for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        if name in fields
+    ]
+    stages, layers = config.parallel.pipeline, config.language.num_layers
+    if names and stages == 1:
+        raise UserError(
+            f"megatron.{names[0]} is {fields[names[0]]} but parallel.pipeline is 1: use 2 or more "
+            "stages, or leave it out."
+        )
+    if names and config.pipeline_layers is None:
+        given = listed((f"megatron.{name} is {fields[name]}" for name in names), "and")
+        raise UserError(
+            f"{given}, but language.num_layers is {layers} and parallel.pipeline is {stages}: the "
+            "other stages must get the same number of layers each."
+        )
+
+
+def _check_fusions(config: RunConfig, fields: dict[str, Any]) -> None:
+    if "cross_entropy_fusion_impl" in fields and fields.get("cross_entropy_loss_fusion") is False:
+        raise UserError(
+            f"megatron.cross_entropy_fusion_impl is {fields['cross_entropy_fusion_impl']} but "
+            "megatron.cross_entropy_loss_fusion is false: leave one of them out."
+        )
+    if "moe_permute_fusion" not in fields:
+        return
+    given = f"megatron.moe_permute_fusion is {str(fields['moe_permute_fusion']).lower()}"
+    if not config.moe_layers:
+        raise UserError(
+            f"{given} but the stage has no experts (stage.moe is {str(config.stage.moe).lower()}, "
+            f"moe.variant is {config.moe.variant}): leave it out."
+        )
+    if config.moe.dispatcher == "moiie":
+        raise UserError(
+            f"{given} but moe.dispatcher is moiie, which sorts rows in its own way: leave it out, "
+            "or use moe.dispatcher=alltoall."
+        )
+
+
 def _choices(name: str) -> str:
     """The values of a field in words."""
-    schema = TypeAdapter(ALLOWED[name].kind).json_schema()
+    schema = TypeAdapter(MEGATRON.allowed[name].kind).json_schema()
     return describe(schema.get("items", schema), {})

@@ -5,26 +5,9 @@ Names are those of Megatron-Core 0.16 and 0.19; a name with ``*`` stands for all
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
-
-@dataclass(frozen=True)
-class Refused:
-    """Fields that are refused for one reason.
-
-    Attributes:
-        reason: Completes "FIELD is VALUE, but".
-        names: The fields.
-        instead: What the user can do; ``leave it out`` where there is nothing else.
-        inert: Setting them changes nothing in this project, which a test shows.
-    """
-
-    reason: str
-    names: tuple[str, ...]
-    instead: str = "leave it out"
-    inert: bool = False
-
+from moiie_megatron.config.megatron_section.table import Refused
 
 REFUSED: Final = (
     # Parallelism.
@@ -142,10 +125,6 @@ REFUSED: Final = (
             "mlp_chunks_for_training",
         ),
     ),
-    Refused(
-        "cross_entropy_loss_fusion uses Megatron's own kernel",
-        ("cross_entropy_fusion_impl",),
-    ),
     # Experts.
     Refused(
         "routing is that of the paper",
@@ -180,7 +159,6 @@ REFUSED: Final = (
     Refused(
         "the default dispatcher has rows of its own, and Megatron's have not been tried with it",
         (
-            "moe_permute_fusion",
             "moe_permute_fusion_into_hybridep",
             "moe_single_grouped_weight",
             "moe_single_grouped_bias",

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
+from moiie_megatron.config.megatron_section.table import Allowed
 from moiie_megatron.config.section import FractionBelowOne, NonNegativeFloat, PositiveInt
 
-Losses = Literal["the same", "the same up to rounding", "different"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """A field that may be set.
-
-    Attributes:
-        kind: Type of its values, for pydantic; null leaves the field alone.
-        effect: What it does.
-        losses: Losses and gradients, compared with those without it.
-        needs: When it may be set; empty for always.  ``check.py`` has the conditions.
-    """
-
-    kind: Any
-    effect: str
-    losses: Losses
-    needs: str = ""
-
 
 _TE: Final = "Transformer Engine"
 
@@ -88,15 +69,29 @@ ALLOWED: Final[dict[str, Allowed]] = {
     ),
     "cross_entropy_loss_fusion": Allowed(
         bool,
-        "Megatron's fused cross-entropy (default false), which rounds the gradients of the logits "
-        "to bf16",
+        "cross-entropy in one kernel, see `cross_entropy_fusion_impl`; default: with Transformer "
+        "Engine",
+        "the same up to rounding",
+    ),
+    "cross_entropy_fusion_impl": Allowed(
+        Literal["te", "native"],
+        "te: Transformer Engine's kernel, which makes no fp32 copy of the logits (default where it "
+        "is); native: Megatron's own, which rounds the gradients of the logits to bf16 (default "
+        "elsewhere)",
         "different",
+        f"`cross_entropy_loss_fusion`; te {_TE}",
     ),
     "apply_rope_fusion": Allowed(
         bool,
-        "rotary embeddings in one kernel; default: with `data.packing` and Transformer Engine",
+        "rotary embeddings in one kernel; default: with Transformer Engine",
         "the same up to rounding",
         f"{_TE} to switch it on",
+    ),
+    "moe_permute_fusion": Allowed(
+        bool,
+        "sort rows by expert in one kernel; default: with Transformer Engine",
+        "the same up to rounding",
+        f"{_TE} to switch it on; another `moe.dispatcher` than moiie",
     ),
     "attention_backend": Allowed(
         Literal["auto", "flash", "fused", "unfused"],

@@ -6,11 +6,8 @@ from typing import Any
 
 import pytest
 
-from moiie_megatron.config.megatron_section.allowed import ALLOWED
-from moiie_megatron.config.megatron_section.check import check_megatron, megatron_fields
-from moiie_megatron.config.megatron_section.fields import classify
-from moiie_megatron.config.megatron_section.owned import OWNED
-from moiie_megatron.config.megatron_section.refused import REFUSED
+from moiie_megatron.config.megatron_section.check_model import check_megatron
+from moiie_megatron.config.megatron_section.sections import megatron_fields
 from moiie_megatron.config.schema import MoEConfig, ParallelConfig, RunConfig
 from tests.helpers.user_errors import user_error
 from tests.parity import tiny
@@ -77,6 +74,11 @@ def test_possible_sections(megatron: dict[str, Any]) -> None:
             ("virtual_pipeline_model_parallel_size is 2", "parallel.virtual_pipeline"),
         ),
         ({"num_layers_in_first_pipeline_stage": 1}, ("is 1", "parallel.pipeline_layers")),
+        (
+            {"cross_entropy_fusion_impl": "te", "cross_entropy_loss_fusion": False},
+            ("cross_entropy_fusion_impl is te", "cross_entropy_loss_fusion is false"),
+        ),
+        ({"moe_permute_fusion": True}, ("moe_permute_fusion is true", "moe.dispatcher=alltoall")),
     ],
 )
 def test_impossible_sections(megatron: dict[str, Any], parts: tuple[str, ...]) -> None:
@@ -88,6 +90,11 @@ def test_impossible_sections(megatron: dict[str, Any], parts: tuple[str, ...]) -
 def test_a_dense_stage_recomputes_no_experts(module: str) -> None:
     with user_error("megatron.recompute_modules", module, "stage.moe"):
         check_megatron(run(**SELECTIVE, recompute_modules=[module]))
+
+
+def test_a_dense_stage_sorts_no_rows() -> None:
+    with user_error("megatron.moe_permute_fusion is true", "stage.moe"):
+        check_megatron(run(moe_permute_fusion=True))
 
 
 def test_there_may_be_no_dense_layer_to_recompute() -> None:
@@ -105,20 +112,3 @@ def test_recomputed_layers_are_those_of_a_stage() -> None:
     virtual = ParallelConfig(pipeline=2, virtual_pipeline=2)
     with user_error("recompute_num_layers is 2", "has 1 layers"):
         check_megatron(run(virtual, **BLOCK))
-
-
-def test_a_name_is_in_one_table() -> None:
-    """Where a pattern matches too, the table that is asked first decides."""
-    assert set(ALLOWED) & set(OWNED) == set()
-    names = [name for refused in REFUSED for name in refused.names]
-    assert len(set(names)) == len(names)
-    plain = {name for name in names if "*" not in name}
-    assert plain & (set(ALLOWED) | set(OWNED)) == set()
-    assert classify("moe_router_topk") == "moe.top_k"
-
-
-def test_reasons_make_a_sentence() -> None:
-    for refused in REFUSED:
-        for text in (refused.reason, refused.instead):
-            assert text[0].islower() or text.split()[0].isupper() or text.split()[0] in ("CUDA",)
-            assert not text.endswith(".") and ": " not in text

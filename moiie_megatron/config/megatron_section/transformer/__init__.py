@@ -1,0 +1,1 @@
+"""The tables of the ``megatron`` section: fields of Megatron-Core's TransformerConfig."""
