@@ -32,7 +32,7 @@ from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.planning.parameters import count_parameters
 from moiie_megatron.training.stages import apply_stage
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 from moiie_megatron.vlm.model import MoIIEModel
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples/configs"
@@ -161,8 +161,9 @@ def scaled(config: RunConfig, layers: Sequence[bool], megatron: dict[str, Any]) 
 
 def _measure_model(config: RunConfig, context: ParallelContext) -> Layer:
     """A whole model on one row of half image tokens and half text tokens."""
-    model = build_model(config, context)
-    apply_stage(model, config.stage)
+    chunks = build_chunks(config, context)
+    apply_stage(chunks, config.stage)
+    (model,) = chunks
     model.train()
     embeds = torch.randn(1, TOKENS, config.language.hidden_size, dtype=model.config.params_dtype)
     kinds = torch.full((1, TOKENS), TEXT, dtype=torch.int8)

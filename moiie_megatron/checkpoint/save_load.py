@@ -39,6 +39,7 @@ from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.mcore.patches.dist_checkpointing import (
     add_dummy_step_state,
     distinguish_parameter_groups,
+    remove_dummy_step_state,
 )
 from moiie_megatron.mcore.patches.dist_pickles import refuse_code_in_checkpoints
 from moiie_megatron.utils.errors import UserError
@@ -116,6 +117,7 @@ def load_checkpoint(checkpoint: Path, context: ParallelContext, parts: dict[str,
     if owned is None:
         with keep_settings(optimizer):
             optimizer.load_state_dict(loaded["optimizer"])
+        remove_dummy_step_state(optimizer)
     else:
         for name, shard in owned.shards.items():
             if loaded["optimizer_shards"][name].data_ptr() != shard.data.data_ptr():

@@ -71,8 +71,8 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = Field(1, description="pipeline parallelism (PP)")
     virtual_pipeline: PositiveInt = Field(
         1,
-        description="virtual stages (model chunks) of each pipeline rank, which shorten the waits "
-        "of Megatron's interleaved schedule (VPP)",
+        description="virtual stages (model chunks) of each pipeline rank (VPP); with more of them "
+        "ranks are idle for less time, in Megatron's interleaved schedule",
     )
     pipeline_layers: list[PositiveInt] | None = Field(
         None,
@@ -163,7 +163,7 @@ class DataConfig(Section):
         False,
         description="put several samples in a row of up to train.micro_batch_size * "
         "data.sequence_length tokens; a micro-batch is one row, and a step has the same samples "
-        "as without packing",
+        "as without packing, dealt to the data-parallel ranks anew",
     )
     loader: Literal["plain", "energon"] = Field(
         "plain",

@@ -1,8 +1,9 @@
 """From LLaVA records and image directories to micro-batches: one order of samples for every layout.
 
 ``records`` reads record files, ``encode`` turns records into token ids and images into pixels,
-``stream`` decides which rank reads which sample and builds the micro-batches, ``audit`` measures a
-data set before a run, ``digits`` is a small data set for tests and the demo.
+``stream`` decides which rank reads which sample and builds the micro-batches, ``packing`` puts
+several samples into one, ``audit`` measures a data set before a run, ``digits`` is a small data set
+for tests and the demo.
 
 Shapes are written with the letters of ``moiie_megatron/moe/__init__.py``, among them
 

@@ -237,19 +237,18 @@ def lr_scheduler(config: RunConfig, optimizer: Any, steps: int) -> OptimizerPara
     )
 
 
-def connect_schedules(ddp: Sequence[DistributedDataParallel], optimizer: Any) -> None:
+def connect_schedules(ddp: Sequence[DistributedDataParallel]) -> None:
     """Set the callbacks of Megatron's pipeline schedules in the model's configuration.
 
     ``param_sync_func`` stays unset: the interleaved schedule alone calls it, and without it
-    gathers of weights begin in the forward pass.
+    gathers of weights begin in the forward pass.  So does ``grad_scale_func``: losses are scaled
+    for fp16 alone, and the configuration would keep the optimizer alive after the run.
 
     Args:
         ddp: The wrappers of this rank's chunks, which share one configuration.
-        optimizer: Of all chunks.
     """
     config = ddp[0].config
     config.finalize_model_grads_func = finalize_model_grads
-    config.grad_scale_func = optimizer.scale_loss
     if ddp[0].ddp_config.overlap_grad_reduce:
         no_sync = [wrapper.no_sync for wrapper in ddp]
         # Only the interleaved schedule takes a list.

@@ -95,7 +95,7 @@ def prepare_training(
     )
     use_fused_adamw(chained)
     optimizer = SkipNonFiniteOptimizer(chained.chained_optimizers)
-    connect_schedules(ddp, optimizer)
+    connect_schedules(ddp)
     for wrapper in ddp:
         keep_bucket_order(wrapper)
         complete_hooks(wrapper)

@@ -177,7 +177,7 @@ def train_step(
     accumulation do not change it.  Megatron divides by the number of micro-batches and averages
     over data parallelism; the factor below undoes both for the token losses and leaves the
     balance losses as means over micro-batches.  Every rank has the same number of micro-batches,
-    and none of them is empty (packed rows: ``data/packing/rows.py``).
+    and none of them is empty (packed rows: ``data/packing/deal_rows.py``).
 
     Args:
         also_sum: Called after the backward pass; its numbers, the same count on every rank, are

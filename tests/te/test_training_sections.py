@@ -15,7 +15,7 @@ from moiie_megatron.config.megatron_section.sections import OPTIMIZER
 from moiie_megatron.mcore.parallel import ParallelContext, seed_everything
 from moiie_megatron.training.state import TrainState, prepare_training
 from moiie_megatron.training.step import train_step
-from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.build import build_chunks
 from tests.helpers.batches import image_batch, text_batch
 from tests.helpers.megatron_cases import Case, name_of
 from tests.helpers.training_cases import OPTIMIZER_CASES, take_steps, with_fields
@@ -39,7 +39,7 @@ def test_fields_that_may_be_set(te: ParallelContext, plain: dict[str, Tensor], c
 def fresh(case: Case, te: ParallelContext, seed: int) -> TrainState:
     config = with_fields(OPTIMIZER, case)
     seed_everything(seed, te.groups)
-    return prepare_training(config, te, build_model(config, te), steps=4)
+    return prepare_training(config, te, build_chunks(config, te), steps=4)
 
 
 def steps(case: Case, te: ParallelContext, state: TrainState, number: int) -> list[float]:

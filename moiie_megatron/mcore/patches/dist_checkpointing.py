@@ -129,8 +129,21 @@ def add_dummy_step_state(chained: Any, step: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for inner in idle:
-            inner.state.pop(_IDLE, None)
+        remove_dummy_step_state(chained)
+
+
+def remove_dummy_step_state(chained: Any) -> None:
+    """Undo ``add_dummy_step_state``, also where it has come from a checkpoint.
+
+    The number of steps of rank 0 is read by all ranks, and its optimizer may have been the one
+    without parameters.
+
+    Args:
+        chained: Megatron's optimizer, chained or not.
+    """
+    for part in getattr(chained, "chained_optimizers", [chained]):
+        if part.optimizer is not None:
+            part.optimizer.state.pop(_IDLE, None)
 
 
 def distinguish_parameter_groups() -> None:

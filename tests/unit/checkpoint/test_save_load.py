@@ -69,6 +69,23 @@ def test_saved_before_the_first_update(
             assert torch.equal(parameter, expected[name]), name
 
 
+def test_steps_of_a_rank_without_experts(tmp_path: Path, context: ParallelContext) -> None:
+    """Rank 0 has saved that its optimizer of experts has nothing; another rank has experts."""
+    config = make_config(tmp_path, optimizer={"distributed": False})
+    first = make_state(config, context, 1)
+    update(first)
+    experts = first.optimizer.chained_optimizers[-1].optimizer
+    experts.state["idle"] = {"step": torch.tensor(1.0)}
+    checkpoint = save(tmp_path / "first", context, first, 1)
+    resumed = make_state(config, context, 2)
+    load_checkpoint(checkpoint, context, resumed.state_parts())
+    update(resumed)
+    again = make_state(config, context, 3)
+    load_checkpoint(save(tmp_path / "second", context, resumed, 2), context, again.state_parts())
+    for part in again.optimizer.chained_optimizers:
+        assert {int(values["step"]) for values in part.optimizer.state.values()} == {2}
+
+
 @pytest.fixture(scope="module")
 def trained(
     tmp_path_factory: pytest.TempPathFactory, context: ParallelContext
