@@ -8,7 +8,6 @@ are read without a forward pass of their module, or between two steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -30,20 +29,14 @@ def complete_hooks(ddp: DistributedDataParallel) -> None:
 
 
 def _waiting_hook(ddp: DistributedDataParallel, parameters: list[nn.Parameter]) -> Any:
+    known = ddp.param_to_bucket_group
+    groups = list(dict.fromkeys(known[parameter] for parameter in parameters if parameter in known))
+
     def hook(_module: nn.Module, _inputs: Any) -> None:
-        wait_for_weights(ddp, parameters)
+        for group in groups:
+            group.finish_param_sync()
 
     return hook
-
-
-def wait_for_weights(ddp: DistributedDataParallel, parameters: Iterable[nn.Parameter]) -> None:
-    """Wait until weights are gathered that are read without a forward pass of their module."""
-    if not ddp.use_forward_hook:
-        return
-    for parameter in parameters:
-        group = ddp.param_to_bucket_group.get(parameter)
-        if group is not None:
-            group.finish_param_sync()
 
 
 def gather_all(ddp: DistributedDataParallel) -> None:

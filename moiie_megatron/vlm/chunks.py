@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -20,7 +20,7 @@ class ModelChunks(torch.nn.ModuleList):
     """
 
     def __iter__(self) -> Iterator[MoIIEModel]:
-        return super().__iter__()  # type: ignore[return-value]
+        return cast(Iterator[MoIIEModel], super().__iter__())
 
     @property
     def num_tokens(self) -> int:
