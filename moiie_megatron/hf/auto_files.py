@@ -16,6 +16,7 @@ REMOTE_FILES: Final = (
     "modeling_moiie.py",
     "pixels_moiie.py",
     "processing_moiie.py",
+    "token_types_moiie.py",
     "version_moiie.py",
 )
 AUTO_MAP: Final = {

@@ -8,8 +8,7 @@ from .version_moiie import TESTED_VERSIONS  # noqa: F401  # first: older version
 
 # isort: split
 
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, configuration_utils
 
 # What the model reads from the two configurations inside.
 TEXT_KEYS = (
@@ -23,14 +22,34 @@ TEXT_KEYS = (
 VISION_KEYS = ("hidden_size", "num_hidden_layers", "image_size", "patch_size")
 
 
-class _Given(SubConfigSpec):
-    """A configuration inside, of the family that its ``model_type`` names; there is no default."""
+# transformers 5.19 does not have it.
+_SPEC: Any = getattr(configuration_utils, "SubConfigSpec", None)
 
-    def __init__(self) -> None:
-        super().__init__(config_class=AutoConfig, model_type="")
 
-    def default_config_fields(self) -> dict[str, Any]:
+def _sub_configs_defaults() -> dict[str, Any]:
+    """What is inside: of the family that its ``model_type`` names; there is no default."""
+    if _SPEC is None:
         return {}
+
+    class Given(_SPEC):
+        def __init__(self) -> None:
+            super().__init__(config_class=AutoConfig, model_type="")
+
+        def default_config_fields(self) -> dict[str, Any]:
+            return {}
+
+    return {"text_config": Given(), "vision_config": Given()}
+
+
+def _built(key: str, given: Any) -> PreTrainedConfig:
+    """A configuration inside, as later versions of transformers build it."""
+    if isinstance(given, PreTrainedConfig):
+        return given
+    values = dict(given or {})
+    kind = values.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"{key}.model_type is {kind}: name a model of transformers.")
+    return CONFIG_MAPPING[kind](**values)
 
 
 class MoiieConfig(PreTrainedConfig):
@@ -63,10 +82,11 @@ class MoiieConfig(PreTrainedConfig):
     """
 
     model_type = "moiie"
-    sub_configs_defaults = {
-        "text_config": _Given(),
-        "vision_config": _Given(),
-    }
+    if _SPEC is None:
+        sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+        has_no_defaults_at_init = True
+    else:
+        sub_configs_defaults = _sub_configs_defaults()
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
@@ -88,6 +108,9 @@ class MoiieConfig(PreTrainedConfig):
                 f"top_k is {kwargs['top_k']}: write it as num_experts_per_tok, transformers would "
                 "sample from so many tokens."
             )
+        if _SPEC is None:
+            self.text_config = _built("text_config", self.text_config)
+            self.vision_config = _built("vision_config", self.vision_config)
         super().__post_init__(**kwargs)
         text, vision = self.text_config, self.vision_config
         for key, config, needed in (
@@ -111,6 +134,9 @@ class MoiieConfig(PreTrainedConfig):
         self.experts = {"vision": 0, "shared": 0, "text": 0} | (self.experts or {})
         self.moe_layers = sorted(self.moe_layers)
         self._check_experts()
+        if self.moe_layers:  # vLLM, and quantisation by transformers, look for them there
+            text.num_experts = self.num_experts
+            text.num_experts_per_tok = self.num_experts_per_tok
 
     def _check_experts(self) -> None:
         if self.router_dtype not in ("float32", "model"):

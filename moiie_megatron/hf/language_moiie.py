@@ -169,8 +169,17 @@ class MoiieSparseMLP(nn.Module):
         self.experts = MoiieExperts(config, moiie.num_experts)
 
     def forward(self, hidden_states: Tensor, is_image: Tensor) -> Tensor:
-        """``(B, S, H)`` to ``(B, S, H)``; ``is_image``: bool ``(B, S)``."""
+        """``(B, S, H)`` to ``(B, S, H)``; ``is_image``: bool ``(B, S)``.
+
+        Raises:
+            ValueError: Another number of token types than of tokens: they would be broadcast.
+        """
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if is_image.numel() != hidden_TH.shape[0]:
+            raise ValueError(
+                f"is_image has shape {tuple(is_image.shape)} for {hidden_TH.shape[0]} tokens: "
+                "pass one value per token."
+            )
         scores_TE = self.gate(hidden_TH)
         if self.has_two_routers:
             is_image_T1 = is_image.reshape(-1, 1)

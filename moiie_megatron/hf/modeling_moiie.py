@@ -14,6 +14,7 @@ from .version_moiie import TESTED_VERSIONS  # noqa: F401  # first: older version
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin
 from transformers.cache_utils import Cache
@@ -22,15 +23,13 @@ from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
 )
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import torch_compilable_check
 
 from .cache_moiie import CACHE, check_covers, one_cache, take_cache
 from .configuration_moiie import MoiieConfig
 from .language_moiie import MoiieLanguageModel, MoiiePreTrainedModel
-
-IMAGE = 1  # in mm_token_type_ids; text and padding are 0
+from .token_types_moiie import IMAGE, types_of_step, types_to_generate
 
 
 class MoiieConnector(nn.Module):
@@ -56,7 +55,9 @@ class MoiieModel(MoiiePreTrainedModel):
         config.vision_config._experts_implementation = None
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = MoiieConnector(config)
-        self.language_model = MoiieLanguageModel(config.text_config, config)
+        # By keyword: vLLM, which compiles this class, compares positional arguments with their
+        # annotations, which are strings here.
+        self.language_model = MoiieLanguageModel(config.text_config, moiie=config)
         self.post_init()
 
     @can_return_tuple
@@ -99,15 +100,16 @@ class MoiieModel(MoiiePreTrainedModel):
             pixel_values: ``(n, 3, height, width)`` in the order of their runs in the batch.
             past_key_values: May also be passed as ``cache``, its name from transformers 5.24 on.
             inputs_embeds: ``(B, S, H)`` instead of ``input_ids``.
-            mm_token_type_ids: ``(B, S)``, 1 at image positions and 0 elsewhere.  Left out, the
+            mm_token_type_ids: ``(B, S)``, 1 at image positions and 0 elsewhere.  Those of the
+                whole sequence so far may be passed with its last positions.  Left out, the
                 image positions are those of ``image_token_id``, until there is a cache: what is
                 decoded is text.
             mm_encoder_outputs: ``{"image": get_image_features(...)}`` instead of
                 ``pixel_values``; ``generate`` encodes images once and passes them like this.
 
         Raises:
-            ValueError: Both or none of two exclusive inputs, or numbers of image positions and
-                of image tokens that differ.
+            ValueError: Both or none of two exclusive inputs, token types of another shape, or
+                numbers of image positions and of image tokens that differ.
             RuntimeError: ``attention_mask`` has positions that neither this step nor the cache
                 has, or a cache comes under an unknown name.
         """
@@ -119,7 +121,11 @@ class MoiieModel(MoiiePreTrainedModel):
             if encoded is not None:
                 raise ValueError("Pass images as pixel_values or as mm_encoder_outputs, not both.")
             encoded = self.get_image_features(pixel_values)
-        is_image = self._is_image(input_ids, mm_token_type_ids, past_key_values)
+        given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        if mm_token_type_ids is not None:
+            is_image = types_of_step(mm_token_type_ids, given.shape, past_key_values) == IMAGE
+        else:
+            is_image = self._is_image(input_ids, past_key_values)
         if inputs_embeds is None:
             # An image id may lie outside the vocabulary: it is never looked up.
             text_ids = input_ids.masked_fill(is_image, 0)
@@ -141,11 +147,7 @@ class MoiieModel(MoiiePreTrainedModel):
             **kwargs,
         )
 
-    def _is_image(
-        self, input_ids: Tensor | None, types: Tensor | None, past_key_values: Cache | None
-    ) -> Tensor:
-        if types is not None:
-            return types == IMAGE
+    def _is_image(self, input_ids: Tensor | None, past_key_values: Cache | None) -> Tensor:
         if input_ids is None:
             raise ValueError(
                 "inputs_embeds do not tell which positions are image tokens: pass "
@@ -195,7 +197,8 @@ class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
 
         Args:
             labels: ``(B, S)``, -100 where there is none; shifted here.
-            logits_to_keep: So many last positions, or the positions in a tensor; 0 for all.
+            logits_to_keep: So many last positions, or the positions in a tensor of one axis; 0 for
+                all.
             output_router_logits: Return each MoE layer's scores ``(T, E)``, -inf at forbidden
                 experts.
         """
@@ -213,8 +216,9 @@ class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(kept)
+        is_number = isinstance(logits_to_keep, int)
+        kept = slice(-logits_to_keep, None) if is_number else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -235,15 +239,21 @@ class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
+        mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of a step; a longrope model that outgrows its original context starts again.
 
         Its rotary frequencies then change for all positions, so that the cache is useless.
 
+        Token types are cut to the step here: transformers before 5.23 does not do it, and no
+        version appends those of candidates in assisted decoding.
+
         Raises:
-            ValueError: Two caches.
+            ValueError: Two caches, or a prompt with images in chunks where ``generate`` does not
+                pass their features (transformers before 5.23).
             RuntimeError: Positions that are not passed again are not in the cache either.
         """
         past_key_values = one_cache(past_key_values, cache)
@@ -251,10 +261,24 @@ class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
             past_key_values, next_sequence_length, is_first_iteration = None, None, True
         elif next_sequence_length is not None:
             check_covers(past_key_values, next_sequence_length, input_ids.shape[1])
+        if mm_token_type_ids is not None:
+            starts = inputs_embeds is not None and is_first_iteration
+            total = (inputs_embeds if starts else input_ids).shape[1]
+            types = types_to_generate(
+                mm_token_type_ids, total, next_sequence_length, past_key_values
+            )
+            is_old_chunk = total < mm_token_type_ids.shape[1] and next_sequence_length is None
+            if is_old_chunk and not is_first_iteration and (types == IMAGE).any():
+                raise ValueError(
+                    f"prefill_chunk_size: transformers {transformers.__version__} does not pass "
+                    "images with chunks of a prompt: leave it out, or use 5.23 or newer."
+                )
+            kwargs["mm_token_type_ids"] = types
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **{CACHE: past_key_values},
             **kwargs,

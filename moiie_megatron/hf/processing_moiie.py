@@ -16,6 +16,7 @@ from transformers import ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import ChannelDimension, make_flat_list_of_images
+from transformers.processing_utils import MultiModalData
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import is_torch_tensor
 
@@ -77,6 +78,9 @@ class MoiieProcessor(ProcessorMixin):
         texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
         if bos and texts and all(isinstance(t, str) and t.startswith(bos) for t in texts):
             kwargs.setdefault("add_special_tokens", False)
+        # transformers before 5.23 does not know the class attribute.
+        if not hasattr(ProcessorMixin, "return_mm_token_type_ids"):
+            kwargs.setdefault("return_mm_token_type_ids", self.return_mm_token_type_ids)
         return super().__call__(images=images, text=text, **kwargs)
 
     def apply_chat_template(
@@ -91,6 +95,15 @@ class MoiieProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
         """What stands in the text for one image (called by transformers)."""
         return self.image_token * self.num_image_tokens
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **_: Any) -> MultiModalData:
+        """Tokens and patches of images of these sizes (called by vLLM)."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(
+            num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count
+        )
 
     def prepare_inputs_layout(
         self, images: Any = None, *args: Any, **kwargs: Any

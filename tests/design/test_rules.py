@@ -32,7 +32,7 @@ LEVELS = (
     ("vlm", "hf"),
     ("checkpoint",),
     ("convert",),
-    ("training",),
+    ("training", "generation", "exported"),
     ("evaluation", "analysis"),
     ("selftest",),
     ("cli",),
