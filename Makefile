@@ -19,6 +19,9 @@ PRINT_SITE := import site; print(site.getsitepackages()[0])
 
 # Versions of Transformer Engine that tests/te runs with: the one of the image's age, and the newest.
 TE_VERSIONS := 2.12.0 2.20.2
+# The oldest and the newest transformers that exported models work with.
+TRANSFORMERS_VERSIONS := 5.19.0 5.24.0
+TRANSFORMERS_STAMPS := $(TRANSFORMERS_VERSIONS:%=.venv/transformers-%/.installed)
 # The Python of another environment, for instance one with another Megatron-Core.
 TE_PYTHON ?= $(BIN)/python
 TE_TESTS := $(TE_VERSIONS:%=test-te-%)
@@ -48,7 +51,7 @@ demo: $(STAMP)
 # Processes that tests start are forks of one that has imported everything
 # (tests/helpers/fork_server.py), but for those that kill processes or send them signals.
 test: export MOIIE_TEST_FORKS = 1
-test: $(STAMP)
+test: $(STAMP) $(TRANSFORMERS_STAMPS)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 	$(MAKE) test-te
 
@@ -59,10 +62,11 @@ $(TE_TESTS): export MOIIE_TEST_FORKS = 1
 $(TE_TESTS): test-te-%: .venv/transformer-engine-%/.installed
 	MOIIE_TEST_TE=$(abspath $(<D)) $(TE_PYTHON) -m pytest -q -n 2 --dist worksteal tests/te
 
-# The wheel is Python only, and nothing else sees a directory of its own.
-.venv/transformer-engine-%/.installed: | $(STAMP)
+# These wheels are Python only, and nothing else sees a directory of its own.
+.venv/transformer-engine-%/.installed .venv/transformers-%/.installed: | $(STAMP)
 	rm -rf $(@D)
-	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $(@D) transformer-engine==$*
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $(@D) \
+		$(patsubst %-$*,%,$(notdir $(@D)))==$*
 	@touch $@
 
 test-fast: $(STAMP)
@@ -79,7 +83,7 @@ $(CORE_STAMP): $(STAMP)
 
 test-newest-core: export MOIIE_TEST_FORKS = 1
 test-newest-core: export MOIIE_TEST_CORE = $(CORE)
-test-newest-core: $(CORE_STAMP)
+test-newest-core: $(CORE_STAMP) $(TRANSFORMERS_STAMPS)
 	$(CORE_ENVIRONMENT)/bin/python -m pytest -q -n 2 --dist worksteal
 	$(MAKE) test-te TE_PYTHON=$(CORE_ENVIRONMENT)/bin/python
 
