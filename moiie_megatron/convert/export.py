@@ -15,9 +15,11 @@ from torch import Tensor
 from moiie_megatron.checkpoint.directory import CONFIG_FILE
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.dcp.reader import CheckpointReader
+from moiie_megatron.convert.hf import image_row
 from moiie_megatron.convert.hf.export_files import write_files
 from moiie_megatron.convert.hf.safetensors_writer import SafetensorsWriter
 from moiie_megatron.convert.tensor_bytes import TensorBytes, transformed
+from moiie_megatron.data.encode.tokenizers import load_tokenizer
 from moiie_megatron.families import weight_map
 from moiie_megatron.families.transforms import TensorInfo
 from moiie_megatron.families.weight_map import WeightMapping
@@ -88,7 +90,9 @@ def export_from(
 ) -> None:
     """``export_checkpoint`` for what reads like a checkpoint."""
     rows = exported_rows(reader.config)
-    plan = [(row, _infos(reader, row)) for row in rows]
+    tokenizer = load_tokenizer(reader.folder, reader.config.data.image_token)
+    added = image_row.missing_rows(reader.config.language, tokenizer.image_id)
+    plan = [(row, _infos(reader, row, added)) for row in rows]
     names = [(name, info) for row, infos in plan for name, info in zip(row.hf, infos, strict=True)]
     total = sum(info.num_bytes for _, info in names)
     dtype = reader.info(rows[-1].megatron, rows[-1].expert).dtype
@@ -97,12 +101,12 @@ def export_from(
         SafetensorsWriter(folder, names, bytes_per_file) as writer,
     ):
         # First, because what they need may be missing.
-        for sentence in write_files(reader.folder, reader.config, folder, dtype):
+        for sentence in write_files(reader.folder, reader.config, tokenizer, folder, dtype):
             if note:
                 note(sentence)
         counter = ProgressCounter(total, progress)
         for row, _ in plan:
-            whole = reader.get_bytes(row.megatron, row.expert)
+            whole = image_row.add_rows(row, reader.get_bytes(row.megatron, row.expert), added)
             parts = transformed(partial(_to_hf, row), [whole])
             for name, part in zip(row.hf, parts, strict=True):
                 writer.write(name, part)
@@ -120,8 +124,12 @@ def exported_rows(config: RunConfig) -> list[WeightMapping]:
     return weight_map.model_rows(config)
 
 
-def _infos(reader: Readable, row: WeightMapping) -> list[TensorInfo]:
-    """Shape and dtype of the tensors that a row becomes."""
+def _infos(reader: Readable, row: WeightMapping, added: int) -> list[TensorInfo]:
+    """Shape and dtype of the tensors that a row becomes.
+
+    Args:
+        added: Rows that the vocabulary gets for the image token.
+    """
     whole = reader.info(row.megatron, row.expert)
     have, want = reader.tensors[row.megatron].shape, row.full_shape
     if row.expert is not None:
@@ -131,4 +139,5 @@ def _infos(reader: Readable, row: WeightMapping) -> list[TensorInfo]:
             f"{row.megatron} has shape {have} in {reader.folder} but its {CONFIG_FILE} means "
             f"{want}: restore the file that belongs to the checkpoint."
         )
+    whole = image_row.with_rows(row, whole, added)
     return [TensorInfo.of(part) for part in row.transform.to_hf(whole.meta())]

@@ -68,7 +68,10 @@ class MoiieConfig(PreTrainedConfig):
             for a setting of sampling.
         moe_layers: Layers (from 0) with experts; empty for a dense model.
         router_dtype: Router scores are computed in ``float32`` or in the dtype of the ``model``.
-        image_token_id: Stands at image positions; may lie outside the vocabulary.
+        image_token_id: Stands at image positions.  In exports of earlier versions it may lie
+            outside the vocabulary.
+        num_added_tokens: Tokens up to ``image_token_id`` that the trained model does not have;
+            they are never generated.
         num_image_tokens: Per image; default: one per patch.
         vision_feature_layer: Index into the vision encoder's hidden states.
         connector_hidden_size: Default: the text model's hidden size.
@@ -95,6 +98,7 @@ class MoiieConfig(PreTrainedConfig):
     moe_layers: list[int] | tuple[int, ...] = ()
     router_dtype: Literal["float32", "model"] = "float32"
     image_token_id: int | None = None
+    num_added_tokens: int = 0
     num_image_tokens: int | None = None
     vision_feature_layer: int = -2
     connector_hidden_size: int | None = None

@@ -102,14 +102,14 @@ class MoiieModel(MoiiePreTrainedModel):
             inputs_embeds: ``(B, S, H)`` instead of ``input_ids``.
             mm_token_type_ids: ``(B, S)``, 1 at image positions and 0 elsewhere.  Those of the
                 whole sequence so far may be passed with its last positions.  Left out, the
-                image positions are those of ``image_token_id``, until there is a cache: what is
-                decoded is text.
+                image positions are those of ``image_token_id``, until there is a cache: a token
+                that is decoded is text, whatever its id.
             mm_encoder_outputs: ``{"image": get_image_features(...)}`` instead of
                 ``pixel_values``; ``generate`` encodes images once and passes them like this.
 
         Raises:
-            ValueError: Both or none of two exclusive inputs, token types of another shape, or
-                numbers of image positions and of image tokens that differ.
+            ValueError: Both or none of two exclusive inputs, token types of another shape or
+                needed but left out, or numbers of image positions and of image tokens that differ.
             RuntimeError: ``attention_mask`` has positions that neither this step nor the cache
                 has, or a cache comes under an unknown name.
         """
@@ -127,13 +127,16 @@ class MoiieModel(MoiiePreTrainedModel):
         else:
             is_image = self._is_image(input_ids, past_key_values)
         if inputs_embeds is None:
-            # An image id may lie outside the vocabulary: it is never looked up.
+            # What stands there need not be an id of the vocabulary.
             text_ids = input_ids.masked_fill(is_image, 0)
             inputs_embeds = self.language_model.embed_tokens(text_ids)
         if encoded is not None:
             inputs_embeds = _merge(inputs_embeds, encoded.pooler_output, is_image)
-        elif input_ids is not None and input_ids.shape[1] > 1:
-            _check_positions(is_image, 0)
+        elif input_ids is not None and (
+            input_ids.shape[1] > 1
+            or (mm_token_type_ids is None and not _is_filled(past_key_values))
+        ):
+            _check_positions(is_image, 0)  # not for a decoded token: it would wait for the device
         if attention_mask is not None and attention_mask.ndim == 2:
             check_covers(past_key_values, inputs_embeds.shape[1], attention_mask.shape[1])
         if self.config.last_image_token_as_text:
@@ -153,9 +156,16 @@ class MoiieModel(MoiiePreTrainedModel):
                 "inputs_embeds do not tell which positions are image tokens: pass "
                 "mm_token_type_ids (1 image, 0 text) with them."
             )
-        if isinstance(past_key_values, Cache) and past_key_values.get_seq_length() > 0:
-            return torch.zeros_like(input_ids, dtype=torch.bool)
-        return input_ids == self.config.image_token_id
+        is_image = input_ids == self.config.image_token_id
+        if not _is_filled(past_key_values):
+            return is_image
+        if input_ids.shape[1] > 1:
+            torch_compilable_check(
+                ~is_image.any(),
+                "Behind a cache, input_ids do not tell an image from a decoded image token: pass "
+                "mm_token_type_ids (1 image, 0 text) with them.",
+            )
+        return torch.zeros_like(is_image)
 
 
 class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
@@ -219,6 +229,10 @@ class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
         is_number = isinstance(logits_to_keep, int)
         kept = slice(-logits_to_keep, None) if is_number else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if self.config.num_added_tokens:
+            end = self.config.image_token_id + 1
+            added = slice(end - self.config.num_added_tokens, end)
+            logits[..., added] = torch.finfo(logits.dtype).min
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -297,6 +311,10 @@ class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.ndim == 2:
             padding = attention_mask.shape[1] - int(attention_mask.sum(dim=1).max())
         return cached - padding <= rope["original_max_position_embeddings"] < length - padding
+
+
+def _is_filled(cache: Any) -> bool:
+    return isinstance(cache, Cache) and bool(cache.get_seq_length() > 0)
 
 
 def _merge(embeds_BSH: Tensor, features: list[Tensor], is_image_BS: Tensor) -> Tensor:

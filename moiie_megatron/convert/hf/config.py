@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moiie_megatron.config.schema import LanguageConfig, MoEConfig, Section, VisionConfig
+from moiie_megatron.convert.hf.image_row import added_rows
 from moiie_megatron.convert.hf.tied_embeddings import OUTPUT_LAYER, has_own_output_layer
 from moiie_megatron.families import hf_config
 from moiie_megatron.families.registry import language_family, vision_family
@@ -57,7 +58,10 @@ def untied_note(directory: str | Path) -> str:
 def _described_language(file: Path, given: dict[str, Any]) -> LanguageConfig:
     # transformers takes either place in composed models (LlavaConfig).
     is_tied = bool(given.get("tie_word_embeddings"))
-    return hf_config.language_from_hf(_subsection(given, "text_config"), file, is_tied=is_tied)
+    section = _subsection(given, "text_config")
+    if added := added_rows(given):
+        section = section | {"vocab_size": section["vocab_size"] - added}
+    return hf_config.language_from_hf(section, file, is_tied=is_tied)
 
 
 def read_moe_config(directory: str | Path) -> MoEConfig | None:

@@ -12,13 +12,14 @@ import torch
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.hf.generation_config import generation_config
+from moiie_megatron.convert.hf.image_row import missing_rows
 from moiie_megatron.data.encode.chat_jinja import name_in
 from moiie_megatron.data.encode.choose_template import choose_template
 from moiie_megatron.data.encode.encoder import encode_prompt
 from moiie_megatron.data.encode.stop_ids import GENERATION_FILE, learned_end, stop_ids
 from moiie_megatron.data.encode.templates import Template, load_template
 from moiie_megatron.data.encode.tokenizer_template import UnusableTemplate
-from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
+from moiie_megatron.data.encode.tokenizers import Tokenizer
 from moiie_megatron.data.records.record import PLACEHOLDER, Turn
 from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
 from moiie_megatron.hf.auto_files import write_remote_code
@@ -53,14 +54,17 @@ def model_config(
     groups = (layout.num_vision, layout.num_shared, layout.num_text)
     groups = groups if config.moe_layers else (0, 0, 0)
     ids = _special_ids(tokenizer, stop)
+    text, added = language_to_hf(language, ids), missing_rows(language, tokenizer.image_id)
+    text.vocab_size += added
     result = MoiieConfig(
-        text_config=language_to_hf(language, ids),
+        text_config=text,
         vision_config=vision_to_hf(config.vision),
         experts=dict(zip(("vision", "shared", "text"), groups, strict=True)),
         num_experts_per_tok=layout.top_k,
         moe_layers=config.moe_layers,
         router_dtype="float32" if config.moe.router_dtype == "fp32" else "model",
         image_token_id=tokenizer.image_id,
+        num_added_tokens=added,
         num_image_tokens=config.vision.num_image_tokens,
         vision_feature_layer=config.vision.feature_layer,
         connector_hidden_size=config.connector.hidden_size or language.hidden_size,
@@ -73,12 +77,15 @@ def model_config(
     return result
 
 
-def write_files(checkpoint: Path, config: RunConfig, folder: Path, dtype: torch.dtype) -> list[str]:
+def write_files(
+    checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype
+) -> list[str]:
     """Write everything but the weights.
 
     Args:
         checkpoint: Folder with the tokenizer.
         config: The run's.
+        tokenizer: Its tokenizer.
         folder: Where to write.
         dtype: Of the weights.
 
@@ -86,11 +93,9 @@ def write_files(checkpoint: Path, config: RunConfig, folder: Path, dtype: torch.
         Sentences about what the export cannot promise, or leaves out.
 
     Raises:
-        UserError: No tokenizer in the checkpoint, or one that transformers reads in another
-            way; or see ``model_config``.
+        UserError: A tokenizer that transformers reads in another way; or see ``model_config``.
     """
     image_token = config.data.image_token
-    tokenizer = load_tokenizer(checkpoint, image_token)
     template, notes = _template(config.stage.template, tokenizer, image_token)
     stop = stop_ids(tokenizer, template, checkpoint)
     model_config(config, tokenizer, stop, dtype).save_pretrained(folder)

@@ -9,6 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from moiie_megatron.config.schema import LanguageConfig, VisionConfig
+from moiie_megatron.convert.hf.config import read_config
+from moiie_megatron.convert.hf.image_row import added_rows, drop_rows
 from moiie_megatron.convert.hf.name_layouts import open_language
 from moiie_megatron.convert.hf.weights_file import SAFETENSORS, TORCH
 from moiie_megatron.convert.hf.weights_source import WeightsSource
@@ -126,6 +128,10 @@ def language_reader(
     if language.tied_embeddings:
         ignored.append(r"^lm_head\.weight$")  # some writers store the tied matrix twice
     refuse_unused(source.names, _known(rows), ignored, str(directory))
+    added = added_rows(read_config(directory)[1])
+    for row in rows:
+        if row.megatron in weight_map.VOCABULARY:
+            drop_rows(source, row.hf[0], added)
     return HfReader(source, rows)
 
 

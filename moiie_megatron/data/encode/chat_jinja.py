@@ -22,14 +22,15 @@ _DATE_CODES: Final = "aAbBcdDeFhHIjmMpSTuUVwWxXyY"
 _NAME: Final = "{#- stage.template: NAME -#}\n"
 _OWN: Final = "{#- The tokenizer's own template. #}\n"
 
-# A list of parts becomes one string, and a string becomes a list for roles that want one.
+# A list of parts becomes one string, and a string becomes a list for roles that want one.  The loop
+# over message.content, with filters at most, is how vLLM sees that lists are accepted.
 _CONTENT: Final = """\
 {%- set moiie = namespace(messages=[], text="", image=IMAGE, lists=ROLES) -%}
 {%- for message in messages -%}
     {%- set moiie.text = message.content | default("") -%}
     {%- if moiie.text is not string -%}
         {%- set moiie.text = "" -%}
-        {%- for part in message.content or [] -%}
+        {%- for part in message.content | default([], true) -%}
             {%- if part.type == "image" -%}
                 {%- set moiie.text = moiie.text + moiie.image + "\\n" -%}
             {%- elif part.type == "text" -%}

@@ -144,6 +144,7 @@ def test_config_and_shards(checkpoint: Path, tmp_path: Path) -> None:
     assert values["moe_layers"] == [1, 3] and values["num_experts_per_tok"] == 2
     assert values["num_image_tokens"] == 4 and values["dtype"] == "bfloat16"
     assert values["image_token_id"] == 4  # behind the tokenizer's four words
+    assert values["num_added_tokens"] == 0  # the table has more rows
     assert values["auto_map"]["AutoConfig"] == "configuration_moiie.MoiieConfig"
     assert not values["last_image_token_as_text"]
     names = {"modeling_moiie.py", "tokenizer.json", "processor_config.json"}
