@@ -132,11 +132,10 @@ class MoiieModel(MoiiePreTrainedModel):
             inputs_embeds = self.language_model.embed_tokens(text_ids)
         if encoded is not None:
             inputs_embeds = _merge(inputs_embeds, encoded.pooler_output, is_image)
-        elif input_ids is not None and (
-            input_ids.shape[1] > 1
-            or (mm_token_type_ids is None and not _is_filled(past_key_values))
+        elif input_ids is not None and not _is_decoded(
+            input_ids, mm_token_type_ids, past_key_values
         ):
-            _check_positions(is_image, 0)  # not for a decoded token: it would wait for the device
+            _check_positions(is_image, 0)
         if attention_mask is not None and attention_mask.ndim == 2:
             check_covers(past_key_values, inputs_embeds.shape[1], attention_mask.shape[1])
         if self.config.last_image_token_as_text:
@@ -315,6 +314,11 @@ class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
 
 def _is_filled(cache: Any) -> bool:
     return isinstance(cache, Cache) and bool(cache.get_seq_length() > 0)
+
+
+def _is_decoded(input_ids: Tensor, types: Tensor | None, cache: Any) -> bool:
+    """Whether this is a step of decoding, where asking for images would wait for the device."""
+    return input_ids.shape[1] == 1 and (types is not None or _is_filled(cache))
 
 
 def _merge(embeds_BSH: Tensor, features: list[Tensor], is_image_BS: Tensor) -> Tensor:
