@@ -65,7 +65,7 @@ NPROC_PER_NODE=$NPROC bash "$root/examples/torchrun.sh" "$root/tools/train.py" "
 
 for name in "${names[@]}"; do
     echo "== $name"
-    "$PYTHON" "$root/tools/evaluate.py" "$OUTPUT/$name" --records "$OUTPUT/data/test.jsonl" \
+    "$PYTHON" "$root/tools/accuracy.py" "$OUTPUT/$name" --records "$OUTPUT/data/test.jsonl" \
         --images "$OUTPUT/data/images" --out "$OUTPUT/$name/scores.json" --max-new-tokens 8 \
         --limit "${QUESTIONS:-420}"
 done

@@ -123,7 +123,7 @@ def train(plan: Plan) -> int:
 
 
 def evaluate(plan: Plan) -> int:
-    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), str(plan.out / "stage2")]
+    command = [sys.executable, str(ROOT / "tools" / "accuracy.py"), str(plan.out / "stage2")]
     command += ["--records", str(plan.data / "test.jsonl")]
     command += ["--images", str(plan.data / "images")]
     command += ["--out", str(plan.out / "scores.json"), "--max-new-tokens", "8"]

@@ -1,224 +1,231 @@
-"""Answer questions; where the file has the answers, measure exact-match accuracy."""
+"""Evaluate an exported model, or one behind a server, on the paper's benchmarks with lmms-eval."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moiie_megatron.checkpoint.manifest import MANIFEST_FILE
-from moiie_megatron.cli.launch import exit_code
+from moiie_megatron.cli.arguments import check_range
 from moiie_megatron.cli.program import run_program
 from moiie_megatron.cli.progress_bar import progress_bar
-from moiie_megatron.config.validate import check_config
-from moiie_megatron.mcore.dist_env import DistEnv, dist_env_from
-from moiie_megatron.mcore.run import run_distributed
 from moiie_megatron.utils.errors import UserError
-from moiie_megatron.utils.files import atomic_write
 
 if TYPE_CHECKING:
-    from moiie_megatron.evaluation.answers_file import AnswersFile
-    from moiie_megatron.evaluation.questions import Question
-    from moiie_megatron.evaluation.score import Outcome, Score
-    from moiie_megatron.mcore.parallel import ParallelContext
+    from moiie_megatron.evaluation.benchmarks.catalogue import Benchmark
+    from moiie_megatron.evaluation.benchmarks.environment import EvalEnvironment, JudgeServer
+    from moiie_megatron.evaluation.benchmarks.outcome import Outcome
+    from moiie_megatron.evaluation.benchmarks.run import Evaluation, Progress
+    from moiie_megatron.evaluation.benchmarks.target import Target
 
 
 def main() -> int:
     arguments = parse_arguments()
-    dist_env = dist_env_from(os.environ)
-    return exit_code(lambda: evaluate(arguments, dist_env), dist_env)
+    if arguments.list:
+        list_benchmarks()
+        return 0
+    evaluation, benchmarks = prepare(arguments, os.environ)
+    return evaluate(evaluation, benchmarks)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", help="step_... directory, or the output directory of a run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.expert=2")
     parser.add_argument(
-        "--records",
-        required=True,
-        metavar="FILE",
-        help="LLaVA records, of which the last turn is the expected answer, or one of LLaVA's "
-        "question files (.json or .jsonl)",
+        "model", nargs="?", metavar="EXPORT|URL", help="exported directory, or http://HOST:PORT/v1"
+    )
+    parser.add_argument("--out", metavar="DIR", help="results; the same command goes on from them")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--suite", choices=["paper"], help="all benchmarks of the paper (default)")
+    what.add_argument("--tasks", metavar="NAME,...", help="benchmarks, or tasks of lmms-eval")
+    what.add_argument("--list", action="store_true", help="print the benchmarks and end")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="prompts together (8); at a server, requests at a time (16)",
     )
     parser.add_argument(
-        "--images",
-        required=True,
-        metavar="DIR",
-        help="directory that image paths are relative to",
+        "--max-new-tokens", type=int, metavar="N", help="longest answer, if a task allows more"
     )
-    parser.add_argument("--out", metavar="FILE", help="write scores and answers as JSON")
-    parser.add_argument(
-        "--answers",
-        metavar="FILE",
-        help="LLaVA answers file (.jsonl), written while questions are answered; the same command "
-        "goes on from it (default: OUT.answers.jsonl with --out, else none)",
+    parser.add_argument("--data", metavar="DIR", help="holds data sets: DIR/lmms-lab-encoder/POPE")
+    parser.add_argument("--include", metavar="DIR", help="further tasks of lmms-eval (YAML files)")
+    parser.add_argument("--python", metavar="FILE", help="Python of lmms-eval's environment")
+    judge = parser.add_argument_group(
+        "judge", "a language model that scores answers (key: $JUDGE_API_KEY or $OPENAI_API_KEY)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="questions per forward pass (32)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (32)"
-    )
-    return parser.parse_intermixed_args()  # options and overrides in any order
+    judge.add_argument("--judge-url", metavar="URL", help="http://HOST:PORT/v1")
+    judge.add_argument("--judge-model", metavar="NAME", help="its name there")
+    export = parser.add_argument_group("exports")
+    export.add_argument("--device", default="auto", help="auto (default), cpu, cuda ...")
+    export.add_argument("--dtype", default="auto", help="auto (default: of the files), float32 ...")
+    export.add_argument("--expert", metavar="NAME", help="this expert alone, as shared.0")
+    server = parser.add_argument_group("servers", "(key: $OPENAI_API_KEY)")
+    server.add_argument("--model", dest="served", metavar="NAME", help="its name at the server")
+    server.add_argument("--timeout", type=int, default=600, metavar="SECONDS", help="(600)")
+    server.add_argument("--retries", type=int, default=3, metavar="N", help="attempts (3)")
+    return parser.parse_args()
 
 
-def evaluate(arguments: argparse.Namespace, dist_env: DistEnv) -> None:
-    """Answer the questions; rank 0 prints and writes the result.
+def prepare(
+    arguments: argparse.Namespace, variables: Mapping[str, str]
+) -> tuple[Evaluation, list[Benchmark]]:
+    """Check everything that can be checked before the work.
 
     Raises:
-        UserError: An option, the checkpoint, the questions or an output cannot be used.
+        UserError: See the functions called.
     """
-    for name in ("limit", "batch_size", "max_new_tokens"):
+    from moiie_megatron.evaluation.benchmarks.catalogue import SUITES, chosen
+    from moiie_megatron.evaluation.benchmarks.data_sets import DataPlaces
+    from moiie_megatron.evaluation.benchmarks.environment import find_environment
+    from moiie_megatron.evaluation.benchmarks.run import Evaluation, open_directory
+
+    for name in ("limit", "batch_size", "max_new_tokens", "timeout", "retries"):
+        check_range(arguments, name, 1)
+    for name, value in (("model", arguments.model), ("--out", arguments.out)):
+        if value is None:
+            raise UserError(f"There is no {name}: give EXPORT or URL, and --out DIR.")
+    for name in ("data", "include"):
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: use 1 or more.")
-    # Imported here because torch and Megatron take seconds: --help answers at once.
-    from moiie_megatron.checkpoint.directory import find_checkpoint
-    from moiie_megatron.evaluation.ask import ask, check_images
-    from moiie_megatron.evaluation.generate import Generator, checkpoint_config
-    from moiie_megatron.evaluation.questions import read_questions
-
-    checkpoint = find_checkpoint(arguments.checkpoint)
-    config = checkpoint_config(checkpoint, arguments.overrides)
-    check_config(config, world_size=dist_env.world_size)
-    questions = read_questions(arguments.records)[: arguments.limit]
-    check_images(questions, arguments.images)
-    has_answers = questions[0].expected is not None
-    check_destinations(arguments, has_answers)
-    file: AnswersFile | None = None
-    done: list[Outcome] = []
-    if dist_env.rank == 0:
-        file, done = open_answers(arguments, checkpoint, questions)
-
-    def body(context: ParallelContext) -> None:
-        outcomes = list(done)
-        first = number_of_rank_0(len(done), context)
-        batches = ask(
-            Generator.load(checkpoint, config, context),
-            questions[first:],
-            arguments.images,
-            batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
-        )
-        is_first = context.rank == 0
-        with progress_bar("answering", "records") if is_first else nullcontext(None) as progress:
-            for batch in batches:
-                outcomes += batch
-                if file is not None:
-                    file.append(batch)
-                if progress is not None:
-                    progress(len(outcomes), len(questions))
-        if is_first:
-            report(outcomes, has_answers, checkpoint, arguments)
-
-    run_distributed(config, dist_env, body)
-
-
-def check_destinations(arguments: argparse.Namespace, has_answers: bool) -> None:
-    """Check what is written at the end, before the work.
-
-    Raises:
-        UserError: A file cannot be written, or the questions have no answers to score.
-    """
-    from moiie_megatron.evaluation.answers_file import check_writable
-
-    if not has_answers and (arguments.out is not None or arguments.answers is None):
-        raise UserError(
-            f"{arguments.records} has questions without answers, which have no scores: use "
-            "--answers FILE, and no --out."
-        )
-    for path in (arguments.out, arguments.answers):
-        if path is not None:
-            check_writable(Path(path))
-
-
-def open_answers(
-    arguments: argparse.Namespace, checkpoint: Path, questions: list[Question]
-) -> tuple[AnswersFile | None, list[Outcome]]:
-    """The file that answers are kept in, and the answers that it has already.
-
-    Raises:
-        UserError: ``--answers`` is a file of another evaluation.
-    """
-    from moiie_megatron.evaluation.answers_file import AnswersFile
-
-    path = arguments.answers or (arguments.out and f"{arguments.out}.answers.jsonl")
-    if path is None:
-        return None, []
-    file = AnswersFile(path, checkpoint.name, evaluation_id(checkpoint, arguments))
-    try:
-        done = file.read(questions)
-    except UserError:
-        if arguments.answers is not None:
-            raise
-        file.path.unlink()  # belongs to the scores that are about to be replaced
-        return file, []
-    if done:
-        print(f"{path} holds {len(done)} answers already: going on from them.", flush=True)
-    return file, done
-
-
-def evaluation_id(checkpoint: Path, arguments: argparse.Namespace) -> str:
-    """Digest of what the answers depend on besides the questions."""
-    manifest = checkpoint / MANIFEST_FILE
-    parts = (
-        str(checkpoint.absolute()),
-        manifest.read_text() if manifest.exists() else "",
-        str(Path(arguments.images).absolute()),
-        str(arguments.max_new_tokens),
+        if value is not None and not Path(value).is_dir():
+            raise UserError(f"--{name} is {value}, which is no directory: name another.")
+    environment = find_environment(arguments.python, variables)
+    include = None if arguments.include is None else Path(arguments.include).absolute()
+    benchmarks = list(SUITES[arguments.suite or "paper"])
+    if arguments.tasks is not None:
+        benchmarks = chosen(arguments.tasks.split(","), known_tasks(environment, include))
+    target = find_target(arguments, variables)
+    is_server = target.lmms_model == "moiie_server"
+    evaluation = Evaluation(
+        target,
+        Path(arguments.out).expanduser().absolute(),
+        environment,
+        DataPlaces.from_environment(variables, arguments.data),
+        batch_size=arguments.batch_size or (16 if is_server else 8),
+        limit=arguments.limit,
+        max_new_tokens=arguments.max_new_tokens,
+        judge=find_judge(arguments, variables),
+        include=include,
     )
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    open_directory(evaluation)
+    return evaluation, benchmarks
 
 
-def number_of_rank_0(number: int, context: ParallelContext) -> int:
-    """The number that rank 0 has, on every rank."""
-    import torch
+def known_tasks(environment: EvalEnvironment, include: Path | None) -> list[str]:
+    """Names of lmms-eval's tasks, and of those in a directory of further ones."""
+    import yaml
 
-    tensor = torch.tensor(number, device=context.device.torch_device)
-    torch.distributed.broadcast(tensor, src=0)
-    return int(tensor)
+    names = list(environment.tasks)
+    for file in sorted(include.rglob("*.yaml")) if include is not None else ():
+        lines = [line for line in file.read_text().splitlines() if line.startswith("task:")]
+        names += [str(yaml.safe_load(line)["task"]) for line in lines]
+    return names
 
 
-def report(
-    outcomes: list[Outcome], has_answers: bool, checkpoint: Path, arguments: argparse.Namespace
-) -> None:
-    """Print the score and write it as JSON; name what could not be asked."""
-    from moiie_megatron.evaluation.score import Score
+def find_target(arguments: argparse.Namespace, variables: Mapping[str, str]) -> Target:
+    """The model, which exists.
 
-    if not has_answers:
-        print(f"{len(outcomes)} questions answered: {arguments.answers}")
-    else:
-        result = Score(tuple(outcomes))
-        print_score(result)
-        if arguments.out is not None:
-            write_score(result, checkpoint, arguments)
-    failed = [outcome for outcome in outcomes if outcome.error]
-    if failed:
-        print(
-            f"{len(failed)} questions could not be asked and count as wrong, the first "
-            f"{failed[0].id}: {failed[0].error}"
+    Raises:
+        UserError: There is none, or options of another kind of model are given.
+    """
+    from moiie_megatron.evaluation.benchmarks.target import ExportTarget, ServerTarget, find_server
+
+    name = arguments.model
+    if name.startswith(("http://", "https://")):
+        if arguments.expert is not None:
+            raise UserError(
+                f"--expert is {arguments.expert} and {name} is a server, which always uses all "
+                "experts: evaluate the export instead."
+            )
+        key = variables.get("OPENAI_API_KEY", "none")
+        served = find_server(name, arguments.served, key)
+        return ServerTarget(name.rstrip("/"), served, arguments.timeout, arguments.retries)
+    if arguments.served is not None:
+        raise UserError(
+            f"--model is {arguments.served} and {name} is no URL: leave the option out, or give "
+            "the URL of a server."
         )
+    from moiie_megatron.exported.load import check_export  # imports torch
+
+    directory = check_export(Path(name).expanduser().absolute())
+    return ExportTarget(directory, arguments.device, arguments.dtype, arguments.expert)
 
 
-def print_score(result: Score) -> None:
-    """One line per kind of question, and one for all."""
-    for kind, part in [*result.by_kind().items(), ("all", result)]:
-        print(
-            f"{kind:>8}: {part.accuracy:6.1%} correct, {part.blanked_accuracy:6.1%} with blanked "
-            f"images, {len(part.outcomes)} questions"
+def find_judge(arguments: argparse.Namespace, variables: Mapping[str, str]) -> JudgeServer | None:
+    """The judge, if one is named."""
+    from moiie_megatron.evaluation.benchmarks.environment import JudgeServer
+
+    if arguments.judge_url is None:
+        if arguments.judge_model is not None:
+            raise UserError(
+                f"--judge-model is {arguments.judge_model} without a server: add --judge-url URL."
+            )
+        return None
+    key = variables.get("JUDGE_API_KEY") or variables.get("OPENAI_API_KEY") or "none"
+    return JudgeServer(arguments.judge_url, arguments.judge_model, key)
+
+
+def evaluate(evaluation: Evaluation, benchmarks: Sequence[Benchmark]) -> int:
+    """Run, print and write; 1 if a benchmark has failed or has no data.
+
+    Raises:
+        UserError: Offline, no benchmark has its data; or a file cannot be read or written.
+    """
+    from moiie_megatron.evaluation.benchmarks.preflight import preflight, startable
+    from moiie_megatron.evaluation.benchmarks.run import run
+    from moiie_megatron.evaluation.benchmarks.table import (
+        as_json,
+        markdown,
+        read_all,
+        write_tables,
+    )
+
+    for line in preflight(benchmarks, evaluation):
+        print(line, flush=True)
+    if not startable(benchmarks, evaluation):
+        raise UserError(
+            "No benchmark has its data on this machine and the hub is not asked: get data as above "
+            "and name their directory by --data, or unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE."
         )
+    bad = 0
+    for outcome, is_old in run(benchmarks, evaluation, bar):
+        bad += outcome.status in ("failed", "no data")
+        print(line_of(outcome) + (" (from before)" if is_old else ""), flush=True)
+        outcomes = read_all(evaluation.out)
+        text = markdown(evaluation.target.description(), outcomes, evaluation.limit)
+        values = as_json(evaluation.identity(), evaluation.target.description(), outcomes)
+        write_tables(evaluation.out, text, values)
+    print(f"\n{text}\nWritten to {evaluation.out}/results.md and results.json.")
+    return 1 if bad else 0
 
 
-def write_score(result: Score, checkpoint: Path, arguments: argparse.Namespace) -> None:
-    """Write scores and answers as JSON."""
-    source = {"checkpoint": str(checkpoint), "images": str(Path(arguments.images).absolute())}
-    with atomic_write(arguments.out) as file:
-        file.write_text(json.dumps({**source, **result.to_json()}, indent=1) + "\n")
+def bar(benchmark: Benchmark) -> AbstractContextManager[Progress]:
+    """A progress bar for the requests of one benchmark."""
+    return progress_bar(benchmark.name, "records")
+
+
+def line_of(outcome: Outcome) -> str:
+    """One line about a benchmark that has ended."""
+    score = "" if outcome.score is None else f" {outcome.metric} {outcome.score:.1f},"
+    counts = f"{outcome.requests} requests, {outcome.errors} errors, {outcome.seconds:.0f} s"
+    reason = f": {outcome.reason}" if outcome.reason else ""
+    return f"{outcome.benchmark}: {outcome.status},{score} {counts}{reason}"
+
+
+def list_benchmarks() -> None:
+    """Print the catalogue."""
+    from moiie_megatron.evaluation.benchmarks.catalogue import BENCHMARKS, PAPER
+
+    print(f"{'name':<18} {'task of lmms-eval':<26} {'metric':<21} {'data set':<32} needs")
+    for one in BENCHMARKS:
+        needs = "judge" if one.judge else "submission server" if one.submission else ""
+        suite = "" if one in PAPER else " (not in --suite paper)"
+        print(
+            f"{one.name:<18} {one.task:<26} {one.metric:<21} {one.data[0].name:<32} {needs}{suite}"
+        )
 
 
 if __name__ == "__main__":

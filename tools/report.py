@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument(
         "--scores",
         metavar="FILE",
-        help="file of tools/evaluate.py --out; default: scores.json in the last RUN, if it exists",
+        help="file of tools/accuracy.py --out; default: scores.json in the last RUN, if it exists",
     )
     parser.add_argument(
         "--out", metavar="FILE", help="the HTML file; default: report.html in the last RUN"

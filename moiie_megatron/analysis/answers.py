@@ -64,7 +64,7 @@ class Answers:
 
 
 def read_answers(path: str | Path) -> Answers:
-    """Read a file that ``tools/evaluate.py --out`` wrote; the sample covers the whole file.
+    """Read a file that ``tools/accuracy.py --out`` wrote; the sample covers the whole file.
 
     Raises:
         UserError: The file cannot be read, or that tool did not write it.

@@ -56,7 +56,7 @@ def write_report(
     Args:
         runs: Output directories, in the order of training.
         out: The HTML file.
-        scores: The file that ``tools/evaluate.py --out`` wrote for the last run; None: no answers.
+        scores: The file that ``tools/accuracy.py --out`` wrote for the last run; None: no answers.
 
     Returns:
         ``out``.

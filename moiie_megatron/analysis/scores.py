@@ -1,4 +1,4 @@
-"""The file of scores and answers that ``tools/evaluate.py --out`` writes."""
+"""The file of scores and answers that ``tools/accuracy.py --out`` writes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_scores(path: str | Path) -> Scores:
     Raises:
         UserError: The file cannot be read, or that tool did not write it.
     """
-    advice = f"evaluate the run with tools/evaluate.py --out {path}"
+    advice = f"evaluate the run with tools/accuracy.py --out {path}"
     values = read_json_object(path, advice)
     try:
         return Scores.model_validate(values)

@@ -69,7 +69,7 @@ class VariantRun:
 
 
 def read_run(output: str | Path) -> VariantRun:
-    """Read the output directory of a run, with the scores of ``tools/evaluate.py`` in it.
+    """Read the output directory of a run, with the scores of ``tools/accuracy.py`` in it.
 
     Raises:
         UserError: A file is missing or broken.

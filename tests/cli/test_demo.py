@@ -101,7 +101,7 @@ def test_two_processes_answer_as_one(out: Path, layout: str, tmp_path: Path) -> 
         answers = (out / kept).read_bytes().splitlines(keepends=True)
         (tmp_path / kept).write_bytes(b"".join(answers[:6])[:-20])
     result = start(
-        *torchrun("tools/evaluate.py", str(out / "stage2"), f"parallel.{layout}=2"),
+        *torchrun("tools/accuracy.py", str(out / "stage2"), f"parallel.{layout}=2"),
         *("--records", str(data / "test.jsonl"), "--images", str(data / "images")),
         *("--out", str(file), "--max-new-tokens", "8", "--batch-size", "5"),
     )
@@ -122,7 +122,7 @@ def test_questions_without_answers(out: Path, tmp_path: Path) -> None:
     ]
     questions.write_text("".join(json.dumps(one) + "\n" for one in asked))
     arguments = ("--records", str(questions), "--images", str(out / "data" / "images"))
-    command = ("tools/evaluate.py", str(out / "stage2"), *arguments, "--max-new-tokens", "4")
+    command = ("tools/accuracy.py", str(out / "stage2"), *arguments, "--max-new-tokens", "4")
     result = start(*command, "--answers", str(tmp_path / "answers.jsonl"))
     assert result.returncode == 0, result.stderr
     assert "2 questions answered" in result.stdout and "gone.png" in result.stdout

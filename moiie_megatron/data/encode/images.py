@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
@@ -21,6 +22,7 @@ from moiie_megatron.data.encode.pixels import as_rgb, as_square, upright
 from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.utils.errors import UserError
 
+MAX_PIXELS: Final = 2**26
 # Formats that hold pixels and nothing else: for EPS, PIL would start Ghostscript.
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -50,7 +52,7 @@ class ImageDecoder:
         image_size: int,
         mode: Literal["square", "pad"],
         mean: tuple[float, float, float],
-        max_pixels: int = 2**26,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.image_size = image_size
         self.mode = mode
@@ -70,22 +72,11 @@ class ImageDecoder:
         Raises:
             BadRecord: Not an image, damaged or too large.
         """
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # damaged metadata does not spoil the pixels
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = self._read(file, name)
-                if self.mode == "pad":
-                    image = as_square(image, self.image_size, self.mean)
-                size = (self.image_size, self.image_size)
-                image = image.resize(size, Image.Resampling.BICUBIC)
-        except BadRecord:
-            raise
-        except UnidentifiedImageError as error:  # its own text prints the file object
-            raise BadRecord(f"image {name} cannot be read (unknown image format)") from error
-        except Exception as error:  # a damaged file can make PIL raise anything
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise BadRecord(f"image {name} cannot be read ({reason})") from error
+        with _pil(name):
+            image = _read(file, name, self.max_pixels)
+            if self.mode == "pad":
+                image = as_square(image, self.image_size, self.mean)
+            image = image.resize((self.image_size,) * 2, Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
     def decode_all(self, files: Iterable[tuple[Path | BinaryIO, str]]) -> Tensor:
@@ -103,28 +94,6 @@ class ImageDecoder:
         pixels = [self.decode(file, name) for file, name in files]
         side = self.image_size
         return torch.stack(pixels) if pixels else torch.empty(0, 3, side, side, dtype=torch.uint8)
-
-    def _read(self, file: Path | BinaryIO, name: str) -> Image.Image:
-        """The picture, upright and in RGB."""
-        try:
-            return self._open(file, name)
-        except BadRecord:
-            raise
-        except Exception:
-            content = _content(file)
-            if not content.startswith(png.SIGNATURE):
-                raise
-            return self._open(io.BytesIO(png.without_metadata(content)), name)
-
-    def _open(self, file: Path | BinaryIO, name: str) -> Image.Image:
-        with Image.open(file, formats=_FORMATS) as opened:
-            width, height = opened.size
-            if width * height > self.max_pixels:
-                raise BadRecord(
-                    f"image {name} of {width} x {height} needs {width * height} pixels, more than "
-                    f"{self.max_pixels}"
-                )
-            return as_rgb(upright(opened))
 
 
 class ImageLoader(ImageDecoder):
@@ -146,7 +115,7 @@ class ImageLoader(ImageDecoder):
         image_size: int,
         mode: Literal["square", "pad"],
         mean: tuple[float, float, float],
-        max_pixels: int = 2**26,
+        max_pixels: int = MAX_PIXELS,
         *,
         allow_outside: bool = False,
     ) -> None:
@@ -199,6 +168,56 @@ class ImageLoader(ImageDecoder):
         except (OSError, RuntimeError) as error:  # name too long, circular links
             raise BadRecord(f"image {path[:200]} cannot be read ({error})") from error
         return file
+
+
+def read_image(file: Path | BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """One picture, upright and in mode RGB, of the size that it has (arguments: ``decode``).
+
+    Raises:
+        BadRecord: Not an image, damaged or too large.
+    """
+    with _pil(name):
+        return _read(file, name, max_pixels)
+
+
+@contextmanager
+def _pil(name: str) -> Iterator[None]:
+    """Whatever PIL raises for a damaged file in the block becomes a ``BadRecord``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged metadata does not spoil the pixels
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except BadRecord:
+        raise
+    except UnidentifiedImageError as error:  # its own text prints the file object
+        raise BadRecord(f"image {name} cannot be read (unknown image format)") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadRecord(f"image {name} cannot be read ({reason})") from error
+
+
+def _read(file: Path | BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    try:
+        return _open(file, name, max_pixels)
+    except BadRecord:
+        raise
+    except Exception:
+        content = _content(file)
+        if not content.startswith(png.SIGNATURE):
+            raise
+        return _open(io.BytesIO(png.without_metadata(content)), name, max_pixels)
+
+
+def _open(file: Path | BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    with Image.open(file, formats=_FORMATS) as opened:
+        width, height = opened.size
+        if width * height > max_pixels:
+            raise BadRecord(
+                f"image {name} of {width} x {height} needs {width * height} pixels, more than "
+                f"{max_pixels}"
+            )
+        return as_rgb(upright(opened))
 
 
 def _content(file: Path | BinaryIO) -> bytes:

@@ -57,5 +57,5 @@ def test_foreign_scores(tmp_path: Path) -> None:
     file = tmp_path / "scores.json"
     for text in ("", "[]", "[" * 5000, '{"questions": 1}', '{"questions": 1, "accuracy": NaN}'):
         file.write_text(text)
-        with user_error(file, "tools/evaluate.py"):
+        with user_error(file, "tools/accuracy.py"):
             read_scores(file)

@@ -151,7 +151,7 @@ def test_refusals(tmp_path: Path) -> None:
     with user_error(tmp_path / "none.json"):
         write_report([run], out, scores=tmp_path / "none.json")
     (tmp_path / "other.json").write_text("{}")
-    with user_error(tmp_path / "other.json", "tools/evaluate.py"):
+    with user_error(tmp_path / "other.json", "tools/accuracy.py"):
         write_report([run], out, scores=tmp_path / "other.json")
     assert not out.exists()
 
