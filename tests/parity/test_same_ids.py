@@ -2,122 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from PIL import Image
 
-from moiie_megatron.config.schema import VisionConfig
 from moiie_megatron.data.encode.choose_template import choose_template
-from moiie_megatron.data.encode.encoder import encode, encode_prompt
-from moiie_megatron.data.encode.templates import Template, load_template
-from moiie_megatron.data.encode.tokenizers import Tokenizer, load_tokenizer
-from moiie_megatron.data.records.record import PLACEHOLDER, Record, Turn
-from moiie_megatron.hf.build_processor import build_processor
+from moiie_megatron.data.encode.templates import load_template
+from moiie_megatron.data.encode.tokenizers import load_tokenizer
+from moiie_megatron.data.records.record import Turn
 from moiie_megatron.hf.processing_moiie import MoiieProcessor
+from tests.helpers.same_ids import CONVERSATIONS, TEMPLATES, Pair, as_parts, write_cases
 from tests.helpers.tokenizer_kinds import KINDS
 from tests.helpers.user_errors import user_error
-from tests.parity import tiny
 from tests.unit.data.encode import chat_templates
 
-TEMPLATES: Final = {
-    "plain": None,
-    "phi3": None,
-    "llama3": None,
-    "chatml": chat_templates.CHATML % ("", ""),
-    "llama3.2": chat_templates.LLAMA32,
-    "mistral": chat_templates.MISTRAL,
-    "parts": chat_templates.PARTS,
-}
 REWRITING: Final = {"phi3": chat_templates.PHI3, "llama3": chat_templates.LLAMA3_FIRST}
-IMAGE: Final = Image.new("RGB", (9, 7), "red")
-
-
-def turns(*texts: str, system: str | None = None) -> tuple[Turn, ...]:
-    spoken = [Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
-    return (Turn("system", system), *spoken) if system is not None else tuple(spoken)
-
-
-CONVERSATIONS: Final = {
-    "one round": turns("What is on the bus?", "A red dog."),
-    "rounds": turns("Is it 7?", "It is 7.", "Or 3?", "no", "So?", "Yes, and more."),
-    "system": turns("What is it?", "A bus.", system="Be brief."),
-    "image first": turns("<image>\nWhat is on the bus?", "A dog.", "And?", "Two dogs."),
-    "images": turns("<image>\n<image>\nWhat is <image>\nit or <image>", "7", "<image>", "3"),
-    "white space": turns("  two  dogs \n", " \n Yes  \n", "\n\nIs it?\t", "  no "),
-    "unicode": turns("caf\u00e9 \u4e2d\u6587?", "\U0001f600 na\u00efve", "\u00e9", "\u00a0\u6587"),
-}  # fmt: skip
-
-
-class Pair:
-    """A tokenizer and a template, as training has them and as an export has them."""
-
-    def __init__(self, folder: Path, name: str, chat_template: str | None) -> None:
-        if chat_template is not None:
-            (folder / "chat_template.jinja").write_text(chat_template)
-        self.tokenizer: Tokenizer = load_tokenizer(folder)
-        self.template: Template = load_template(
-            name if chat_template is None else "tokenizer", self.tokenizer
-        )
-        self.vision: VisionConfig = tiny.vision()
-        self.processor: MoiieProcessor = build_processor(
-            folder, self.vision, "square", chat_template=self.template.jinja
-        )
-
-    def prompt(self, conversation: Sequence[Turn]) -> tuple[list[int], list[int]]:
-        """Ids and types that generation starts from."""
-        ids, types = encode_prompt(
-            conversation, self.tokenizer, self.template, self.vision.num_image_tokens
-        )
-        return ids.tolist(), types.tolist()
-
-    def trained(self, conversation: Sequence[Turn]) -> Any:
-        images = sum(turn.text.count(PLACEHOLDER) for turn in conversation)
-        record = Record("r", ("x",) * images, tuple(conversation))
-        n = self.vision.num_image_tokens
-        return encode(record, self.tokenizer, self.template, n, 9999)
-
-    def processed(
-        self, conversation: Sequence[Turn], add_generation_prompt: bool, processor: Any = None
-    ) -> tuple[list[int], list[int]]:
-        """Ids and types of an exported model, its contents lists of parts where they can be."""
-        inputs = (processor or self.processor).apply_chat_template(
-            [{"role": turn.role, "content": parts(turn.text)} for turn in conversation],
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=True,
-        )
-        return inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
-
-    def processed_text(self, conversation: Sequence[Turn]) -> tuple[list[int], list[int]]:
-        """The same with strings, in two steps."""
-        messages = [{"role": turn.role, "content": turn.text} for turn in conversation]
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        images = [IMAGE] * text.count(PLACEHOLDER)
-        inputs = self.processor(text=text, images=images or None, add_special_tokens=False)
-        return inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
-
-
-def parts(text: str) -> str | list[dict[str, Any]]:
-    """A string without images; else parts, in which an image has a line of its own."""
-    if PLACEHOLDER not in text:
-        return text
-    result: list[dict[str, Any]] = []
-    first, *others = text.split(PLACEHOLDER)
-    result.append({"type": "text", "text": first})
-    for other in others:
-        result += [{"type": "image", "image": IMAGE}, {"type": "text", "text": other[1:]}]
-    return result
-
-
-def as_parts(conversation: Sequence[Turn]) -> list[Turn]:
-    """A line feed behind every image, as lists of parts are written."""
-    return [
-        Turn(turn.role, turn.text.replace("<image>\n", "<image>").replace("<image>", "<image>\n"))
-        for turn in conversation
-    ]
 
 
 def learned(pair: Pair, encoded: Any) -> str:
@@ -180,3 +82,21 @@ def test_what_cannot_be_trained_is_not_chosen(kind: Path, built_in: str) -> None
     name, sentence = choose_template(tokenizer, "plain")
     assert name in REWRITING and sentence is not None
     load_template(name, tokenizer)
+
+
+def test_the_cases_for_other_programs(tmp_path: Path) -> None:
+    """They load as an export does, and hold the ids of its processor."""
+    cases = json.loads(write_cases(tmp_path, ["qwen"], ["chatml"]).read_text())
+    assert len(cases) == len(CONVERSATIONS)
+    processor = MoiieProcessor.from_pretrained(tmp_path / cases[0]["directory"])
+    for case in cases:
+        for message in case["messages"]:
+            for part in message["content"] if isinstance(message["content"], list) else ():
+                if part["type"] == "image":
+                    part["image"] = str(tmp_path / part["image"])
+        inputs = processor.apply_chat_template(
+            case["messages"], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        assert inputs["input_ids"] == [case["ids"]]
+        assert inputs["mm_token_type_ids"] == [case["types"]]
+    assert any(1 in case["types"] for case in cases)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import jinja2
 import pytest
+from jinja2 import nodes
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from moiie_megatron.data.encode.chat_jinja import name_in, own_template
@@ -82,6 +84,27 @@ def test_transformers_writes_the_text_of_training(
             want = text if text.startswith(bos) else bos + text
             assert want.startswith(bos) and not want.startswith(bos + bos)
             assert rendered(template, tokenizer, turns, as_parts, prompt) == want
+
+
+@pytest.mark.parametrize("name", ["plain", "llama3", "phi3", *OWN])
+def test_vllm_sees_that_lists_of_parts_are_taken(
+    name: str, llama3: Tokenizer, phi3: Tokenizer
+) -> None:
+    """By a loop over ``message.content``, or over filters of it; else it drops the pictures."""
+    tokenizer = phi3 if name in ("plain", "phi3") else llama3
+    if name in OWN:
+        tokenizer = with_template(tokenizer, OWN[name])
+    template = load_template("tokenizer" if name in OWN else name, tokenizer)
+    loops = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template.jinja)
+
+    def unfiltered(node: Any) -> Any:
+        return unfiltered(node.node) if isinstance(node, nodes.Filter) else node
+
+    assert any(
+        isinstance(iterated := unfiltered(loop.iter), nodes.Getattr)
+        and (iterated.node.name, iterated.attr) == ("message", "content")
+        for loop in loops.find_all(nodes.For)
+    )
 
 
 def test_a_template_of_an_export_is_taken_back(llama3: Tokenizer) -> None:
