@@ -34,15 +34,25 @@ from moiie_megatron.config.schema import (
     TrainConfig,
     VisionConfig,
 )
-from moiie_megatron.convert.fill_model import Get
+from moiie_megatron.convert.fill_model import Get, fill_model
 from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
 from moiie_megatron.families.weight_map import model_rows
+from moiie_megatron.generation.decoding import Decoding
+from moiie_megatron.generation.prompt import Prompt
+from moiie_megatron.generation.sampling import GREEDY, Sampler
 from moiie_megatron.hf.configuration_moiie import MoiieConfig
 from moiie_megatron.hf.modeling_moiie import MoiieForConditionalGeneration
+from moiie_megatron.layout.token_types import TEXT
+from moiie_megatron.mcore.dist_env import DistEnv
+from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
 from moiie_megatron.selftest.checks.models import seeded_weights
 from moiie_megatron.utils.timing import Timings, interleave
+from moiie_megatron.vlm.build import build_model
+from moiie_megatron.vlm.model import MoIIEModel
 
-Run = Callable[[], object]
+BATCHES = (1, 8)  # prompts
+
+Run = Callable[[], Tensor]
 
 
 def run_config(options: argparse.Namespace) -> RunConfig:
@@ -122,7 +132,7 @@ def llama(config: RunConfig) -> LlamaForCausalLM:
 
 
 def continued(model: Any, tokens: Tensor, new_tokens: int) -> Run:
-    """transformers' greedy generation, which no token ends."""
+    """Greedy generation of transformers, which no token ends."""
     settings = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
     )
@@ -131,6 +141,27 @@ def continued(model: Any, tokens: Tensor, new_tokens: int) -> Run:
     def run() -> Tensor:
         output = model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings)
         return output[:, tokens.shape[1] :]
+
+    return run
+
+
+def megatron(
+    config: RunConfig, context: ParallelContext, model: MoIIEModel, tokens: Tensor, count: int
+) -> Run:
+    """This project's greedy generation, which no token ends."""
+    no_images = torch.empty(0, 3, config.vision.image_size, config.vision.image_size).byte()
+    types = torch.full(tokens[0].shape, TEXT, dtype=torch.int8)
+    prompts = [Prompt(row, types, no_images) for row in tokens]
+
+    def run() -> Tensor:
+        decoding, sampler = Decoding(config, context, model, prompts, count), Sampler(GREEDY, [])
+        ids = []
+        for _ in range(count):
+            logits = decoding.forward()
+            assert logits is not None
+            ids.append(sampler.choose(logits).tolist())
+            decoding.append(ids[-1])
+        return torch.tensor(ids).t()
 
     return run
 
@@ -144,7 +175,8 @@ def compare(
     line = "  ".join(f"{name} {ms:.1f}" for name, ms in per_token.items())
     print(
         f"batch {batch}: ms per token {line}  export over llama "
-        f"{timings.ratio('export', 'llama'):.3f}",
+        f"{timings.ratio('export', 'llama'):.3f}  megatron over export "
+        f"{timings.ratio('megatron', 'export'):.3f}",
         flush=True,
     )
     return timings, per_token
@@ -164,17 +196,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     config = run_config(options)
-    models = {"llama": llama(config), "export": export(config, seeded_weights(config))}
+    context = init_parallel(config.active_parallel, DistEnv(), device="cpu")
+    weights = seeded_weights(config)
+    models = {"llama": llama(config), "export": export(config, weights)}
+    trained = build_model(config, context).eval()
+    fill_model(trained, weights)
     result: dict[str, Any] = {}
-    for batch in (1, 8):
+    for batch in BATCHES:
         generator = torch.Generator().manual_seed(batch)
         tokens = torch.randint(options.vocabulary, (batch, options.prompt), generator=generator)
         runs = {
             name: continued(model, tokens, options.new_tokens) for name, model in models.items()
         }
+        runs["megatron"] = megatron(config, context, trained, tokens, options.new_tokens)
+        assert torch.equal(runs["megatron"](), runs["export"]()), "the answers differ"
         timings, per_token = compare(runs, batch, options)
         result[f"batch{batch}_over_llama"] = timings.ratio("export", "llama")
+        result[f"batch{batch}_megatron_over_export"] = timings.ratio("megatron", "export")
         result[f"batch{batch}_ms_per_token"] = per_token
+    result["megatron_over_export"] = max(
+        result[f"batch{batch}_megatron_over_export"] for batch in BATCHES
+    )
+    destroy_parallel()
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 

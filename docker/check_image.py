@@ -133,7 +133,7 @@ def main() -> None:
         raise SystemExit(f"torch {torch.__version__} has no grouped_mm: give a newer BASE.")
     if not options.cpu:
         check_gpu_parts()
-    for module in ("training.loop", "convert.export", "evaluation.generate", "analysis.curves"):
+    for module in ("training.loop", "convert.export", "generation.generator", "analysis.curves"):
         importlib.import_module(f"moiie_megatron.{module}")
     print(f"{report()}\n{len(kept)} packages of the base are as they were.")
 

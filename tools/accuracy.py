@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from moiie_megatron.evaluation.questions import Question
     from moiie_megatron.evaluation.score import Outcome, Score
     from moiie_megatron.mcore.parallel import ParallelContext
+    from moiie_megatron.utils.progress import ProgressFn
 
 
 def main() -> int:
@@ -35,7 +37,9 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", help="step_... directory, or the output directory of a run")
+    parser.add_argument(
+        "checkpoint", help="step_... directory, output directory of a run, or exported directory"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.expert=2")
     parser.add_argument(
         "--records",
@@ -64,6 +68,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (32)"
     )
+    exports = parser.add_argument_group("exports")
+    exports.add_argument("--device", metavar="NAME", help="cpu, cuda ... (default: a GPU if any)")
+    exports.add_argument("--expert", metavar="NAME", help="this expert alone, as shared.0")
+    exports.add_argument(
+        "--routing", metavar="FILE", help="write which experts the tokens take (routing.jsonl)"
+    )
     return parser.parse_intermixed_args()  # options and overrides in any order
 
 
@@ -77,26 +87,37 @@ def evaluate(arguments: argparse.Namespace, dist_env: DistEnv) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: use 1 or more.")
+    if (Path(arguments.checkpoint) / "config.json").is_file():
+        evaluate_export(arguments, dist_env)
+    else:
+        evaluate_checkpoint(arguments, dist_env)
+
+
+def evaluate_checkpoint(arguments: argparse.Namespace, dist_env: DistEnv) -> None:
+    """Ask a checkpoint, with Megatron-Core."""
     # Imported here because torch and Megatron take seconds: --help answers at once.
     from moiie_megatron.checkpoint.directory import find_checkpoint
-    from moiie_megatron.evaluation.ask import ask, check_images
-    from moiie_megatron.evaluation.generate import Generator, checkpoint_config
-    from moiie_megatron.evaluation.questions import read_questions
+    from moiie_megatron.evaluation.ask import ask
+    from moiie_megatron.generation.checkpoint_config import checkpoint_config
+    from moiie_megatron.generation.generator import Generator
 
+    for name in ("device", "expert", "routing"):
+        value = getattr(arguments, name)
+        if value is not None:
+            raise UserError(
+                f"--{name} is {value} but {arguments.checkpoint} is no export: write one with "
+                "tools/convert.py export, or leave the option out."
+            )
     checkpoint = find_checkpoint(arguments.checkpoint)
     config = checkpoint_config(checkpoint, arguments.overrides)
     check_config(config, world_size=dist_env.world_size)
-    questions = read_questions(arguments.records)[: arguments.limit]
-    check_images(questions, arguments.images)
-    has_answers = questions[0].expected is not None
-    check_destinations(arguments, has_answers)
+    questions = checked_questions(arguments)
     file: AnswersFile | None = None
     done: list[Outcome] = []
     if dist_env.rank == 0:
-        file, done = open_answers(arguments, checkpoint, questions)
+        file, done = open_answers(arguments, checkpoint, questions, manifest_text(checkpoint))
 
     def body(context: ParallelContext) -> None:
-        outcomes = list(done)
         first = number_of_rank_0(len(done), context)
         batches = ask(
             Generator.load(checkpoint, config, context),
@@ -107,16 +128,93 @@ def evaluate(arguments: argparse.Namespace, dist_env: DistEnv) -> None:
         )
         is_first = context.rank == 0
         with progress_bar("answering", "records") if is_first else nullcontext(None) as progress:
-            for batch in batches:
-                outcomes += batch
-                if file is not None:
-                    file.append(batch)
-                if progress is not None:
-                    progress(len(outcomes), len(questions))
+            outcomes = collect(batches, done, len(questions), file, progress)
         if is_first:
-            report(outcomes, has_answers, checkpoint, arguments)
+            report(outcomes, checkpoint, arguments)
 
     run_distributed(config, dist_env, body)
+
+
+def evaluate_export(arguments: argparse.Namespace, dist_env: DistEnv) -> None:
+    """Ask an export, with transformers."""
+    from moiie_megatron.evaluation.ask_export import ask_export
+    from moiie_megatron.exported.load import check_export
+    from moiie_megatron.exported.model import ExportedModel
+    from moiie_megatron.exported.routing import RoutingRecorder
+
+    folder = check_export(arguments.checkpoint)
+    if arguments.overrides:
+        raise UserError(
+            f"{arguments.overrides[0]} is for checkpoints but {folder} is an export: leave it out."
+        )
+    if dist_env.world_size > 1:
+        raise UserError(
+            f"{dist_env.world_size} processes were started but {folder} is an export: start one."
+        )
+    if arguments.expert is not None and arguments.routing is not None:
+        raise UserError(
+            f"--routing is {arguments.routing} but with --expert nothing is routed: give one."
+        )
+    questions = checked_questions(arguments)
+    contents = weights_text(folder) + (arguments.expert or "")
+    file, done = open_answers(arguments, folder, questions, contents)
+    model = ExportedModel.load(folder, device=arguments.device or "auto", expert=arguments.expert)
+    recorder = RoutingRecorder(model.model) if arguments.routing is not None else None
+    if recorder is not None and done:
+        recorder.add_saved(arguments.routing)
+    batches = ask_export(
+        model,
+        questions[len(done) :],
+        arguments.images,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        recorder=recorder,
+    )
+
+    def save_routing() -> None:
+        if recorder is not None:
+            recorder.save(arguments.routing, records=str(arguments.records))
+
+    with progress_bar("answering", "records") as progress:
+        outcomes = collect(batches, done, len(questions), file, progress, save_routing)
+    report(outcomes, folder, arguments)
+    if recorder is not None:
+        print(f"tools/plot_routing.py {arguments.routing} --out DIR draws the experts.")
+
+
+def checked_questions(arguments: argparse.Namespace) -> list[Question]:
+    """The questions, whose images and whose results have a place.
+
+    Raises:
+        UserError: They cannot be asked, or a result cannot be written.
+    """
+    from moiie_megatron.evaluation.asking import check_images
+    from moiie_megatron.evaluation.questions import read_questions
+
+    questions = read_questions(arguments.records)[: arguments.limit]
+    check_images(questions, arguments.images)
+    check_destinations(arguments, questions[0].expected is not None)
+    return questions
+
+
+def collect(
+    batches: Iterable[list[Outcome]],
+    done: list[Outcome],
+    total: int,
+    file: AnswersFile | None,
+    progress: ProgressFn | None,
+    after_batch: Callable[[], None] = lambda: None,
+) -> list[Outcome]:
+    """All outcomes, kept as they come."""
+    outcomes = list(done)
+    for batch in batches:
+        outcomes += batch
+        if file is not None:
+            file.append(batch)
+        after_batch()
+        if progress is not None:
+            progress(len(outcomes), total)
+    return outcomes
 
 
 def check_destinations(arguments: argparse.Namespace, has_answers: bool) -> None:
@@ -132,15 +230,21 @@ def check_destinations(arguments: argparse.Namespace, has_answers: bool) -> None
             f"{arguments.records} has questions without answers, which have no scores: use "
             "--answers FILE, and no --out."
         )
-    for path in (arguments.out, arguments.answers):
+    for path in (arguments.out, arguments.answers, arguments.routing):
         if path is not None:
             check_writable(Path(path))
 
 
 def open_answers(
-    arguments: argparse.Namespace, checkpoint: Path, questions: list[Question]
+    arguments: argparse.Namespace, model: Path, questions: list[Question], contents: str
 ) -> tuple[AnswersFile | None, list[Outcome]]:
     """The file that answers are kept in, and the answers that it has already.
+
+    Args:
+        arguments: Of the program.
+        model: Checkpoint or export.
+        questions: What is asked.
+        contents: Changes with the model's weights.
 
     Raises:
         UserError: ``--answers`` is a file of another evaluation.
@@ -150,7 +254,7 @@ def open_answers(
     path = arguments.answers or (arguments.out and f"{arguments.out}.answers.jsonl")
     if path is None:
         return None, []
-    file = AnswersFile(path, checkpoint.name, evaluation_id(checkpoint, arguments))
+    file = AnswersFile(path, model.name, evaluation_id(model, arguments, contents))
     try:
         done = file.read(questions)
     except UserError:
@@ -163,16 +267,28 @@ def open_answers(
     return file, done
 
 
-def evaluation_id(checkpoint: Path, arguments: argparse.Namespace) -> str:
+def evaluation_id(model: Path, arguments: argparse.Namespace, contents: str) -> str:
     """Digest of what the answers depend on besides the questions."""
-    manifest = checkpoint / MANIFEST_FILE
     parts = (
-        str(checkpoint.absolute()),
-        manifest.read_text() if manifest.exists() else "",
+        str(model.absolute()),
+        contents,
         str(Path(arguments.images).absolute()),
         str(arguments.max_new_tokens),
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def manifest_text(checkpoint: Path) -> str:
+    """What changes with the weights of a checkpoint."""
+    manifest = checkpoint / MANIFEST_FILE
+    return manifest.read_text() if manifest.exists() else ""
+
+
+def weights_text(export: Path) -> str:
+    """What changes with the weights of an export."""
+    files = sorted(export.glob("*.safetensors"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return (export / "config.json").read_text() + str(stats)
 
 
 def number_of_rank_0(number: int, context: ParallelContext) -> int:
@@ -184,13 +300,11 @@ def number_of_rank_0(number: int, context: ParallelContext) -> int:
     return int(tensor)
 
 
-def report(
-    outcomes: list[Outcome], has_answers: bool, checkpoint: Path, arguments: argparse.Namespace
-) -> None:
+def report(outcomes: list[Outcome], checkpoint: Path, arguments: argparse.Namespace) -> None:
     """Print the score and write it as JSON; name what could not be asked."""
     from moiie_megatron.evaluation.score import Score
 
-    if not has_answers:
+    if outcomes[0].expected is None:
         print(f"{len(outcomes)} questions answered: {arguments.answers}")
     else:
         result = Score(tuple(outcomes))
@@ -217,6 +331,8 @@ def print_score(result: Score) -> None:
 def write_score(result: Score, checkpoint: Path, arguments: argparse.Namespace) -> None:
     """Write scores and answers as JSON."""
     source = {"checkpoint": str(checkpoint), "images": str(Path(arguments.images).absolute())}
+    if arguments.expert is not None:
+        source["expert"] = arguments.expert
     with atomic_write(arguments.out) as file:
         file.write_text(json.dumps({**source, **result.to_json()}, indent=1) + "\n")
 

@@ -35,7 +35,8 @@ def main() -> int:
     # Imported here because torch and Megatron take seconds: --help answers at once.
     from moiie_megatron.checkpoint.directory import find_checkpoint
     from moiie_megatron.data.records.record import PLACEHOLDER, Turn
-    from moiie_megatron.evaluation.generate import Generator, checkpoint_config
+    from moiie_megatron.generation.checkpoint_config import checkpoint_config
+    from moiie_megatron.generation.generator import Generator
     from moiie_megatron.mcore.parallel import ParallelContext
 
     dist_env = dist_env_from(os.environ)

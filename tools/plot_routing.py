@@ -1,7 +1,8 @@
 """Plot which experts process image tokens and text tokens in each layer.
 
 ``plot_routing.py RUN`` plots the routing.jsonl of a training run: token pathways, fractions of
-intra-modality and shared experts, load of every expert over training.
+intra-modality and shared experts, load of every expert over training.  ``plot_routing.py FILE --out
+DIR`` plots what accuracy.py or evaluate.py wrote with --routing.
 
 ``plot_routing.py CHECKPOINT --out DIR`` (or RUN with --records) runs samples through the model
 without training it, writes a routing.jsonl, and plots the first two; also under torchrun.
@@ -30,7 +31,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", help="output directory of a run, or a step_... directory")
+    parser.add_argument(
+        "target", help="output directory of a run, a step_... directory, or a routing.jsonl"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.expert=2")
     parser.add_argument("--out", metavar="DIR", help="output directory; default: RUN/routing")
     parser.add_argument(
@@ -52,16 +55,18 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()  # options and overrides in any order
     dist_env = dist_env_from(os.environ)
     target = Path(arguments.target)
-    log = target / LOG
+    log = target if target.is_file() else target / LOG
     measures = arguments.records is not None or not log.exists()
 
     def task() -> None:
         if not target.exists():
-            raise UserError(f"{target} does not exist: name a run or a checkpoint.")
+            raise UserError(f"{target} does not exist: name a run, a checkpoint or a file.")
         for name in ("last", "samples"):
             check_range(arguments, name, 1)
         if (arguments.records is None) != (arguments.images is None):
             raise UserError("--records and --images are used together: give both or neither.")
+        if target.is_file():
+            check_file(arguments)
         if measures and arguments.out is None:
             raise UserError(
                 f"{target} has no {LOG} to plot, or --records is given: name an output directory "
@@ -81,6 +86,21 @@ def main() -> int:
     return exit_code(task, dist_env)
 
 
+def check_file(arguments: argparse.Namespace) -> None:
+    """Refuse what makes no sense for a file of records.
+
+    Raises:
+        UserError: An option of a checkpoint, or no output directory.
+    """
+    given = [*arguments.overrides, *(["--records"] if arguments.records is not None else [])]
+    if given:
+        raise UserError(
+            f"{given[0]} is for checkpoints but {arguments.target} is a file: leave it out."
+        )
+    if arguments.out is None:
+        raise UserError(f"{arguments.target} is a file: name an output directory with --out.")
+
+
 def draw(file: Path, out: Path, last: int) -> None:
     """Write the figures of a routing.jsonl."""
     from moiie_megatron.analysis.routing.plots import plot_routing
@@ -97,8 +117,8 @@ def measure(arguments: argparse.Namespace, dist_env: DistEnv, out: Path) -> None
     from moiie_megatron.checkpoint.load_weights import load_weights
     from moiie_megatron.data.stream.build import build_dataset
     from moiie_megatron.data.stream.dataset import LlavaDataset
-    from moiie_megatron.evaluation.generate import checkpoint_config
     from moiie_megatron.evaluation.routing import measure_routing
+    from moiie_megatron.generation.checkpoint_config import checkpoint_config
     from moiie_megatron.mcore.parallel import ParallelContext
     from moiie_megatron.vlm.build import build_model
 

@@ -1,30 +1,15 @@
-"""Ask a model questions in batches; a question that cannot be asked costs only itself."""
+"""Ask a checkpoint questions, with Megatron-Core."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from moiie_megatron.data.encode.images import ImageLoader
-from moiie_megatron.evaluation.generate import Generator, Prompt
+from moiie_megatron.evaluation.asking import ask_in_batches
 from moiie_megatron.evaluation.questions import Question
 from moiie_megatron.evaluation.score import Outcome
-from moiie_megatron.utils.errors import UserError
-
-
-def check_images(questions: Sequence[Question], images: str | Path) -> None:
-    """Refuse a directory that has none of the images: it is the wrong one.
-
-    Raises:
-        UserError: No image of any question is there.
-    """
-    paths = [path for question in questions for path in question.images]
-    if paths and not any(Path(images, path).exists() for path in paths):
-        raise UserError(
-            f"--images is {images}, which has none of the {len(paths)} images of the questions "
-            f"(the first is {paths[0]}): name the directory that image paths are relative to."
-        )
+from moiie_megatron.generation.generator import Generator
+from moiie_megatron.generation.prompt import Prompt
 
 
 def ask(
@@ -35,7 +20,7 @@ def ask(
     batch_size: int = 32,
     max_new_tokens: int = 32,
 ) -> Iterator[list[Outcome]]:
-    """Answer the questions, those with an expected answer twice: once with the images blanked.
+    """``ask_in_batches`` for a checkpoint.
 
     Every rank calls this with the same questions and reads all batches.
 
@@ -45,46 +30,29 @@ def ask(
         images: The directory that image paths are relative to.
         batch_size: Questions per forward pass.
         max_new_tokens: Longest answer, in tokens.
-
-    Yields:
-        The outcomes of each batch.  A question whose images cannot be read, or whose prompt is too
-        long or does not fit the template, has an ``error`` instead of answers.
     """
-    loader = generator.image_loader(images)
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        outcomes = [_unanswered(question) for question in batch]
-        prompts: dict[int, Prompt] = {}
-        for i, question in enumerate(batch):
-            try:
-                prompts[i] = _prompt(generator, loader, question, max_new_tokens)
-            except UserError as error:
-                outcomes[i] = replace(outcomes[i], error=str(error))
-        answers = generator.answer(list(prompts.values()), max_new_tokens)
-        for i, answer in zip(prompts, answers, strict=True):
-            outcomes[i] = replace(outcomes[i], answer=answer)
-        expected = [i for i in prompts if batch[i].expected is not None]
-        blanked = [generator.blanked(prompts[i]) for i in expected]
-        for i, answer in zip(expected, generator.answer(blanked, max_new_tokens), strict=True):
-            outcomes[i] = replace(outcomes[i], blanked_answer=answer)
-        yield outcomes
-
-
-def _unanswered(question: Question) -> Outcome:
-    return Outcome(
-        question.id,
-        question.kind,
-        expected=question.expected,
-        answer="",
-        blanked_answer="",
-        question=question.turns[-1].text if question.turns else "",
-        images=question.images,
+    return ask_in_batches(
+        _Checkpoint(generator, images),
+        questions,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
     )
 
 
-def _prompt(
-    generator: Generator, loader: ImageLoader, question: Question, max_new_tokens: int
-) -> Prompt:
-    prompt = generator.prompt(question.turns, [loader.load(path) for path in question.images])
-    generator.check_length(prompt, max_new_tokens)
-    return prompt
+class _Checkpoint:
+    def __init__(self, generator: Generator, images: str | Path) -> None:
+        self._generator = generator
+        self._loader = generator.image_loader(images)
+
+    def prompt(self, question: Question, max_new_tokens: int) -> Prompt:
+        pixels = [self._loader.load(path) for path in question.images]
+        prompt = self._generator.prompt(question.turns, pixels)
+        self._generator.check_length(prompt, max_new_tokens)
+        return prompt
+
+    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        return self._generator.answer(prompts, max_new_tokens)
+
+    def answer_blanked(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        blanked = [self._generator.blanked(prompt) for prompt in prompts]
+        return self._generator.answer(blanked, max_new_tokens)

@@ -20,7 +20,7 @@ from torch import Tensor
 from moiie_megatron.checkpoint.load_weights import load_weights
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.open_model import Weights
-from moiie_megatron.evaluation.generate import checkpoint_config
+from moiie_megatron.generation.checkpoint_config import checkpoint_config
 from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.mcore.parallel import ParallelContext

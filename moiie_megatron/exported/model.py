@@ -119,16 +119,15 @@ class ExportedModel:
             if prompt.get(key) is not None
         }
 
-    def blanked(self, picture: Image.Image | None = None) -> Image.Image:
-        """A picture of the vision encoder's mean colour.
-
-        Args:
-            picture: Gives the size; default: what the encoder takes.
-        """
-        side = self.processor.image_size
-        mean = self.processor.image_processor.image_mean
-        colour = tuple(round(channel * 255) for channel in mean)
-        return Image.new("RGB", picture.size if picture else (side, side), colour)
+    def blanked(self, prompt: Prompt) -> Prompt:
+        """The same prompt with every pixel set to the encoder's mean colour."""
+        if "pixel_values" not in prompt:
+            return prompt
+        image_processor, side = self.processor.image_processor, self.processor.image_size
+        colour = tuple(round(channel * 255) for channel in image_processor.image_mean)
+        blank = image_processor(Image.new("RGB", (side, side), colour), return_tensors="pt")
+        pixels = blank["pixel_values"].expand_as(prompt["pixel_values"])
+        return {**prompt, "pixel_values": pixels}
 
     def answer(
         self,

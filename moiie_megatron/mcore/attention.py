@@ -85,20 +85,52 @@ class SDPACoreAttention(MegatronModule):
         return torch.cat([self._causal(*part) for part in zip(*parts, strict=True)]).squeeze(1)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        s, b, n, d = query.shape
-        mask = None
-        if self.window is not None and s > self.window:
-            position = torch.arange(s, device=query.device)
-            distance = position[:, None] - position[None, :]
-            mask = (distance >= 0) & (distance < self.window)
-        out_bnsd = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
+        return causal_attention(
+            query,
+            key,
+            value,
+            window=self.window,
             scale=self.softmax_scale,
-            enable_gqa=key.shape[2] != n,
+            dropout=self.dropout if self.training else 0.0,
         )
-        return out_bnsd.permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None,
+    scale: float | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of every query to the keys at and before its position.
+
+    Args:
+        query: ``(s, b, n, d)``.
+        key: ``(s, b, g, d)``.
+        value: ``(s, b, g, d)``.
+        window: Positions that a query sees, its own included; None for all before it.
+        scale: Factor on the scores; None for ``1 / sqrt(d)``.
+        dropout: Probability.
+
+    Returns:
+        ``(s, b, n * d)``.
+    """
+    s, b, n, d = query.shape
+    mask = None
+    if window is not None and s > window:
+        position = torch.arange(s, device=query.device)
+        distance = position[:, None] - position[None, :]
+        mask = (distance >= 0) & (distance < window)
+    out_bnsd = F.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3),
+        key.permute(1, 2, 0, 3),
+        value.permute(1, 2, 0, 3),
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=key.shape[2] != n,
+    )
+    return out_bnsd.permute(2, 0, 1, 3).reshape(s, b, n * d)

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moiie_megatron.mcore.attention import SDPACoreAttention
 from moiie_megatron.mcore.device import Device
+from moiie_megatron.mcore.inference.attention import CachedSelfAttention
 from moiie_megatron.mcore.norm import RMSNorm
 
 
@@ -63,10 +64,13 @@ def _norm(device: Device) -> Any:
 
 def _dense_layer(config: TransformerConfig, device: Device) -> ModuleSpec:
     if device.transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec.submodules.self_attention.module = CachedSelfAttention
+        return spec
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.module = CachedSelfAttention
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = SDPACoreAttention
     if config.qk_layernorm:

@@ -29,8 +29,9 @@ class LanguageModel(GPTModel):
     """GPTModel whose argument ``loss_mask`` is not a mask but the positions of the labels.
 
     ``forward`` takes them as ``loss_mask``, int64 ``(y,)`` into the flattened ``(s, b)``, and the
-    labels at these positions as ``labels``, ``(1, y)``; it returns their losses, ``(1, y)``.
-    Without ``loss_mask`` it returns logits of all tokens, as GPTModel does.
+    labels at these positions as ``labels``, ``(1, y)``; it returns their losses, ``(1, y)``, or
+    without labels the logits at the positions, ``(1, y, vocabulary)``.  Without ``loss_mask`` it
+    returns logits of all tokens, as GPTModel does.
 
     Megatron passes ``loss_mask`` unchanged to ``_postprocess``, where the logits are computed,
     and uses it for multi-token prediction only, which the project does not support.
@@ -58,7 +59,12 @@ class LanguageModel(GPTModel):
             self.embedding.embedding_dropout.p = 0.0
 
     def _postprocess(
-        self, hidden_states: Tensor, *args: Any, loss_mask: Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         label_positions = loss_mask
         if self.post_process and self.config.sequence_parallel:
@@ -68,8 +74,8 @@ class LanguageModel(GPTModel):
         if self.post_process and label_positions is not None:
             labelled_yh = hidden_states.flatten(0, 1).index_select(0, label_positions)
             hidden_states = labelled_yh.unsqueeze(1)
-        output: Tensor = super()._postprocess(hidden_states, *args, **kwargs)
-        if self.post_process and label_positions is None:
+        output: Tensor = super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+        if self.post_process and labels is None:
             return output[..., : self.num_tokens]
         return output
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from moiie_megatron.data.stream.batch import image_positions as positions_of
 from moiie_megatron.layout.token_types import TEXT
+from moiie_megatron.mcore.inference.cache import KeyValueCache
 from moiie_megatron.vlm.connector import Connector
 from moiie_megatron.vlm.image_split import gather_features, images_of_rank
 from moiie_megatron.vlm.language_model import LanguageModel
@@ -100,6 +101,7 @@ class MoIIEModel(MegatronModule):
         image_positions: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        inference_context: KeyValueCache | None = None,
     ) -> Tensor:
         """Run this stage.
 
@@ -109,20 +111,24 @@ class MoIIEModel(MegatronModule):
             token_types: int8 ``(b, s)``, needed on every stage.
             images: Normalised ``(images of this rank, 3, H, W)``: this tensor-parallel rank's
                 part (``image_split.images_of_rank``) of the images, which are in the order of
-                their tokens in the batch; first stage only.  None is no image.
+                their tokens in the batch; first stage only.  None is no image; without gradients
+                the vision encoder does not run then.
             labels: int64 ``(b, s)``, already shifted, -100 where there is none; last stage only.
             label_positions: int64 ``(y,)``, positions of the labels in the flattened ``(s, b)``;
-                default: computed from the labels, which is a host sync.
+                default: computed from the labels, which is a host sync.  Without labels: where
+                logits are wanted.
             image_positions: int64 ``(i * p,)``, where the features of the images go
                 (``data/stream/batch.py``); first stage only.  Default: computed from the token
                 types, which is a host sync.
             inputs_embeds: ``(b, s, h)`` instead of tokens and images (parity tests).
             packed_seq_params: The segments of a packed row (b = 1), needed on every stage;
                 attention and positions start anew in each.
+            inference_context: The key-value cache, whose pass the tokens are (b = 1).
 
         Returns:
             Hidden states on earlier stages; on the last one the loss per token ``(b, s)`` (0
-            where there is no label), or without labels the logits ``(b, s, vocabulary)``.
+            where there is no label), or without labels the logits ``(b, s, vocabulary)``, with
+            ``label_positions`` ``(1, y, vocabulary)``.
 
         Raises:
             ValueError: The number of image positions does not match the images, or (in a MoE
@@ -158,6 +164,7 @@ class MoIIEModel(MegatronModule):
             padding_mask=self._split_like_hidden_states(routed_types),
             runtime_gather_output=labels is None,
             packed_seq_params=packed_seq_params,
+            inference_context=inference_context,
         )
         if labels is None or not self.post_process:
             return output
@@ -183,14 +190,22 @@ class MoIIEModel(MegatronModule):
         """Embed text, encode images, merge: ``(s, b, h)``."""
         if image_positions is None:
             image_positions = positions_of(token_types)
+        if images is None and not torch.is_grad_enabled():
+            return self._embed_text(tokens, position_ids, token_types)
         if images is None:
             images = token_types.new_empty(0, dtype=self.config.params_dtype)
         # Before the embedding, as in the order of the weights.
         features = self._image_features(images, len(image_positions))
+        embeddings = self._embed_text(tokens, position_ids, token_types)
+        return merge_images(embeddings, features, image_positions)
+
+    def _embed_text(self, tokens: Tensor, position_ids: Tensor, token_types: Tensor) -> Tensor:
         # The image id may lie outside the vocabulary, so it is never looked up.
         text = torch.where(token_types == TEXT, tokens, 0)
-        embeddings = self.language_model.embedding(input_ids=text, position_ids=position_ids)
-        return merge_images(embeddings, features, image_positions)
+        embeddings: Tensor = self.language_model.embedding(
+            input_ids=text, position_ids=position_ids
+        )
+        return embeddings
 
     def _image_features(self, images: Tensor, positions: int) -> Tensor:
         """The features ``(i, p, h)`` of all images, of which ``images`` is this rank's part."""

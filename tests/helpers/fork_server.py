@@ -43,7 +43,7 @@ SHARED = (
     "torch.distributed.launcher.api",  # most of torchrun
     "matplotlib.pyplot",
     "moiie_megatron.training.loop",
-    "moiie_megatron.evaluation.generate",
+    "moiie_megatron.generation.generator",
 )
 
 

@@ -23,7 +23,7 @@ from moiie_megatron.data.digits.dataset import write_digits
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.build import build_dataset, build_train_loader
 from moiie_megatron.evaluation.compare_logits import logits, make_inputs, megatron_logits
-from moiie_megatron.evaluation.generate import checkpoint_config
+from moiie_megatron.generation.checkpoint_config import checkpoint_config
 from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.mcore.parallel import ParallelContext, seed_everything
 from moiie_megatron.mcore.run import run_distributed

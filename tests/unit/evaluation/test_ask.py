@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from moiie_megatron.data.records.record import Turn
-from moiie_megatron.evaluation.ask import ask, check_images
-from moiie_megatron.evaluation.generate import Generator, Prompt
+from moiie_megatron.evaluation.ask import ask
+from moiie_megatron.evaluation.asking import check_images
 from moiie_megatron.evaluation.questions import Question, read_questions
 from moiie_megatron.evaluation.score import Outcome, Score
+from moiie_megatron.generation.generator import Generator
+from moiie_megatron.generation.prompt import Prompt
 from tests.helpers.user_errors import user_error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from moiie_megatron.checkpoint.directory import find_checkpoint
 from moiie_megatron.convert.export import export_checkpoint
 from moiie_megatron.data.records.record import Turn
-from moiie_megatron.evaluation.generate import Generator
+from moiie_megatron.evaluation.ask import ask
+from moiie_megatron.evaluation.ask_export import ask_export
+from moiie_megatron.evaluation.questions import read_questions
+from moiie_megatron.exported.model import ExportedModel
+from moiie_megatron.exported.routing import RoutingRecorder
+from moiie_megatron.generation.generator import Generator
 from tests.helpers.launch import ROOT
 
 QUESTION = "Which digit is at the top left?"
@@ -127,3 +133,22 @@ def test_ask(question: str, export: Path, generator: Generator, digits: Path) ->
     text = question if "<image>" in question else f"<image>\n{question}"
     (want,) = generator.answer([generator.prompt([Turn("user", text)], [pixels])], 12)
     assert ask.answer(export, question, [file], 12) == want
+
+
+def test_questions_are_answered_alike(export: Path, generator: Generator, digits: Path) -> None:
+    """The same outcomes, whether the checkpoint or its export is asked."""
+    questions = read_questions(digits / "test.jsonl")[:6]
+    questions[2] = replace(questions[2], images=("test/none.png",))
+    model = ExportedModel.load(export, device="cpu")
+    options = {"batch_size": 4, "max_new_tokens": 6}
+    images = digits / "images"
+    want = [o for batch in ask(generator, questions, images, **options) for o in batch]
+    with_recorder = RoutingRecorder(model.model)
+    batches = ask_export(model, questions, images, recorder=with_recorder, **options)
+    got = [o for batch in batches for o in batch]
+    assert len({o.answer for o in want}) > 2
+    assert [replace(o, error=bool(o.error)) for o in got] == [
+        replace(o, error=bool(o.error)) for o in want
+    ]
+    assert "test/none.png" in got[2].error
+    assert with_recorder.records()[0]["samples"] == 5

@@ -13,8 +13,9 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.build import build_dataset
 from moiie_megatron.data.stream.dataset import LlavaDataset
-from moiie_megatron.evaluation.generate import Generator, checkpoint_config
 from moiie_megatron.evaluation.routing import _batch, measure_routing
+from moiie_megatron.generation.checkpoint_config import checkpoint_config
+from moiie_megatron.generation.generator import Generator
 from moiie_megatron.layout.token_types import IMAGE, TEXT
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.moe.router import ModalityRouter

@@ -104,9 +104,13 @@ def test_a_picture_is_upright_rgb_as_in_training(model: ExportedModel) -> None:
 
 
 def test_blanked_pictures_have_the_mean_colour(model: ExportedModel) -> None:
-    pixels = model.encode(ask("a", model.blanked()))["pixel_values"]
-    assert pixels.abs().max() < 0.01
-    assert model.blanked(picture(0)).size == picture(0).size
+    prompt = model.encode(ask("a", picture(0), picture(1)))
+    blanked = model.blanked(prompt)
+    assert blanked["pixel_values"].shape == prompt["pixel_values"].shape == (2, 3, 8, 8)
+    assert blanked["pixel_values"].abs().max() < 0.01 < prompt["pixel_values"].abs().max()
+    assert blanked["input_ids"] is prompt["input_ids"]
+    text = model.encode(ask("a"))
+    assert model.blanked(text) == text
 
 
 def test_sampling(model: ExportedModel) -> None:

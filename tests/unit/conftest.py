@@ -10,11 +10,12 @@ import pytest
 from moiie_megatron.checkpoint.directory import find_checkpoint
 from moiie_megatron.config.load import load_config
 from moiie_megatron.data.digits.dataset import write_digits
-from moiie_megatron.evaluation.generate import Generator, checkpoint_config
+from moiie_megatron.generation.checkpoint_config import checkpoint_config
+from moiie_megatron.generation.generator import Generator
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.loop import train
 
-CONFIG = Path(__file__).resolve().parents[3] / "examples" / "configs" / "digits-stage2.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "examples" / "configs" / "digits-stage2.yaml"
 
 
 @pytest.fixture(scope="session")

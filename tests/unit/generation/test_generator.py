@@ -10,17 +10,14 @@ import torch
 
 from moiie_megatron.checkpoint.directory import find_checkpoint
 from moiie_megatron.data.encode.images import normalize
+from moiie_megatron.data.encode.stop_ids import stop_ids
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
 from moiie_megatron.data.records.record import Turn
-from moiie_megatron.evaluation.generate import (
-    Generator,
-    Prompt,
-    checkpoint_config,
-    stop_ids,
-)
+from moiie_megatron.generation.checkpoint_config import checkpoint_config
+from moiie_megatron.generation.generator import Generator
+from moiie_megatron.generation.prompt import Prompt
 from moiie_megatron.layout.token_types import IMAGE, TEXT
-from moiie_megatron.mcore.parallel import ParallelContext
 from tests.helpers.user_errors import user_error
 
 
@@ -132,14 +129,6 @@ def test_a_checkpoint_is_enough(run: Path, digits: Path, tmp_path: Path) -> None
     assert ours.encode("Is there a six?") == theirs.encode("Is there a six?")
     with user_error(tmp_path, "step_"):
         find_checkpoint(tmp_path)
-
-
-def test_pipeline_parallelism_is_refused(
-    run: Path, context: ParallelContext, generator: Generator
-) -> None:
-    config = checkpoint_config(find_checkpoint(run), ["parallel.pipeline=2"])
-    with user_error("parallel.pipeline", 2):
-        Generator(config, context, generator.model)
 
 
 def test_stop_ids_of_templates(digits: Path) -> None:
