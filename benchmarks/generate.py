@@ -19,6 +19,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,12 +36,11 @@ from moiie_megatron.config.schema import (
     VisionConfig,
 )
 from moiie_megatron.convert.fill_model import Get, fill_model
-from moiie_megatron.families.hf_config import language_to_hf, vision_to_hf
+from moiie_megatron.convert.hf.export_files import model_config
+from moiie_megatron.families.hf_config import language_to_hf
 from moiie_megatron.families.weight_map import model_rows
-from moiie_megatron.generation.decoding import Decoding
 from moiie_megatron.generation.prompt import Prompt
-from moiie_megatron.generation.sampling import GREEDY, Sampler
-from moiie_megatron.hf.configuration_moiie import MoiieConfig
+from moiie_megatron.generation.token_generator import TokenGenerator
 from moiie_megatron.hf.modeling_moiie import MoiieForConditionalGeneration
 from moiie_megatron.layout.token_types import TEXT
 from moiie_megatron.mcore.dist_env import DistEnv
@@ -95,19 +95,10 @@ def run_config(options: argparse.Namespace) -> RunConfig:
 
 def export(config: RunConfig, weights: Get) -> MoiieForConditionalGeneration:
     """The exported model, written and read as users have it."""
-    language, layout = config.language, config.moe.layout
-    hf_config = MoiieConfig(
-        text_config=language_to_hf(language),
-        vision_config=vision_to_hf(config.vision),
-        experts={
-            "vision": layout.num_vision,
-            "shared": layout.num_shared,
-            "text": layout.num_text,
-        },
-        num_experts_per_tok=layout.top_k,
-        moe_layers=config.moe_layers,
-        image_token_id=language.vocab_size,
+    ids: Any = SimpleNamespace(  # of a tokenizer, which random weights need not
+        image_id=1, bos_id=None, eos_id=None, pad_id=0
     )
+    hf_config = model_config(config, ids, [], torch.float32)
     tensors: dict[str, Tensor] = {}
     for row in model_rows(config):
         parts = row.transform.to_hf(weights(row.megatron, row.expert))
@@ -153,17 +144,8 @@ def megatron(
     types = torch.full(tokens[0].shape, TEXT, dtype=torch.int8)
     prompts = [Prompt(row, types, no_images) for row in tokens]
 
-    def run() -> Tensor:
-        decoding, sampler = Decoding(config, context, model, prompts, count), Sampler(GREEDY, [])
-        ids = []
-        for _ in range(count):
-            logits = decoding.forward()
-            assert logits is not None
-            ids.append(sampler.choose(logits).tolist())
-            decoding.append(ids[-1])
-        return torch.tensor(ids).t()
-
-    return run
+    generator = TokenGenerator(config, context, model, config.language.vocab_size)
+    return lambda: torch.tensor(generator.generate(prompts, count))
 
 
 def compare(

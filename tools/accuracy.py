@@ -138,6 +138,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace, dist_env: DistEnv) -> Non
 def evaluate_export(arguments: argparse.Namespace, dist_env: DistEnv) -> None:
     """Ask an export, with transformers."""
     from moiie_megatron.evaluation.ask_export import ask_export
+    from moiie_megatron.evaluation.benchmarks.target import ExportTarget
     from moiie_megatron.exported.load import check_export
     from moiie_megatron.exported.model import ExportedModel
     from moiie_megatron.exported.routing import RoutingRecorder
@@ -156,7 +157,7 @@ def evaluate_export(arguments: argparse.Namespace, dist_env: DistEnv) -> None:
             f"--routing is {arguments.routing} but with --expert nothing is routed: give one."
         )
     questions = checked_questions(arguments)
-    contents = weights_text(folder) + (arguments.expert or "")
+    contents = json.dumps(ExportTarget(folder, expert=arguments.expert).identity())
     file, done = open_answers(arguments, folder, questions, contents)
     model = ExportedModel.load(folder, device=arguments.device or "auto", expert=arguments.expert)
     recorder = RoutingRecorder(model.model) if arguments.routing is not None else None
@@ -282,13 +283,6 @@ def manifest_text(checkpoint: Path) -> str:
     """What changes with the weights of a checkpoint."""
     manifest = checkpoint / MANIFEST_FILE
     return manifest.read_text() if manifest.exists() else ""
-
-
-def weights_text(export: Path) -> str:
-    """What changes with the weights of an export."""
-    files = sorted(export.glob("*.safetensors"))
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return (export / "config.json").read_text() + str(stats)
 
 
 def number_of_rank_0(number: int, context: ParallelContext) -> int:

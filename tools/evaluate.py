@@ -1,4 +1,7 @@
-"""Evaluate an exported model, or one behind a server, on the paper's benchmarks with lmms-eval."""
+"""Evaluate an exported model, or one behind a server, on the paper's benchmarks with lmms-eval.
+
+With ``--watch`` evaluate the checkpoints of a run as they come, as its ``evaluation`` section says.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moiie_megatron.cli.arguments import check_range
+from moiie_megatron.cli.launch import exit_code
 from moiie_megatron.cli.program import run_program
 from moiie_megatron.cli.progress_bar import progress_bar
+from moiie_megatron.cli.watch import watch_run
+from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +33,10 @@ def main() -> int:
     if arguments.list:
         list_benchmarks()
         return 0
+    if arguments.watch is not None:
+        words = [word for word in (arguments.model, *arguments.overrides) if word is not None]
+        wait = not arguments.no_wait
+        return exit_code(lambda: watch_run(arguments.watch, words, wait=wait), DistEnv())
     evaluation, benchmarks = prepare(arguments, os.environ)
     return evaluate(evaluation, benchmarks)
 
@@ -36,11 +46,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "model", nargs="?", metavar="EXPORT|URL", help="exported directory, or http://HOST:PORT/v1"
     )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="evaluation.key=value", help="with --watch: other settings"
+    )
     parser.add_argument("--out", metavar="DIR", help="results; the same command goes on from them")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--suite", choices=["paper"], help="all benchmarks of the paper (default)")
     what.add_argument("--tasks", metavar="NAME,...", help="benchmarks, or tasks of lmms-eval")
     what.add_argument("--list", action="store_true", help="print the benchmarks and end")
+    what.add_argument("--watch", metavar="RUN", help="output directory of a run")
+    parser.add_argument(
+        "--no-wait", action="store_true", help="with --watch: only the checkpoints there are now"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each")
     parser.add_argument(
         "--batch-size",
@@ -63,11 +80,19 @@ def parse_arguments() -> argparse.Namespace:
     export.add_argument("--device", default="auto", help="auto (default), cpu, cuda ...")
     export.add_argument("--dtype", default="auto", help="auto (default: of the files), float32 ...")
     export.add_argument("--expert", metavar="NAME", help="this expert alone, as shared.0")
+    export.add_argument(
+        "--routing",
+        action="store_true",
+        help="count and draw which experts tokens take, into the directory of each benchmark",
+    )
     server = parser.add_argument_group("servers", "(key: $OPENAI_API_KEY)")
     server.add_argument("--model", dest="served", metavar="NAME", help="its name at the server")
     server.add_argument("--timeout", type=int, default=600, metavar="SECONDS", help="(600)")
     server.add_argument("--retries", type=int, default=3, metavar="N", help="attempts (3)")
-    return parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.overrides and arguments.watch is None:
+        parser.error(f"unrecognized arguments: {' '.join(arguments.overrides)}")
+    return arguments
 
 
 def prepare(
@@ -109,6 +134,7 @@ def prepare(
         max_new_tokens=arguments.max_new_tokens,
         judge=find_judge(arguments, variables),
         include=include,
+        routing=arguments.routing,
     )
     open_directory(evaluation)
     return evaluation, benchmarks
@@ -135,14 +161,20 @@ def find_target(arguments: argparse.Namespace, variables: Mapping[str, str]) -> 
 
     name = arguments.model
     if name.startswith(("http://", "https://")):
-        if arguments.expert is not None:
-            raise UserError(
-                f"--expert is {arguments.expert} and {name} is a server, which always uses all "
-                "experts: evaluate the export instead."
-            )
+        for option in ("expert", "routing"):
+            if getattr(arguments, option):
+                raise UserError(
+                    f"--{option} is given and {name} is a server, whose experts are out of reach: "
+                    "evaluate the export instead."
+                )
         key = variables.get("OPENAI_API_KEY", "none")
         served = find_server(name, arguments.served, key)
         return ServerTarget(name.rstrip("/"), served, arguments.timeout, arguments.retries)
+    if arguments.routing and arguments.expert is not None:
+        raise UserError(
+            f"--routing is given and --expert is {arguments.expert}, which every token takes: give "
+            "one of the two."
+        )
     if arguments.served is not None:
         raise UserError(
             f"--model is {arguments.served} and {name} is no URL: leave the option out, or give "
@@ -194,12 +226,24 @@ def evaluate(evaluation: Evaluation, benchmarks: Sequence[Benchmark]) -> int:
     for outcome, is_old in run(benchmarks, evaluation, bar):
         bad += outcome.status in ("failed", "no data")
         print(line_of(outcome) + (" (from before)" if is_old else ""), flush=True)
+        if evaluation.routing and not is_old and outcome.status != "no data":
+            draw_routing(evaluation.out / outcome.task)
         outcomes = read_all(evaluation.out)
         text = markdown(evaluation.target.description(), outcomes, evaluation.limit)
         values = as_json(evaluation.identity(), evaluation.target.description(), outcomes)
         write_tables(evaluation.out, text, values)
     print(f"\n{text}\nWritten to {evaluation.out}/results.md and results.json.")
     return 1 if bad else 0
+
+
+def draw_routing(directory: Path) -> None:
+    """Draw what the model has counted in the directory of a benchmark."""
+    from moiie_megatron.analysis.routing.plots import plot_routing
+    from moiie_megatron.evaluation.benchmarks.outcome import ROUTING_FILE
+    from moiie_megatron.routing_stats.reading import read_routing
+
+    if (directory / ROUTING_FILE).exists():
+        plot_routing(read_routing(directory / ROUTING_FILE), directory)
 
 
 def bar(benchmark: Benchmark) -> AbstractContextManager[Progress]:

@@ -1,4 +1,4 @@
-"""Curves of loss, learning rates and throughput over the steps of one or several stages."""
+"""Curves of losses, rates and evaluations over the steps of one or several stages."""
 
 from __future__ import annotations
 
@@ -108,6 +108,45 @@ def step_figure(stages: Mapping[str, Records], size: tuple[float, float]) -> Fig
     tidy(panels[-1], "gradient norm")
     panels[-1].set_xlabel("optimizer step, all stages", color=INK)
     _mark_stages(panels, stages)
+    return figure
+
+
+def evaluation_figure(
+    stages: Mapping[str, Records], scores: Mapping[str, Records], size: tuple[float, float]
+) -> Figure:
+    """What evaluations while training have found: one curve per set or task.
+
+    Args:
+        stages: As in ``plot_curves``.
+        scores: For each stage records with ``step`` and a value (0..1) for every name.
+        size: Width and height in inches.
+    """
+    names = list(dict.fromkeys(k for rs in scores.values() for r in rs for k in r if k != "step"))
+    figure = new_figure(*size)
+    axes = figure.subplots()
+    start = 0
+    for stage, records in stages.items():
+        for number, name in enumerate(names):
+            points = [(start + r["step"], r[name]) for r in scores[stage] if name in r]
+            if points:
+                steps, values = np.array(points, dtype=float).T
+                is_first = name not in axes.get_legend_handles_labels()[1]
+                axes.plot(
+                    steps,
+                    values,
+                    color=COLOURS[number % len(COLOURS)],
+                    linewidth=1.8,
+                    marker="o",
+                    markersize=3.5,
+                    label=name if is_first else None,
+                )
+        start += records[-1]["step"]
+    tidy(axes, "score")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("optimizer step, all stages", color=INK)
+    axes.legend(frameon=False, labelcolor=INK)
+    _mark_stages([axes], stages)
     return figure
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from moiie_megatron.analysis.answers import Answers, read_answers
-from moiie_megatron.analysis.curves import curves_figure, step_figure
+from moiie_megatron.analysis.curves import curves_figure, evaluation_figure, step_figure
+from moiie_megatron.analysis.evaluations import Scores, read_scores_of
 from moiie_megatron.analysis.figure import svg_data
 from moiie_megatron.analysis.records import read_metrics
 from moiie_megatron.analysis.routing.groups import groups_figure
@@ -91,6 +92,7 @@ def _names(directories: Sequence[Path]) -> list[str]:
 def _render(stages: Mapping[str, dict[str, Any]], answers: Answers | None) -> str:
     metrics = {name: stage["metrics"] for name, stage in stages.items()}
     routed = [stage for stage in stages.values() if stage["routing"]]
+    evaluated = {name: stage["evaluations"] for name, stage in stages.items()}
     source = resources.files("moiie_megatron.analysis") / "templates" / "report.html"
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -100,9 +102,25 @@ def _render(stages: Mapping[str, dict[str, Any]], answers: Answers | None) -> st
         stages=list(stages.values()),
         loss_figure=svg_data(curves_figure(metrics, (_WIDE, _TALL))),
         throughput_figure=svg_data(step_figure(metrics, (_WIDE, _LOW))),
+        evaluations=_evaluations(metrics, evaluated),
         routing=_routing(routed[-1]["name"], routed[-1]["routing"]) if routed else None,
         answers=answers,
     )
+
+
+def _evaluations(
+    metrics: Mapping[str, Records], scores: Mapping[str, Scores]
+) -> dict[str, Any] | None:
+    """The curves of evaluations while training, and a table; None without any."""
+    if not any(one.rows for one in scores.values()):
+        return None
+    curves = {name: one.curves for name, one in scores.items()}
+    has_curves = any(curves.values())
+    figure = evaluation_figure(metrics, curves, (_WIDE, _LOW)) if has_curves else None
+    return {
+        "figure": None if figure is None else svg_data(figure),
+        "rows": [{"stage": name} | row for name, one in scores.items() for row in one.rows],
+    }
 
 
 def _stage(name: str, directory: Path) -> dict[str, Any]:
@@ -124,6 +142,7 @@ def _stage(name: str, directory: Path) -> dict[str, Any]:
         "figures": _figures(metrics),
         "written": written.strftime("%Y-%m-%d %H:%M UTC"),
         "metrics": metrics,
+        "evaluations": read_scores_of(directory, last_step=metrics[-1]["step"]),
         "routing": read_routing(routing, of_training=True) if has_routing else [],
         "problems": _problems(directory),
         "skipped_samples": metrics[-1].get("skipped_samples", 0),

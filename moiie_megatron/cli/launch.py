@@ -29,11 +29,16 @@ def check_run(config: RunConfig, dist_env: DistEnv) -> None:
     """Everything that can be known before the first process group exists.
 
     Raises:
-        UserError: See ``config/validate.py`` and ``config/optional_dependencies.py``.
+        UserError: See ``config/validate.py`` and ``config/optional_dependencies.py``; or a set to
+            evaluate cannot be used.
     """
     check_config(config, world_size=dist_env.world_size)
     check_extras(config)
     check_paths(config)
+    if config.evaluation.interval and config.evaluation.process and dist_env.rank == 0:
+        from moiie_megatron.evaluation.watch.sets import read_sets
+
+        read_sets(config.evaluation)
 
 
 def check_runs(configs: Sequence[RunConfig], dist_env: DistEnv) -> None:

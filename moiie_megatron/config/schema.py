@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
+from moiie_megatron.config.evaluation_schema import EvaluationConfig, EvaluationSet
 from moiie_megatron.config.model_schema import (
     ConnectorConfig,
     LanguageConfig,
@@ -41,6 +42,8 @@ __all__ = [
     "CheckpointConfig",
     "ConnectorConfig",
     "DataConfig",
+    "EvaluationConfig",
+    "EvaluationSet",
     "LanguageConfig",
     "LanguageFamilyName",
     "LogConfig",
@@ -320,6 +323,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     profile: ProfileConfig = ProfileConfig()
     log: LogConfig = LogConfig()
     megatron: dict[str, Any] = Field(

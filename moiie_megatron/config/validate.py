@@ -6,6 +6,8 @@ Only ``check_paths`` reads the disk.
 
 from __future__ import annotations
 
+import re
+
 from moiie_megatron.config.families import template_names
 from moiie_megatron.config.megatron_section.check_model import check_megatron
 from moiie_megatron.config.megatron_section.check_training import check_training_sections
@@ -44,6 +46,7 @@ def check_config(config: RunConfig, *, world_size: int | None = None) -> None:
     check_packing(config)
     check_loader(config)
     _check_train(config)
+    _check_evaluation(config)
     if world_size is not None:
         check_world(config, world_size)
 
@@ -67,6 +70,24 @@ def check_paths(config: RunConfig) -> None:
     ):
         if path is not None:
             check_exists(key, path, "a directory", want="directory")
+    if config.evaluation.interval and config.evaluation.process:
+        check_evaluation_paths(config)
+
+
+def check_evaluation_paths(config: RunConfig) -> None:
+    """Refuse sets of questions that do not exist where they are evaluated.
+
+    Raises:
+        UserError: A file or directory is missing.
+    """
+    for number, questions in enumerate(config.evaluation.sets):
+        key = f"evaluation.sets.{number}"
+        check_exists(f"{key}.records", questions.records, "a file", want="file")
+        check_exists(f"{key}.images", questions.images, "a directory", want="directory")
+    if config.evaluation.task_data is not None:
+        check_exists(
+            "evaluation.task_data", config.evaluation.task_data, "a directory", want="directory"
+        )
 
 
 def _check_stage(config: RunConfig) -> None:
@@ -103,6 +124,28 @@ def _check_train(config: RunConfig) -> None:
     if traced is not None and traced[0] > traced[1]:
         raise UserError(
             f"profile.steps is {traced}: give the first step to trace and then the last."
+        )
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    evaluation, saved = config.evaluation, config.checkpoint.interval
+    names = [questions.name for questions in evaluation.sets] + evaluation.tasks
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UserError(
+                f"evaluation has a set or task named {name!r}: use letters, digits, - and _."
+            )
+        if names.count(name) > 1:
+            raise UserError(f"evaluation has two sets or tasks named {name!r}: rename one.")
+    if evaluation.interval and not names:
+        raise UserError(
+            f"evaluation.interval is {evaluation.interval} but there is nothing to evaluate: add "
+            "evaluation.sets or evaluation.tasks, or set it to 0."
+        )
+    if evaluation.interval % saved:
+        raise UserError(
+            f"evaluation.interval is {evaluation.interval} but a checkpoint is saved every "
+            f"{saved} steps (checkpoint.interval): use a multiple of {saved}."
         )
 
 

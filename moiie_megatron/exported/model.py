@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -186,17 +187,25 @@ class ExportedModel:
         *,
         max_new_tokens: int = 64,
         generation: Mapping[str, Any] | None = None,
+        watch: AbstractContextManager[Any] | None = None,
     ) -> Iterator[str]:
-        """One answer in pieces of text, as they are computed (arguments: ``answer``).
+        """One answer in pieces of text, as they are computed.
 
         Closing the iterator ends the computation.
+
+        Args:
+            messages: The conversation.
+            max_new_tokens: See ``answer``.
+            generation: See ``answer``.
+            watch: Entered while this answer is computed, and no other: a recorder of routing.
 
         Raises:
             UserError: See ``answer``; at once, not at the first piece.
         """
         prompt = self.encode(messages, max_new_tokens=max_new_tokens)
         settings = generation_settings(generation)
-        return self._stream({**prompt}, max_new_tokens=max_new_tokens, **settings)
+        settings["max_new_tokens"] = max_new_tokens
+        return self._stream(prompt, settings, watch or nullcontext())
 
     def batch(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Prompts as one input on the device: ``(B, S)``, padded at the left."""
@@ -215,7 +224,9 @@ class ExportedModel:
             inputs["pixel_values"] = torch.cat(pixels)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
-    def _stream(self, prompt: Prompt, **settings: Any) -> Iterator[str]:
+    def _stream(
+        self, prompt: Prompt, settings: Mapping[str, Any], watch: AbstractContextManager[Any]
+    ) -> Iterator[str]:
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         streamer = TextIteratorStreamer(
@@ -229,7 +240,7 @@ class ExportedModel:
 
         def work() -> None:
             try:
-                with torch.no_grad(), self._one_at_a_time:
+                with torch.no_grad(), self._one_at_a_time, watch:
                     self.model.generate(
                         **self.batch([prompt]),
                         streamer=streamer,

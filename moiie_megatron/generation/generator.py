@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moiie_megatron.checkpoint.load_weights import load_weights
@@ -22,10 +21,9 @@ from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import load_tokenizer
 from moiie_megatron.data.records.record import PLACEHOLDER, Turn
 from moiie_megatron.families.registry import vision_family
-from moiie_megatron.generation.decoding import Decoding
 from moiie_megatron.generation.prompt import Prompt
-from moiie_megatron.generation.sampling import GREEDY, Sampler, Sampling
-from moiie_megatron.mcore.inference.stages import any_replica, from_last_stage
+from moiie_megatron.generation.sampling import GREEDY, Sampling
+from moiie_megatron.generation.token_generator import TokenGenerator
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.build import build_model
@@ -57,6 +55,8 @@ class Generator:
         self.template = load_template(config.stage.template, self.tokenizer)
         self.statistics = vision_family(config.vision.family).statistics
         self.stop_ids = stop_ids(self.tokenizer, self.template, config.data.tokenizer)
+        # Embedding rows beyond the vocabulary pad the matrix; they are no tokens.
+        self._tokens = TokenGenerator(config, context, self.model, self.tokenizer.vocab_size)
 
     @classmethod
     def load(cls, directory: Path, config: RunConfig, context: ParallelContext) -> Generator:
@@ -146,8 +146,7 @@ class Generator:
             prompts: They share passes; how many fit depends on the memory of the device.
             max_new_tokens: Longest answer.
             sampling: How tokens are chosen.
-            numbers: Of the prompts, which with the seed determine what is drawn for each;
-                default: 0, 1, ...
+            numbers: See ``TokenGenerator.generate``.
 
         Returns:
             New token ids of each prompt, without the stop token.
@@ -155,80 +154,14 @@ class Generator:
         Raises:
             UserError: Prompt and answer could exceed the model's positions.
         """
-        if not prompts:
-            return []
         for prompt in prompts:
             self.check_length(prompt, max_new_tokens)
-        numbers = range(len(prompts)) if numbers is None else numbers
-        decoding = self._decoding(prompts, max_new_tokens)
-        sampler = Sampler(sampling, [numbers[i] for i in decoding.own])
-        answers: list[list[int]] = [[] for _ in decoding.own]
-        running = [True] * len(answers)
-        for _ in range(max_new_tokens):
-            ids = self._next_ids(decoding, sampler)
-            decoding.append(ids)
-            for row, token in enumerate(ids):
-                running[row] = running[row] and token not in self.stop_ids
-                if running[row]:
-                    answers[row].append(token)
-            # Ranks stop together, or one would wait for another in the next pass.
-            if not any_replica(any(running), self.context):
-                break
-        return self._of_all_replicas(answers, len(prompts), max_new_tokens)
+        return self._tokens.generate(
+            prompts, max_new_tokens, stop_ids=self.stop_ids, sampling=sampling, numbers=numbers
+        )
 
     def next_token_logits(
         self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]
     ) -> Tensor:
-        """Scores of the token after each prompt and its answer so far, ``(b, V)``.
-
-        Prompts and answers are computed in one pass.
-        """
-        whole = [
-            prompt.with_answer(answer) for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        decoding = self._decoding(whole, 0)
-        logits = self._on_all_stages(decoding.forward(), len(decoding.own))
-        if self.context.dp_size == 1:
-            return logits
-        share = -(-len(whole) // self.context.dp_size)
-        padded = torch.nn.functional.pad(logits, (0, 0, 0, share - len(logits)))
-        gathered = padded.new_empty(self.context.dp_size, *padded.shape)
-        dist.all_gather_into_tensor(gathered, padded, group=self.context.groups.dp)
-        # Replica r has the prompts r, r + DP, ...
-        return gathered.transpose(0, 1).flatten(0, 1)[: len(whole)]
-
-    def _decoding(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Decoding:
-        return Decoding(self.config, self.context, self.model, prompts, max_new_tokens)
-
-    def _next_ids(self, decoding: Decoding, sampler: Sampler) -> list[int]:
-        """The next token of this replica's prompts, which its last stage chooses."""
-        logits = decoding.forward()
-        if logits is None:
-            chosen = torch.empty(len(decoding.own), dtype=torch.int64)
-        else:
-            # Embedding rows beyond the vocabulary pad the matrix; they are no tokens.
-            chosen = sampler.choose(logits[:, : self.tokenizer.vocab_size])
-        chosen = from_last_stage(chosen.to(self.context.device.torch_device), self.context)
-        ids: list[int] = chosen.tolist()
-        return ids
-
-    def _on_all_stages(self, logits: Tensor | None, rows: int) -> Tensor:
-        vocabulary = self.tokenizer.vocab_size
-        if logits is None:
-            device = self.context.device.torch_device
-            dtype = self.model.config.params_dtype
-            logits = torch.empty(rows, vocabulary, dtype=dtype, device=device)
-        return from_last_stage(logits[:, :vocabulary].contiguous(), self.context)
-
-    def _of_all_replicas(
-        self, answers: list[list[int]], prompts: int, max_new_tokens: int
-    ) -> list[list[int]]:
-        """The answers to all prompts, from those of this replica."""
-        if self.context.dp_size == 1:
-            return answers
-        rows = torch.zeros(-(-prompts // self.context.dp_size), 1 + max_new_tokens).long()
-        for row, ids in zip(rows, answers):  # noqa: B905  # some replicas have one prompt less
-            row[: 1 + len(ids)] = torch.tensor([len(ids), *ids])
-        gathered = self.context.gather_over_dp(rows)
-        ordered = gathered.transpose(0, 1).flatten(0, 1)[:prompts].tolist()
-        return [ids[: ids[0] + 1][1:] for ids in ordered]
+        """See ``TokenGenerator.next_token_logits``."""
+        return self._tokens.next_token_logits(prompts, answers)

@@ -303,13 +303,16 @@ class MoiieForConditionalGeneration(MoiiePreTrainedModel, GenerationMixin):
         rope = self.config.text_config.rope_parameters
         if rope.get("rope_type") != "longrope" or past_key_values is None:
             return False
-        cached, length = int(past_key_values.get_seq_length()), input_ids.shape[1]
+        original, length = rope["original_max_position_embeddings"], input_ids.shape[1]
+        if length <= original:  # before anything waits for the device
+            return False
+        cached = int(past_key_values.get_seq_length())
         if not 0 < cached < length:  # nothing yet, or a chunk of a prompt
             return False
         padding = 0
         if attention_mask is not None and attention_mask.ndim == 2:
             padding = attention_mask.shape[1] - int(attention_mask.sum(dim=1).max())
-        return cached - padding <= rope["original_max_position_embeddings"] < length - padding
+        return cached - padding <= original < length - padding
 
 
 def _is_filled(cache: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Final
 
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.training.evaluation_process import evaluation_process
 from moiie_megatron.training.garbage import collect_every
 from moiie_megatron.training.output_lock import locked_output
 from moiie_megatron.training.resume import find_start
@@ -38,11 +39,19 @@ def train(config: RunConfig, context: ParallelContext, stop: StopRequest | None 
     stop = stop or StopRequest()
     with locked_output(config.output, context):
         run = Run(config, context, start, stop)
-        with stop.taking_steps(), collect_every(config.train.gc_interval) as collect:
+        with (
+            evaluation_process(config, context) as evaluation,
+            stop.taking_steps(),
+            collect_every(config.train.gc_interval) as collect,
+        ):
             while not run.is_over:
                 batches = run.next_batches()
                 result = run.step(batches)
                 run.report(batches, result)
+                evaluation.check()
                 run.save_if_due()
                 collect(run.progress.step)
+            run.complete()
+            if stop.reason is None:
+                evaluation.wait(stop)
             return run.finish()

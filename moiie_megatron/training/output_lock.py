@@ -1,4 +1,4 @@
-"""One run at a time writes to an output directory.
+"""One run at a time writes to an output directory, and one process evaluates its checkpoints.
 
 The first process of a run holds the file ``OUTPUT/running.json``, which says where it runs and is
 written anew every few seconds.  A run that was killed leaves the file behind: on its own machine
@@ -19,12 +19,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
-from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from moiie_megatron.mcore.parallel import ParallelContext
 
 LOGGER: Final = logging.getLogger(__name__)
 LOCK_FILE: Final = "running.json"
@@ -57,10 +59,21 @@ class OutputLock:
 
     Args:
         beat, watch: Seconds (``BEAT``, ``WATCH``).
+        name: The file.
+        refusal: What who comes second is told, between the directory and the time.
     """
 
-    def __init__(self, output: Path, beat: float = BEAT, watch: float = WATCH) -> None:
-        self._file = output / LOCK_FILE
+    def __init__(
+        self,
+        output: Path,
+        beat: float = BEAT,
+        watch: float = WATCH,
+        *,
+        name: str = LOCK_FILE,
+        refusal: str = ", where a run has been writing since",
+    ) -> None:
+        self._file = output / name
+        self._refused = refusal
         self._beat, self._watch = beat, watch
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._write_on, name="output lock", daemon=True)
@@ -97,7 +110,7 @@ class OutputLock:
 
     def _create(self) -> bool:
         """Make the file, with its content at once, unless it is there."""
-        beside = self._file.with_name(f".{LOCK_FILE}.{self._ours['host']}.{os.getpid()}")
+        beside = self._file.with_name(f".{self._file.name}.{self._ours['host']}.{os.getpid()}")
         beside.write_text(self._text())
         try:
             os.link(beside, self._file)  # one of several succeeds, on network file systems too
@@ -152,7 +165,7 @@ class OutputLock:
 
     def _refusal(self, holder: dict[str, Any]) -> str:
         return (
-            f"output is {self._file.parent}, where a run has been writing since "
+            f"output is {self._file.parent}{self._refused} "
             f"{holder.get('since')} (process {holder.get('pid')} on {holder.get('host')}): stop it "
             f"or name another directory; if it is gone, remove {self._file}."
         )

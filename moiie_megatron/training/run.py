@@ -189,16 +189,23 @@ class Run:
                 self._train_state.gather_weights()
                 self._saver.save(self.progress)
 
+    def complete(self) -> None:
+        """Wait for the last save.
+
+        Raises:
+            UserError: It could not be written.
+        """
+        self._saver.drain()
+
     def finish(self) -> Path:
-        """Wait for the last save and close the logs.
+        """Close the logs.
 
         Returns:
             The last checkpoint.
 
         Raises:
-            UserError: It, or a log, could not be written.
+            UserError: A log could not be written.
         """
-        self._saver.drain()
         self._skipped_samples.close()
         self._log.close()
         assert self._saver.newest is not None

@@ -97,6 +97,20 @@ def test_routing_log(tmp_path: Path) -> None:
     assert {"counting_overhead", "overhead", "step_ms"} <= result.keys()
 
 
+@pytest.mark.slow
+def test_generate(tmp_path: Path) -> None:
+    """Megatron's tokens are the export's, or the benchmark fails."""
+    file = tmp_path / "result.json"
+    sizes = ["--layers", "2", "--hidden", "192", "--ffn", "64", "--vocabulary", "128"]
+    counts = ["--prompt", "8", "--new-tokens", "3", "--rounds", "1", "--threads", "1"]
+    run(command("benchmarks/generate.py", [*sizes, *counts, "--json", file]), timeout=120).check()
+    result = json.loads(file.read_text())
+    ratios = {"batch1_over_llama", "batch8_over_llama", "megatron_over_export"}
+    assert all(result[name] > 0 for name in ratios)
+    for batch in (1, 8):
+        assert result[f"batch{batch}_ms_per_token"].keys() == {"llama", "export", "megatron"}
+
+
 def test_packing(tmp_path: Path) -> None:
     """Packing over the global batch, against every rank alone: fewer rows, and even ones."""
     file = tmp_path / "result.json"

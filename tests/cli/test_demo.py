@@ -153,6 +153,9 @@ def test_generate_prints_the_answer(out: Path) -> None:
         (["--image", "nowhere.png"], ("nowhere.png", "does not exist")),
         (["--max-new-tokens", "0"], ("--max-new-tokens", "0", "1 or more")),
         (["parallel.pipeline=2"], ("1 ranks", "parallel.pipeline", "2")),
+        (["--records", "prompts.jsonl"], ("--prompt and --records", "exactly one")),
+        (["--out", "answers.jsonl"], ("--out", "answers.jsonl", "belongs to --records")),
+        (["--top-p", "0"], ("top_p", "0.0", "up to 1")),
     ],
 )
 def test_generate_refuses(out: Path, arguments: list[str], parts: tuple[str, ...]) -> None:

@@ -34,7 +34,7 @@ LEVELS = (
     ("convert",),
     ("training", "generation", "exported"),
     ("evaluation", "analysis"),
-    ("selftest",),
+    ("selftest", "chat"),
     ("cli",),
 )
 LEVEL = {folder: level for level, row in enumerate(LEVELS) for folder in row}

@@ -15,7 +15,7 @@ from tests.docs.schema_keys import SECTIONS, is_key, megatron_fields
 PROGRAMS = ("moiie_megatron", "tools", "examples", "benchmarks")
 SOURCES = (*PROGRAMS, "tests")
 _FILE = re.compile(r"[\w.\-]+(/[\w.\-]+)*\.(py|md|yaml|sh|toml|cff|sbatch|svg|txt)")
-_WRITTEN = re.compile(r"[\w.\-]+\.(jsonl?|yaml|npy|html)")  # by the programs, at run time
+_WRITTEN = re.compile(r"[\w.\-]+\.(jsonl?|yaml|npy|html|log)")  # by the programs, at run time
 _DIRECTORY = re.compile(r"[\w.\-]+(/[\w.\-]+)*/")
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _KEY = re.compile(rf"({'|'.join(SECTIONS)})((\.[a-z_]\w*)+)(=.*|:.*)?", re.DOTALL)
@@ -87,7 +87,8 @@ def unknown_keys(page: Path) -> Iterator[str]:
     """Keys that the configuration does not have."""
     for code in _codes(page):
         found = _KEY.fullmatch(code)
-        if found and not _FILE.fullmatch(code) and not is_key(found[1] + found[2]):
+        is_file = _FILE.fullmatch(code) or _WRITTEN.fullmatch(code)  # evaluation.jsonl
+        if found and not is_file and not is_key(found[1] + found[2]):
             yield code
 
 

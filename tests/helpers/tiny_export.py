@@ -22,13 +22,13 @@ TEMPLATE = (
 )
 
 
-def write_checkpoint(folder: Path, **options: Any) -> Path:
+def write_checkpoint(folder: Path, positions: int = POSITIONS, **options: Any) -> Path:
     """A checkpoint in fp32 with experts that all differ, in layers 1 and 3."""
     llm = write_language(
         folder / "llm",
         dtype=torch.float32,
         vocab_size=272,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=positions,
         # Large, so that the most likely token does not hang on rounding.
         initializer_range=0.2,
         bos_token_id=256,

@@ -113,7 +113,9 @@ def task_variables(
     result = {**variables, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     if (ROOT / "pyproject.toml").is_file():  # a checkout: the process runs the same code
         result["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), result.get("PYTHONPATH")]))
-    if benchmark.judge is not None and judge is not None:
+    if benchmark.judge is not None and judge is None:
+        result.setdefault("OPENAI_API_KEY", "none")  # its client wants one before it is used
+    elif benchmark.judge is not None and judge is not None:
         result["API_TYPE"] = "openai"
         result["OPENAI_API_URL"] = judge.url.rstrip("/") + benchmark.judge.url_suffix
         result["OPENAI_API_KEY"] = judge.key

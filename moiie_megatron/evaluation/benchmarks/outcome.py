@@ -17,6 +17,7 @@ from moiie_megatron.utils.json_file import read_json_object
 
 ANSWERS_FILE: Final = "answers.jsonl"
 LOG_FILE: Final = "lmms_eval.log"
+ROUTING_FILE: Final = "routing.jsonl"
 OUTCOME_FILE: Final = "outcome.json"
 LMMS_DIRECTORY: Final = "lmms_eval"  # what lmms-eval writes: results, samples, submissions
 _COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m")
@@ -135,12 +136,14 @@ def _read_metrics(benchmark: Benchmark, directory: Path) -> dict[str, float] | N
             found = json.loads(file.read_text(encoding="utf-8"))["results"][benchmark.task]
         except (ValueError, KeyError):  # killed while it was written
             continue
-        return {
-            key.partition(",")[0]: float(value)
-            for key, value in found.items()
-            if isinstance(value, int | float) and "stderr" not in key
-        }
+        names = {key: key.partition(",")[0] for key in found if "," in key and "stderr" not in key}
+        # MathVista says nothing (None) where no answer is right.
+        return {names[key]: float(found[key] or 0.0) for key in names if _is_number(found[key])}
     return None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 def _score(benchmark: Benchmark, metrics: Mapping[str, float]) -> tuple[str | None, float | None]:

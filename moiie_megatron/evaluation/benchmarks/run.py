@@ -26,6 +26,7 @@ from moiie_megatron.evaluation.benchmarks.outcome import (
     ANSWERS_FILE,
     LMMS_DIRECTORY,
     LOG_FILE,
+    ROUTING_FILE,
     Outcome,
     read_outcome,
 )
@@ -55,6 +56,7 @@ class Evaluation:
         max_new_tokens: Upper limit on what the tasks ask for.
         judge: For tasks that need one.
         include: Directory of further tasks of lmms-eval.
+        routing: Whether an export's expert choices are counted, in a file beside the answers.
     """
 
     target: Target
@@ -66,6 +68,7 @@ class Evaluation:
     max_new_tokens: int | None = None
     judge: JudgeServer | None = None
     include: Path | None = None
+    routing: bool = False
 
     def directory(self, benchmark: Benchmark) -> Path:
         """Where everything about one benchmark is."""
@@ -77,6 +80,7 @@ class Evaluation:
             **self.target.identity(),
             "limit": self.limit,
             "max_new_tokens": self.max_new_tokens,
+            "routing": self.routing,
             "lmms_eval": self.environment.version,
         }
 
@@ -116,6 +120,7 @@ def command(benchmark: Benchmark, evaluation: Evaluation) -> list[str]:
         **evaluation.target.arguments(),
         "answers": argument_path(directory / ANSWERS_FILE),
         "max_new_tokens": evaluation.max_new_tokens,
+        "routing": argument_path(directory / ROUTING_FILE) if evaluation.routing else None,
     }
     words = [str(evaluation.environment.python), "-m", "lmms_eval", "eval"]
     words += ["--model", evaluation.target.lmms_model, "--model_args", model_args(arguments)]

@@ -48,3 +48,10 @@ def any_replica(value: bool, context: ParallelContext) -> bool:
     flag = torch.tensor([int(value)], device=context.device.torch_device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=context.groups.dp)
     return bool(flag.item())
+
+
+def from_rank_0(number: int, context: ParallelContext) -> int:
+    """The number that rank 0 of the job has, on all ranks; a collective."""
+    tensor = torch.tensor(number, device=context.device.torch_device)
+    dist.broadcast(tensor, src=0)
+    return int(tensor)

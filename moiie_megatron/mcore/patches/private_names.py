@@ -31,6 +31,18 @@ PATCHES: Final = (
         need_not_shown=_NO_CHECK,
     ),
     Patch(
+        name="attention with a cache",
+        kind="override",
+        targets=(
+            "megatron.core.transformer.attention.SelfAttention.forward",
+            "megatron.core.transformer.attention.SelfAttention.get_query_key_value_tensors",
+        ),
+        reason="mcore/inference/attention.py: Megatron's static batching has one length for all "
+        "rows, and stores keys without rotary embedding, which it computes anew for the whole "
+        "cache in every layer and step.",
+        need_not_shown=_NO_CHECK,
+    ),
+    Patch(
         name="skipped updates",
         kind="override",
         targets=(f"{_CHAINED}.get_grad_norm", f"{_CHAINED}.step_with_ready_grads"),

@@ -14,6 +14,7 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.routing_stats.counters import RouterLosses
 from moiie_megatron.routing_stats.scalars import routing_scalars
+from moiie_megatron.training.logging.evaluations import NewResults, read_evaluated
 from moiie_megatron.training.logging.jsonl import LostFn, StepLines, refuse
 from moiie_megatron.training.logging.scalars import Scalars
 from moiie_megatron.training.logging.throughput import Throughput, describe
@@ -87,6 +88,13 @@ class RunLog:
         self.metrics = StepLines(output / "metrics.jsonl", start_step, lost)
         self.routes = StepLines(output / "routing.jsonl", start_step, lost)
         self.scalars = Scalars(config, start_step, lost)
+        self.evaluations: NewResults | None = None
+        if config.evaluation.interval:
+            self.evaluations = NewResults(output)
+            self.evaluations.read()
+            # Some of them may have come while nobody listened.
+            for result in read_evaluated(output):
+                self.scalars.add_late({result.scalar: result.value}, result.step)
 
     def is_due(self, step: int) -> bool:
         """Whether a step (counted from 1) gets a line; equal on all ranks."""
@@ -124,6 +132,14 @@ class RunLog:
         self.metrics.add(values)
         self.scalars.add({name: v for name, v in values.items() if name != "step"}, report.step)
         LOGGER.info("%s", self._line(report, values, now))
+        self.evaluated()
+
+    def evaluated(self) -> None:
+        """Log what evaluations have found since the last look."""
+        if self.active and self.evaluations is not None:
+            for result in self.evaluations.read():
+                LOGGER.info("%s", result)
+                self.scalars.add_late({result.scalar: result.value}, result.step)
 
     def routing(self, step: int, record: Mapping[str, Any] | None) -> None:
         """Log the routing since the last record; None for a dense model."""
@@ -161,6 +177,7 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close the files."""
+        self.evaluated()
         if self.active:
             self.metrics.close()
             self.routes.close()

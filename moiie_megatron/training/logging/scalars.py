@@ -13,6 +13,8 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.training.logging.jsonl import LostFn, lost_sentence, refuse
 from moiie_megatron.utils.errors import UserError
 
+_LATE_STEP = "evaluation/step"
+
 
 class _Guarded:
     """TensorBoard's writer of records; what it cannot write is told once, and dropped."""
@@ -58,6 +60,7 @@ class Scalars:
         # Its thread would print a traceback, and end.
         queue = self.board._get_file_writer().event_writer._async_writer
         queue._writer = queue._worker._record_writer = _Guarded(queue._writer, directory, lost)
+        self._step: int | None = None  # of the last values
         self.wandb_run: Any = None
         if config.log.wandb_project is not None:
             import wandb
@@ -72,13 +75,23 @@ class Scalars:
                 dir=config.output,
                 config=config.model_dump(),
             )
+            # Results come after later steps, which wandb.log would refuse.
+            self.wandb_run.define_metric("evaluation/*", step_metric=_LATE_STEP)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         """Log the values of one step."""
+        self._step = step
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         if self.wandb_run is not None:
             self.wandb_run.log(dict(values), step=step)
+
+    def add_late(self, values: Mapping[str, float], step: int) -> None:
+        """Log values of a step before the present one."""
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        if self.wandb_run is not None and self._step is not None:
+            self.wandb_run.log({**values, _LATE_STEP: step}, step=self._step)
 
     def close(self) -> None:
         """Flush and close."""

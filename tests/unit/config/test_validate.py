@@ -28,6 +28,19 @@ VIRTUAL = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
         ),
         (["profile.steps=[5, 3]"], ("profile.steps", "[5, 3]", "first")),
         (
+            ["evaluation.interval=500"],
+            ("evaluation.interval", "500", "evaluation.sets", "evaluation.tasks"),
+        ),
+        (
+            ["evaluation.interval=750", "evaluation.tasks=[POPE]"],
+            ("evaluation.interval", "750", "checkpoint.interval", "500"),
+        ),
+        (["evaluation.tasks=[a/b]"], ("evaluation", "'a/b'", "letters")),
+        (
+            ["evaluation.sets=[{name: x, records: r, images: i}]", "evaluation.tasks=[x]"],
+            ("evaluation", "'x'", "rename"),
+        ),
+        (
             ["moe.expert_loads=[1.0, 2.0]"],
             ("moe.expert_loads", "2 numbers", "4 experts"),
         ),

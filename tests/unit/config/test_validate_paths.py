@@ -42,3 +42,32 @@ def test_paths(tmp_path: Path) -> None:
         refuses(key, tmp_path / "w", "does not exist", overrides=(f"{key}={tmp_path}/w",))
         refuses(key, tokenizer, "not a directory", overrides=(f"{key}={tokenizer}",))
         check_paths(config(f"{key}={tmp_path}/images"))
+
+
+def test_sets_to_evaluate(tmp_path: Path) -> None:
+    """They are looked for where the run starts the process that evaluates, and only there."""
+    for name in ("tokenizer", "images"):
+        (tmp_path / name).mkdir()
+    records = tmp_path / "records.json"
+    records.touch()
+    base = [
+        f"data.sources=[{{records: {records}, images: {tmp_path}/images}}]",
+        f"data.tokenizer={tmp_path}/tokenizer",
+        "checkpoint.interval=10",
+    ]
+
+    def config(questions: str, images: str, *overrides: str) -> RunConfig:
+        one = f"{{name: a, records: {tmp_path}/{questions}, images: {tmp_path}/{images}}}"
+        return load_minimal(tmp_path, [*base, f"evaluation.sets=[{one}]", *overrides])
+
+    on = "evaluation.interval=10"
+    check_paths(config("records.json", "images", on))
+    for wrong in (("gone.json", "images"), ("images", "images")):
+        with user_error("evaluation.sets.0.records", tmp_path / wrong[0]):
+            check_paths(config(*wrong, on))
+    with user_error("evaluation.sets.0.images", tmp_path / "gone"):
+        check_paths(config("records.json", "gone", on))
+    with user_error("evaluation.task_data", "nowhere"):
+        check_paths(config("records.json", "images", on, "evaluation.task_data=nowhere"))
+    check_paths(config("gone.json", "gone"))
+    check_paths(config("gone.json", "gone", on, "evaluation.process=false"))

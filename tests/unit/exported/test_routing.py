@@ -152,9 +152,10 @@ def test_single_tokens_of_a_stream(model: ExportedModel) -> None:
     conversation = CONVERSATIONS[1]
     prompt = model.encode(conversation)
     (answer,) = model.generate([prompt], max_new_tokens=NEW)
-    with TokenRoutingRecorder(model.model) as recorder:
-        assert recorder.routing() is None
-        "".join(model.stream(conversation, max_new_tokens=NEW))
+    recorder = TokenRoutingRecorder(model.model)
+    stream = model.stream(conversation, max_new_tokens=NEW, watch=recorder)
+    assert recorder.routing() is None
+    assert "".join(stream).strip() == model.decode(answer)
     routing = recorder.routing()
     assert routing is not None
     read = answer[:-1] if len(answer) == NEW else answer

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from moiie_megatron.hf.language_moiie import MoiieSparseMLP
@@ -109,7 +111,12 @@ def test_beams_keep_images_with_their_prompts(llama: Any, processor: MoiieProces
 
 
 def test_prompt_in_chunks(llama: Any, processor: MoiieProcessor) -> None:
-    inputs = _inputs(processor, 1)
+    inputs, text = _inputs(processor, 1), _inputs(processor, 2)
+    assert torch.equal(_generate(llama, text, prefill_chunk_size=10), _generate(llama, text))
+    if Version(transformers.__version__) < Version("5.23"):
+        with pytest.raises(ValueError, match="does not pass images with chunks of a prompt"):
+            _generate(llama, inputs, prefill_chunk_size=10)
+        return
     assert torch.equal(_generate(llama, inputs, prefill_chunk_size=10), _generate(llama, inputs))
 
 

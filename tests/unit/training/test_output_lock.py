@@ -16,6 +16,7 @@ import pytest
 
 from moiie_megatron.training import output_lock
 from moiie_megatron.training.output_lock import LOCK_FILE, OutputLock, this_process
+from moiie_megatron.utils.files import atomic_write
 from tests.helpers.user_errors import user_error
 
 
@@ -28,7 +29,8 @@ def other() -> Iterator[dict[str, Any]]:
 
 
 def write(folder: Path, holder: dict[str, Any]) -> None:
-    folder.joinpath(LOCK_FILE).write_text(json.dumps(holder))
+    with atomic_write(folder / LOCK_FILE) as file:
+        file.write_text(json.dumps(holder))
 
 
 def holder(folder: Path) -> dict[str, Any]:

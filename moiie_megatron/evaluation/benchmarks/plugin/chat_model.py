@@ -29,12 +29,17 @@ class ChatModel(lmms):
         batch_size: Requests that are answered together.
         answers: File that answers are kept in; None keeps none.
         max_new_tokens: Upper limit on what the tasks ask for.
+        ignored: What lmms-eval adds for other models.
     """
 
     is_simple = False
 
     def __init__(
-        self, batch_size: int | str, answers: str | None, max_new_tokens: int | None
+        self,
+        batch_size: int | str = 1,
+        answers: str | None = None,
+        max_new_tokens: int | None = None,
+        **ignored: Any,
     ) -> None:
         super().__init__()
         postpone_decoding_errors()

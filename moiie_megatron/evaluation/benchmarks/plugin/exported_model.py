@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import Instance
@@ -16,6 +17,7 @@ from moiie_megatron.evaluation.benchmarks.plugin.chat_model import (
 )
 from moiie_megatron.evaluation.benchmarks.plugin.kept_answers import Answer
 from moiie_megatron.exported.model import ExportedModel, Prompt
+from moiie_megatron.exported.routing import RoutingRecorder
 
 
 class ExportedChat(ChatModel):
@@ -28,10 +30,8 @@ class ExportedChat(ChatModel):
         device: ``auto``, ``cpu``, ``cuda`` ...
         dtype: ``auto`` for that of the files.
         expert: Every MoE layer uses this expert alone (``shared.0``).
-        batch_size: See ``ChatModel``.
-        answers: See ``ChatModel``.
-        max_new_tokens: See ``ChatModel``.
-        ignored: What lmms-eval adds for other models.
+        routing: File for the counts of ``RoutingRecorder``, which go on from those in it.
+        common: See ``ChatModel``.
     """
 
     def __init__(
@@ -40,12 +40,10 @@ class ExportedChat(ChatModel):
         device: str | None = None,
         dtype: str = "auto",
         expert: str | None = None,
-        batch_size: int | str = 1,
-        answers: str | None = None,
-        max_new_tokens: int | None = None,
-        **ignored: Any,
+        routing: str | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(batch_size, answers, max_new_tokens)
+        super().__init__(**common)
         self._load = functools.partial(
             ExportedModel.load,
             str(pretrained),
@@ -54,6 +52,8 @@ class ExportedChat(ChatModel):
             expert=expert,
         )
         self._loaded: ExportedModel | None = None
+        self._routing = routing
+        self._recorder: RoutingRecorder | None = None
 
     def answer_batch(
         self, requests: Sequence[Instance], settings: Mapping[str, Any]
@@ -68,17 +68,24 @@ class ExportedChat(ChatModel):
             except Exception as error:  # a picture, a prompt that is too long: this request alone
                 answers[i] = Answer("", one_line(error))
         answers |= self._answers(prompts, settings)
+        if self._recorder is not None and self._routing is not None:
+            self._recorder.save(self._routing, task=requests[0].args[4])
         return [answers[i] for i in range(len(requests))]
 
     def clean(self) -> None:
         """Free the model before the answers are scored."""
-        self._loaded = None
+        self._loaded = self._recorder = None
         super().clean()
 
     @property
     def _exported(self) -> ExportedModel:
         if self._loaded is None:
             self._loaded = self._load()
+            if self._routing is not None:
+                self._recorder = RoutingRecorder(self._loaded.model)
+                if Path(self._routing).exists():
+                    self._recorder.add_saved(self._routing)
+                self._recorder.__enter__()  # until the model is freed
         return self._loaded
 
     def _answers(

@@ -16,7 +16,7 @@ from moiie_megatron.evaluation.benchmarks.plugin.chat_model import ChatModel, cu
 from moiie_megatron.evaluation.benchmarks.plugin.kept_answers import Answer
 
 KEY_VARIABLE: Final = "MOIIE_SERVER_API_KEY"  # OPENAI_API_KEY may be the judge's
-_ROUNDS: Final = 8  # of requests at a time before answers are written
+_ROUNDS: Final = 4  # of requests at a time before answers are written
 _FAILED: Final = "[LMMS_EVAL_REQUEST_FAILED"  # how async_openai returns a failure
 
 
@@ -29,9 +29,7 @@ class ServerChat(ChatModel):
         timeout: Seconds for one request.
         max_retries: Attempts for one request.
         batch_size: Requests at a time.
-        answers: See ``ChatModel``.
-        max_new_tokens: See ``ChatModel``.
-        ignored: What lmms-eval adds for other models.
+        common: See ``ChatModel``.
     """
 
     def __init__(
@@ -41,11 +39,9 @@ class ServerChat(ChatModel):
         timeout: int = 600,
         max_retries: int = 3,
         batch_size: int | str = 16,
-        answers: str | None = None,
-        max_new_tokens: int | None = None,
-        **ignored: Any,
+        **common: Any,
     ) -> None:
-        super().__init__(_ROUNDS * int(batch_size), answers, max_new_tokens)
+        super().__init__(_ROUNDS * int(batch_size), **common)
         self._options = {
             "model": str(model),
             "base_url": base_url,

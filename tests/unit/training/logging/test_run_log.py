@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from moiie_megatron.mcore.device import Device
 from moiie_megatron.routing_stats.counters import RouterLosses
 from moiie_megatron.routing_stats.scalars import routing_scalars
+from moiie_megatron.training.logging.evaluations import Evaluated, append_evaluated
 from moiie_megatron.training.logging.run_log import RunLog, StepReport
 from moiie_megatron.training.step import StepResult
 from tests.unit.config.minimal import load_minimal
@@ -46,8 +48,10 @@ class Clock:
         return self.now
 
 
-def open_log(folder: Path, start: int = 0, rank: int = 0, clock: Clock | None = None) -> RunLog:
-    overrides = [f"output={folder / 'run'}", "log.interval=2"]
+def open_log(
+    folder: Path, start: int = 0, rank: int = 0, clock: Clock | None = None, *words: str
+) -> RunLog:
+    overrides = [f"output={folder / 'run'}", "log.interval=2", *words]
     return RunLog(
         load_minimal(folder, overrides),
         SimpleNamespace(rank=rank, size=2, device=Device("cpu", "gloo")),
@@ -179,3 +183,30 @@ def test_what_the_operator_reads(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     ]
     (line,) = lines(tmp_path, "metrics.jsonl")
     assert (line["skipped_samples"], line["skipped_steps"], line["spike"]) == (3, 1, 4.0)
+
+
+def test_results_of_evaluations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They come after later steps, and are logged at their own; those from before once more."""
+    words = ("evaluation.interval=500", "evaluation.tasks=[POPE]")
+
+    def evaluated(step: int, value: float) -> None:
+        one = Evaluated(step, "POPE", "f1", value, 10, 0, 2.0, f"id{step}")
+        append_evaluated(tmp_path / "run", one)
+
+    (tmp_path / "run").mkdir()
+    evaluated(500, 0.25)
+    with (tmp_path / "run" / "evaluation.jsonl").open("a") as file:
+        file.write("cut off\n")
+    caplog.set_level(logging.INFO)
+    log = open_log(tmp_path, 0, 0, None, *words)
+    report(log, 2)
+    assert "POPE" not in caplog.text
+    evaluated(1000, 0.5)
+    report(log, 4)
+    assert "evaluation of step 1000 | POPE f1 50.0% (10 questions, 2 s)" in caplog.text
+    evaluated(1500, 0.75)
+    log.close()
+    assert "step 500 " not in caplog.text and "step 1500 | POPE f1 75.0%" in caplog.text
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    found = {event.step: event.value for event in board.Scalars("evaluation/POPE/f1")}
+    assert found == {500: 0.25, 1000: 0.5, 1500: 0.75}
