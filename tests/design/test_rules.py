@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "moiie_megatron"
 OUTSIDE = ("tools", "examples", "tests", "benchmarks")
+SERVING = "serving"  # a distribution of its own
 MAX_LINES = 400
 MAX_MODULES = 15  # in a folder of the package, without __init__.py
 
@@ -99,7 +100,7 @@ def test_the_tree_is_found() -> None:
 def test_files_are_short() -> None:
     lengths = {
         str(path): len((ROOT / path).read_text(encoding="utf-8").splitlines())
-        for path in _python_files(PACKAGE, *OUTSIDE)
+        for path in _python_files(PACKAGE, *OUTSIDE, SERVING)
     }
     assert {path: n for path, n in lengths.items() if n > MAX_LINES} == {}
 
@@ -110,8 +111,19 @@ def test_folders_are_small() -> None:
 
 
 def test_files_are_ascii() -> None:
-    files = _python_files(PACKAGE, *OUTSIDE)
+    files = _python_files(PACKAGE, *OUTSIDE, SERVING)
     assert [str(path) for path in files if not (ROOT / path).read_bytes().isascii()] == []
+
+
+def test_the_plugin_for_vllm_needs_nothing_of_this_project() -> None:
+    files = _python_files(f"{SERVING}/moiie_vllm")
+    names = {
+        name.partition(".")[0]
+        for path in files
+        for name in _imports(path, (ROOT / path).read_text(encoding="utf-8"))
+    }
+    assert {"vllm", "moiie_vllm"} <= names
+    assert names & {PACKAGE, "megatron", *OUTSIDE} == set()
 
 
 def test_every_folder_has_a_level() -> None:

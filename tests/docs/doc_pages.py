@@ -11,11 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PAGES = sorted(
-    path
-    for pattern in ("*.md", "docs/**/*.md", "docker/*.md", "examples/**/*.md", "tests/**/*.md")
-    for path in ROOT.glob(pattern)
-)
+_FOLDERS = ("docs/**", "docker", "examples/**", "serving", "tests/**")
+PAGES = sorted(path for folder in (".", *_FOLDERS) for path in ROOT.glob(f"{folder}/*.md"))
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")

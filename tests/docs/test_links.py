@@ -12,7 +12,7 @@ import pytest
 from tests.docs.doc_pages import PAGES, ROOT, anchors, inline_code, links, megatron_core, name
 from tests.docs.schema_keys import SECTIONS, is_key, megatron_fields
 
-PROGRAMS = ("moiie_megatron", "tools", "examples", "benchmarks")
+PROGRAMS = ("moiie_megatron", "tools", "examples", "benchmarks", "serving")
 SOURCES = (*PROGRAMS, "tests")
 _FILE = re.compile(r"[\w.\-]+(/[\w.\-]+)*\.(py|md|yaml|sh|toml|cff|sbatch|svg|txt)")
 _WRITTEN = re.compile(r"[\w.\-]+\.(jsonl?|yaml|npy|html|log)")  # by the programs, at run time
