@@ -34,7 +34,22 @@ VLLM_ENVIRONMENT ?= .venv/vllm-$(VLLM)
 # The run of tools/demo.py that is served.
 DEMO ?= runs/demo
 
-.PHONY: help install demo test test-fast test-te $(TE_TESTS) test-newest-core test-vllm check
+# An environment with gradio, which pins an older pillow, and behind it the packages of .venv.
+CHAT := gradio==6.31.0 openai==3.57.0
+CHAT_ENVIRONMENT := .venv/chat
+CHAT_STAMP := $(CHAT_ENVIRONMENT)/.installed
+# A browser without a window, and what drives it.
+PLAYWRIGHT := 1.65.2
+CHROMIUM := 153.0.0
+CHROMIUM_DIRECTORY := .venv/chromium
+CHROMIUM_STAMP := $(CHROMIUM_DIRECTORY)/.installed
+
+# lmms-eval in an environment of its own; EVAL_PYTHON may name the Python of another one.
+EVAL_ENVIRONMENT := .venv/lmms-eval-0.7.3
+EVAL_PYTHON ?= $(EVAL_ENVIRONMENT)/bin/python
+
+.PHONY: help install demo test test-fast test-te $(TE_TESTS) test-newest-core test-vllm \
+	chat-env test-chat eval-env test-eval check
 
 help:
 	@echo "make install  .venv with all packages (also done on first use by the others)"
@@ -44,6 +59,10 @@ help:
 	@echo "make test-te  those of Transformer Engine's modules (also part of make test)"
 	@echo "make test-newest-core  all tests with the newest Megatron-Core that is accepted"
 	@echo "make test-vllm  an export in vLLM: answers, server, refusals"
+	@echo "make chat-env  .venv/chat, which tools/chat.py runs in"
+	@echo "make test-chat  the chat page in a browser (needs node and npm)"
+	@echo "make eval-env  an environment with lmms-eval, for tools/evaluate.py"
+	@echo "make test-eval  tests that need it (not part of make test)"
 	@echo "make check    style and types, shell scripts, Dockerfile"
 
 install: $(STAMP)
@@ -112,6 +131,40 @@ $(VLLM_ENVIRONMENT)/.installed: serving/pyproject.toml serving/tests/requirement
 
 $(DEMO)/report.json: | $(STAMP)
 	$(BIN)/python tools/demo.py --out $(DEMO)
+
+chat-env: $(CHAT_STAMP)
+
+$(CHAT_STAMP): $(STAMP)
+	$(BIN)/python -m venv --clear --without-pip $(CHAT_ENVIRONMENT)
+	$(BIN)/python -m pip --python $(CHAT_ENVIRONMENT) install --quiet $(CHAT) \
+		playwright==$(PLAYWRIGHT)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(PRINT_SITE)')')" \
+		> "$$($(CHAT_ENVIRONMENT)/bin/python -c '$(PRINT_SITE)')/packages.pth"
+	@touch $@
+
+$(CHROMIUM_STAMP): tests/chat/unpack_chromium.mjs
+	npm install --prefix $(CHROMIUM_DIRECTORY) --no-audit --no-fund --silent \
+		@sparticuz/chromium@$(CHROMIUM)
+	node $< $(CHROMIUM_DIRECTORY)
+	@touch $@
+
+test-chat: $(CHAT_STAMP) $(CHROMIUM_STAMP)
+	MOIIE_TEST_CHROMIUM=$(abspath $(CHROMIUM_DIRECTORY)) \
+		$(CHAT_ENVIRONMENT)/bin/python -m pytest -q tests/chat
+
+eval-env: $(EVAL_ENVIRONMENT)/.installed
+
+# torchvision and timm come with lmms-eval, are not needed, and the first may not fit torch: then no
+# command of lmms-eval works.
+$(EVAL_ENVIRONMENT)/.installed: requirements-eval.txt pyproject.toml | $(STAMP)
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement requirements-eval.txt
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision timm
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+test-eval: $(STAMP) $(if $(filter $(EVAL_ENVIRONMENT)/%,$(EVAL_PYTHON)),$(EVAL_ENVIRONMENT)/.installed)
+	MOIIE_TEST_EVAL=$(abspath $(EVAL_PYTHON)) $(BIN)/python -m pytest -q --timeout 1200 tests/lmms_eval
 
 check: $(STAMP)
 	$(BIN)/ruff check .

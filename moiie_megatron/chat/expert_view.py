@@ -128,7 +128,7 @@ class _View:
     def pictures(self) -> Iterator[str]:
         """Each picture below the grid of its image tokens."""
         positions = torch.nonzero(self._is_image_S).flatten()
-        runs = positions.split(self._tokens.per_picture)
+        runs = positions.view(-1, self._tokens.per_picture)
         for number, (run, picture) in enumerate(zip(runs, self._tokens.pictures, strict=True), 1):
             yield self._picture(number, run, picture)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,6 +89,7 @@ def build_page(chat: Chat, title: str) -> gr.Blocks:
             [box, history, conversation, tokens, view, status],
             concurrency_limit=1,
             concurrency_id="answers",
+            show_progress_on=history,
             api_visibility="private",
         )
         box.stop(lambda: _box(None), None, box, cancels=[asked], api_visibility="private")
@@ -133,6 +135,8 @@ class _Answers:
         old = conversation, tokens
         yield _box(None, running=True), shown, *old, gr.skip(), ""
         try:
+            if not all(isinstance(value, (int, float)) for value in (longest, temperature, layer)):
+                raise UserError("The settings are no numbers: load the page again.")
             replies = self._chat.reply(
                 conversation, text, files, new_tokens=int(longest), temperature=float(temperature)
             )
@@ -144,7 +148,7 @@ class _Answers:
                     drawn = draw(reply.tokens, layer)
                     yield _box(None), answered, reply.conversation, reply.tokens, drawn, ""
         except UserError as error:
-            yield _box(message), history, *old, gr.skip(), str(error)
+            yield _box(message), history, *old, gr.skip(), html.escape(str(error))
         except Exception:
             _log.exception("A message could not be answered")
             yield (

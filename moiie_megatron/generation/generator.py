@@ -103,12 +103,17 @@ class Generator:
         return Prompt(tokens, types, pixels)
 
     def check_length(self, prompt: Prompt, max_new_tokens: int) -> None:
-        """Check that the answer has positions behind the prompt.
+        """Check that there is a prompt, and that the answer has positions behind it.
 
         Raises:
-            UserError: Prompt and answer could exceed the model's positions.
+            UserError: No token, or prompt and answer could exceed the model's positions.
         """
         length, limit = len(prompt.tokens), self.config.language.max_position_embeddings
+        if not length:
+            raise UserError(
+                f"The prompt has no token: stage.template {self.config.stage.template} writes "
+                "nothing of it, give it an image or use a model with a format for questions."
+            )
         if length + max_new_tokens > limit:
             raise UserError(
                 f"A prompt of {length} tokens with {max_new_tokens} new ones exceeds "
@@ -152,7 +157,7 @@ class Generator:
             New token ids of each prompt, without the stop token.
 
         Raises:
-            UserError: Prompt and answer could exceed the model's positions.
+            UserError: See ``check_length``.
         """
         for prompt in prompts:
             self.check_length(prompt, max_new_tokens)

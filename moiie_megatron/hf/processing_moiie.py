@@ -74,14 +74,25 @@ class MoiieProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=template)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-        """As in transformers, but a text that begins with the BOS token gets no second one."""
+        """As in transformers, but a text that begins with the BOS token gets no second one.
+
+        Raises:
+            ValueError: Other numbers of image tokens in the texts and of images.  Before 5.23 only
+                for too few images; the model then refuses the others.
+        """
         texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
         if bos and texts and all(isinstance(t, str) and t.startswith(bos) for t in texts):
             kwargs.setdefault("add_special_tokens", False)
         # transformers before 5.23 does not know the class attribute.
         if not hasattr(ProcessorMixin, "return_mm_token_type_ids"):
             kwargs.setdefault("return_mm_token_type_ids", self.return_mm_token_type_ids)
-        return super().__call__(images=images, text=text, **kwargs)
+        try:
+            return super().__call__(images=images, text=text, **kwargs)
+        except StopIteration as error:  # before 5.23
+            raise ValueError(
+                f"The texts have more {self.image_token} tokens than there are images: pass one "
+                "image for each."
+            ) from error
 
     def apply_chat_template(
         self, conversation: Any, *arguments: Any, processor_kwargs: Any = None, **kwargs: Any

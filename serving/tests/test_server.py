@@ -116,8 +116,10 @@ def test_200_requests_good_and_bad_at_once(
         assert wrong == {}
         wait_until_idle(server)
         held.append((server.megabytes(), server.descriptors()))
-    (_, first_files), (second, _), (third, last_files) = held
-    assert third < second + 60
+    (first, first_files), _, (last, last_files) = held
+    # 590, 620 and 590 MiB were measured in the process of the API, the others stayed the same; to
+    # keep the 24 MB of five requests alone would be 230 more.
+    assert last < first + 100
     assert last_files <= first_files + 8
     afterwards = asyncio.run(ask_all(server, rows, ask))
     note("server, 75 good requests beside 125 bad ones", equal, GOOD)

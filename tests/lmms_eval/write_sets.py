@@ -2,58 +2,18 @@
 
 Run by the Python of lmms-eval's environment, which has ``datasets``: ``python write_sets.py
 DIRECTORY DAMAGED``.  The second gets POPE alone, with two rows whose picture cannot be decoded, one
-of them the first.  Columns are those of the data sets on the hub that the tasks read, and some more.
+of them the first.  Columns are those of the data sets on the hub that the tasks read, and more.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import yaml
-from datasets import Dataset, Features, Image, Value
+from datasets import Image, Value
 from datasets import Sequence as List
-from PIL import Image as Pillow
-from sklearn.datasets import load_digits
-
-_DIGITS = load_digits().images
-_STRING = Value("string")
-
-Rows = Sequence[Mapping[str, Any]]
-
-
-def digit(row: int) -> Pillow.Image:
-    """The scanned digit of a row of the built-in data set, at 64 x 64 pixels."""
-    pixels = (_DIGITS[row] * 15).astype(np.uint8)
-    return Pillow.fromarray(pixels).resize((64, 64)).convert("RGB")
-
-
-def write(folder: Path, rows: Rows, split: str, config: str | None = None, **types: Any) -> None:
-    """One split of one configuration, with what the README card says about it.
-
-    Args:
-        types: Features of columns that are neither text nor a picture under ``image``.
-    """
-    names = rows[0].keys()
-    features = {name: types.get(name, Image() if name == "image" else _STRING) for name in names}
-    directory = folder / (config or "data")
-    directory.mkdir(parents=True, exist_ok=True)
-    data = Dataset.from_list([dict(row) for row in rows], features=Features(features))
-    data.to_parquet(directory / f"{split}-00000-of-00001.parquet")
-    _describe(folder / "README.md", config or "default", split, f"{directory.name}/{split}-*")
-
-
-def _describe(readme: Path, config: str, split: str, path: str) -> None:
-    """Add a split to the README card."""
-    card = yaml.safe_load(readme.read_text().split("---")[1]) if readme.exists() else {}
-    files = {entry["config_name"]: entry["data_files"] for entry in card.get("configs", [])}
-    files.setdefault(config, []).append({"split": split, "path": path})
-    entries = [{"config_name": name, "data_files": parts} for name, parts in files.items()]
-    readme.write_text(f"---\n{yaml.safe_dump({'configs': entries}, sort_keys=False)}---\n")
+from set_files import STRING, digit, write
 
 
 def pope(folder: Path, damaged: Sequence[int] = ()) -> None:
@@ -93,8 +53,8 @@ def textvqa(folder: Path) -> None:
         rows,
         "validation",
         question_id=Value("int32"),
-        answers=List(_STRING),
-        ocr_tokens=List(_STRING),
+        answers=List(STRING),
+        ocr_tokens=List(STRING),
     )
 
 
@@ -126,9 +86,9 @@ def docvqa(folder: Path) -> None:
         for i, answers in enumerate([["seven"], ["eight", "8"], ["nine"]])
     ]
     types = {
-        "question_types": List(_STRING),
+        "question_types": List(STRING),
         "docId": Value("int32"),
-        "answers": List(_STRING),
+        "answers": List(STRING),
     }
     write(folder, rows, "validation", "DocVQA", **types)
     write(folder, [{**row, "answers": None} for row in rows], "test", "DocVQA", **types)
@@ -144,7 +104,7 @@ def ai2d(folder: Path) -> None:
         }
         for i in range(3)
     ]
-    write(folder, rows, "test", options=List(_STRING))
+    write(folder, rows, "test", options=List(STRING))
 
 
 def mmbench(folder: Path) -> None:
@@ -192,7 +152,7 @@ def scienceqa(folder: Path) -> None:
         }
         for i in range(2)
     ]
-    write(folder, rows, "test", "ScienceQA-IMG", choices=List(_STRING), answer=Value("int8"))
+    write(folder, rows, "test", "ScienceQA-IMG", choices=List(STRING), answer=Value("int8"))
 
 
 def mme(folder: Path) -> None:
@@ -286,7 +246,7 @@ def vqav2(folder: Path) -> None:
         }
         for i, answers in enumerate(given)
     ]
-    answer = {"answer": _STRING, "answer_confidence": _STRING, "answer_id": Value("int64")}
+    answer = {"answer": STRING, "answer_confidence": STRING, "answer_id": Value("int64")}
     numbers = {"image_id": Value("int64"), "question_id": Value("int64")}
     write(folder, rows, "validation", answers=[answer], **numbers)
     write(folder, [{**row, "answers": None} for row in rows], "test", answers=[answer], **numbers)
@@ -360,7 +320,7 @@ def mathvista(folder: Path) -> None:
         "split": "testmini",
         "task": "math word problem",
     }
-    kinds = {key: Value("int64") for key in ("img_height", "img_width")} | {"skills": List(_STRING)}
+    kinds = {key: Value("int64") for key in ("img_height", "img_width")} | {"skills": List(STRING)}
     rows = [
         {
             "pid": str(i),
@@ -384,11 +344,11 @@ def mathvista(folder: Path) -> None:
         folder,
         rows,
         "testmini",
-        image=_STRING,
+        image=STRING,
         decoded_image=Image(),
-        choices=List(_STRING),
+        choices=List(STRING),
         precision=Value("float64"),
-        metadata={key: kinds.get(key, _STRING) for key in metadata},
+        metadata={key: kinds.get(key, STRING) for key in metadata},
     )
 
 
@@ -432,7 +392,6 @@ def main() -> None:
         make(Path(out, name))
     if damaged:
         pope(Path(damaged[0], "lmms-lab-encoder/POPE"), damaged=(0, 2))
-    print(json.dumps(sorted(SETS)))
 
 
 if __name__ == "__main__":

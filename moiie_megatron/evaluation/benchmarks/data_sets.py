@@ -6,6 +6,7 @@ the hub cannot be asked.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,11 +47,33 @@ class DataPlaces:
             offline,
         )
 
+    def variables(self, benchmark: Benchmark) -> dict[str, str]:
+        """What the environment of a benchmark's process needs.
+
+        ``datasets`` knows a directory in its cache by the relative name alone, and would go on with
+        rows of another directory or of older files: what is in the directory gets a cache of its
+        own.
+        """
+        found = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if self.offline else {}
+        files = [file for data in benchmark.data for file in self._files(data)]
+        if not files:
+            return found
+        digest = hashlib.sha256()
+        for file in files:
+            status = file.stat()
+            digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        cache = str(self.cache / f"local-{digest.hexdigest()[:16]}")
+        return found | {"HF_DATASETS_CACHE": cache, "LMMS_EVAL_DATASETS_CACHE": cache}
+
+    def _files(self, data: DataSet) -> list[Path]:
+        """The files of a data set in the directory."""
+        directory = self.directory / data.name
+        return sorted(file for pattern in _DATA_FILES for file in directory.rglob(pattern))
+
     def find(self, data: DataSet) -> Path | None:
         """The directory of a data set, or None if it would have to be downloaded."""
-        directory = self.directory / data.name
-        if any(file for pattern in _DATA_FILES for file in directory.rglob(pattern)):
-            return directory
+        if self._files(data):
+            return self.directory / data.name
         cached = self.cache / cache_name(data.name)
         configs = cached.glob("*") if data.config is None else [cached / data.config]
         # datasets writes CONFIG/VERSION/HASH
@@ -72,10 +95,3 @@ def cache_name(name: str) -> str:
     last = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", last)
     last = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", last).lower()
     return f"{namespace}___{last}" if namespace else last
-
-
-def offline_environment(places: DataPlaces, environment: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` where both libraries are offline if one is."""
-    if not places.offline:
-        return {**environment}
-    return {**environment, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

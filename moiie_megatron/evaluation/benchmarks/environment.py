@@ -89,7 +89,7 @@ def find_environment(python: str | None, variables: Mapping[str, str]) -> EvalEn
         )
         found = json.loads(result.stdout.splitlines()[-1])
         version, tasks, problem = found["version"], found["tasks"], found["problem"]
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError, KeyError) as error:
+    except (OSError, subprocess.TimeoutExpired, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is not the Python of such an environment: {advice}.") from error
     if version is None:
         raise UserError(f"{path} has no lmms-eval: {advice}.")

@@ -157,5 +157,7 @@ def _last_error(log: Path) -> str:
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = [_COLOURS.sub("", line).strip() for line in text.splitlines()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    # lmms-eval tries again and then says only that it has.
+    errors = [line for line in errors if not line.startswith("tenacity.RetryError")] or errors
     reason = errors[-1] if errors else next((line for line in reversed(lines) if line), "")
     return f"{' '.join(reason.split())[:200] or 'lmms-eval ended without a word'} (see {log})"

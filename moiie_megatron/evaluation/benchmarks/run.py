@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moiie_megatron.evaluation.benchmarks.catalogue import Benchmark
-from moiie_megatron.evaluation.benchmarks.data_sets import DataPlaces, offline_environment
+from moiie_megatron.evaluation.benchmarks.data_sets import DataPlaces
 from moiie_megatron.evaluation.benchmarks.environment import (
     EvalEnvironment,
     JudgeServer,
@@ -187,7 +187,9 @@ def _run_one(
             command(benchmark, evaluation),
             cwd=evaluation.places.directory,
             env=task_variables(
-                benchmark, evaluation.judge, offline_environment(evaluation.places, variables)
+                benchmark,
+                evaluation.judge,
+                {**variables, **evaluation.places.variables(benchmark)},
             ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -45,7 +45,10 @@ def read_tasks(evaluation: EvaluationConfig) -> Tasks | None:
     if not evaluation.tasks:
         return None
     environment = find_environment(None, os.environ)
-    by_name = {name: chosen([name], environment.tasks)[0] for name in evaluation.tasks}
+    try:
+        by_name = {name: chosen([name], environment.tasks)[0] for name in evaluation.tasks}
+    except UserError as error:
+        raise UserError(str(error).replace("--tasks", "evaluation.tasks", 1)) from error
     for name, benchmark in by_name.items():
         if benchmark.judge is not None or benchmark.submission is not None:
             needs = "a judge" if benchmark.judge is not None else "a submission server"

@@ -51,6 +51,13 @@ def test_every_text_token_has_its_experts(number: int, tokens: Tokens) -> None:
     assert page.count("[picture 1]") == 1
 
 
+def test_a_conversation_without_pictures(chat: Chat) -> None:
+    *_, last = chat.reply(Conversation(), "Hi?", new_tokens=2)
+    assert last.tokens is not None
+    page = expert_view(last.tokens, 1)
+    assert len(_chips(page)) == len(last.tokens.routing.tokens_S) and "<figure" not in page
+
+
 def test_layers_differ(tokens: Tokens) -> None:
     assert _chips(expert_view(tokens, 0)) != _chips(expert_view(tokens, 1))
 

@@ -124,13 +124,9 @@ def test_an_export_stops_and_prompts_as_trained(
         processor.num_image_tokens,
     )
     messages = [{"role": turn.role, "content": turn.text} for turn in TURNS]
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        processor_kwargs={"images": [torch.zeros(3, 8, 8, dtype=torch.uint8)]},
-    )
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    inputs = processor(text=text, images=[image], add_special_tokens=False)
     assert inputs["input_ids"][0] == want.tolist()
 
 

@@ -114,6 +114,13 @@ def test_too_long(generator: Generator, prompts: list[Prompt]) -> None:
         generator.generate(prompts, 500)
 
 
+def test_no_tokens(generator: Generator) -> None:
+    """Formats without questions write nothing of a prompt without images."""
+    nothing = Prompt(torch.empty(0).long(), torch.empty(0).to(torch.int8), torch.empty(0).byte())
+    with user_error("no token", "stage.template phi3"):
+        generator.generate([nothing])
+
+
 def test_placeholders_and_images_must_match(generator: Generator) -> None:
     with user_error("1 <image>", "0 images"):
         generator.prompt([Turn("user", "<image>\nWhat?")], [])

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
@@ -118,8 +120,12 @@ def test_rows_are_padded_at_the_left(processor: MoiieProcessor) -> None:
 
 
 def test_another_number_of_images_is_refused(processor: MoiieProcessor) -> None:
-    with pytest.raises(ValueError, match="Found total 2 <image> tokens and 1 images"):
+    few = "Found total 2 <image> tokens and 1 images|more <image> tokens than there are images"
+    with pytest.raises(ValueError, match=few):
         processor(text="<image> <image>", images=[tiny.picture(0)])
+    if Version(transformers.__version__) < Version("5.23"):  # the model refuses it
+        assert processor(text="<image>")["mm_token_type_ids"] == [[1]]
+        return
     with pytest.raises(ValueError, match="no images were passed"):
         processor(text="<image>")
 
