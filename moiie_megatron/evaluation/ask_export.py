@@ -22,6 +22,7 @@ def ask_export(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 32,
+    with_blanked: bool = True,
     recorder: RoutingRecorder | None = None,
 ) -> Iterator[list[Outcome]]:
     """``ask_in_batches`` for an export.
@@ -32,6 +33,7 @@ def ask_export(
         images: The directory that image paths are relative to.
         batch_size: Questions per forward pass.
         max_new_tokens: Longest answer, in tokens.
+        with_blanked: Whether to ask with blanked images, too.
         recorder: Counts the experts of questions with their own images, not with blanked ones.
 
     Raises:
@@ -42,6 +44,7 @@ def ask_export(
         questions,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        with_blanked=with_blanked,
     )
 
 

@@ -47,6 +47,7 @@ def ask_in_batches(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 32,
+    with_blanked: bool = True,
 ) -> Iterator[list[Outcome]]:
     """Answer the questions, those with an expected answer twice: once with the images blanked.
 
@@ -55,6 +56,7 @@ def ask_in_batches(
         questions: What to ask.
         batch_size: Questions per forward pass.
         max_new_tokens: Longest answer, in tokens.
+        with_blanked: Whether to ask with blanked images, too.
 
     Yields:
         The outcomes of each batch.  A question whose images cannot be read, or whose prompt is too
@@ -72,7 +74,8 @@ def ask_in_batches(
         answers = model.answer(list(prompts.values()), max_new_tokens)
         for i, answer in zip(prompts, answers, strict=True):
             outcomes[i] = replace(outcomes[i], answer=answer)
-        expected = {i: p for i, p in prompts.items() if batch[i].expected is not None}
+        again = prompts if with_blanked else {}
+        expected = {i: p for i, p in again.items() if batch[i].expected is not None}
         blanked = model.answer_blanked(list(expected.values()), max_new_tokens)
         for i, answer in zip(expected, blanked, strict=True):
             outcomes[i] = replace(outcomes[i], blanked_answer=answer)

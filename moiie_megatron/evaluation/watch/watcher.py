@@ -13,8 +13,8 @@ from typing import Final, Literal
 from moiie_megatron.checkpoint.manifest import damage
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.evaluation.answers_file import AnswersFile
+from moiie_megatron.evaluation.ask_export import ask_export
 from moiie_megatron.evaluation.score import Outcome, Score
-from moiie_megatron.evaluation.watch.ask_export import ask_export
 from moiie_megatron.evaluation.watch.checkpoints import SavedStep, last_step, saved_steps
 from moiie_megatron.evaluation.watch.exports import export_step, prune_exports
 from moiie_megatron.evaluation.watch.sets import QuestionSet, read_sets
@@ -179,6 +179,7 @@ class Watcher:
             questions.images,
             batch_size=evaluation.batch_size,
             max_new_tokens=evaluation.max_new_tokens,
+            with_blanked=False,
         )
         with self._bar(questions.name, "records") as progress:
             for batch in batches:
