@@ -67,10 +67,14 @@ def losses(te: ParallelContext, state: TrainState, steps: int) -> list[float]:
 
 @pytest.mark.parametrize("case", [OFFLOAD, HALF], ids=["all", "half"])
 def test_updates_and_resumes(te: ParallelContext, case: Case, tmp_path: Path) -> None:
-    """As without: before the first update and after one, every bit of the state comes back."""
+    """Before the first update and after one every bit of the state comes back.
+
+    The optimizer on the CPU and the kernel for GPUs may round differently.
+    """
     case = case | {"pin_cpu_grads": False}  # needs a GPU
-    want = losses(te, fresh({}, te, seed=1), 3)
+    want = losses(te, fresh(case, te, seed=1), 3)
     assert len(set(want)) == 3
+    assert want == pytest.approx(losses(te, fresh({}, te, seed=1), 3), rel=1e-6)
     for updates in (0, 1):
         state = fresh(case, te, seed=1)
         assert all(isinstance(p.optimizer, HybridDeviceOptimizer) for p in parts_of(state))
@@ -81,7 +85,9 @@ def test_updates_and_resumes(te: ParallelContext, case: Case, tmp_path: Path) ->
         for reader in (case, {}):
             resumed = fresh(reader, te, seed=2)
             load_checkpoint(folder, te, resumed.state_parts())
-            assert losses(te, resumed, 2) == want[updates : updates + 2]
+            expected = want[updates : updates + 2]
+            same = expected if reader else pytest.approx(expected, rel=1e-6)
+            assert losses(te, resumed, 2) == same
 
 
 def parts_of(state: TrainState) -> list[Any]:
