@@ -6,7 +6,7 @@
 All systems continue the same prompts of text greedily by the same number of tokens, with a
 key-value cache, in fp32, interleaved in one process; the time of the whole call, prompt included,
 is divided by the tokens that each prompt gets.  The export is the code and the weights that
-``tools/export_to_hf.py`` writes, read with transformers.  Llama is transformers' own dense model
+``tools/convert.py export`` writes, read with transformers.  Llama is transformers' own dense model
 with as many weights in the products for a token: a token passes one FFN in the dense layers and
 top-k of the same size in the layers with experts, and Llama's FFN has the mean of these widths in
 every layer.  The vision encoder takes no part: it runs once per image, before the first token.
@@ -33,7 +33,6 @@ from moiie_megatron.config.schema import (
     RunConfig,
     StageConfig,
     TrainConfig,
-    VisionConfig,
 )
 from moiie_megatron.convert.fill_model import Get, fill_model
 from moiie_megatron.convert.hf.export_files import model_config
@@ -45,7 +44,7 @@ from moiie_megatron.hf.modeling_moiie import MoiieForConditionalGeneration
 from moiie_megatron.layout.token_types import TEXT
 from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.mcore.parallel import ParallelContext, destroy_parallel, init_parallel
-from moiie_megatron.selftest.checks.models import seeded_weights
+from moiie_megatron.selftest.checks.models import seeded_weights, tiny_vision
 from moiie_megatron.utils.timing import Timings, interleave
 from moiie_megatron.vlm.build import build_model
 from moiie_megatron.vlm.model import MoIIEModel
@@ -69,16 +68,7 @@ def run_config(options: argparse.Namespace) -> RunConfig:
             vocab_size=options.vocabulary,
             max_position_embeddings=4096,
         ),
-        vision=VisionConfig(
-            family="siglip",
-            hidden_size=64,
-            ffn_hidden_size=128,
-            num_layers=2,
-            num_attention_heads=4,
-            image_size=28,
-            patch_size=7,
-            activation="gelu_pytorch_tanh",
-        ),
+        vision=tiny_vision(),
         stage=StageConfig(
             name="joint",
             moe=True,

@@ -179,15 +179,16 @@ def merge(model: Any, options: argparse.Namespace) -> None:
         for file in options.export.iterdir():
             if file.is_file() and not WEIGHTS.fullmatch(file.name):
                 shutil.copy(file, folder / file.name)
-    print(f"{options.merge}: the merged model; it loads, serves and imports as {options.export}")
+    print(f"{options.merge}: the merged model; it is used as {options.export} is")
 
 
 def load(export: Path) -> Any:
-    """The exported model in the dtype of its weights."""
-    from transformers import AutoModelForImageTextToText
+    """The exported model in the dtype of its weights; the Trainer chooses its device."""
+    import torch
 
-    where: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True, "dtype": "auto"}
-    return AutoModelForImageTextToText.from_pretrained(str(export), **where)
+    from moiie_megatron.exported.load import load_model
+
+    return load_model(export, torch.device("cpu"))
 
 
 def module_pattern(targets: Sequence[str]) -> str | list[str]:
@@ -274,8 +275,6 @@ def open_samples(options: argparse.Namespace) -> tuple[LlavaDataset, list[tuple[
     Raises:
         UserError: The records, the image directory or the tokenizer cannot be used.
     """
-    from transformers import AutoProcessor
-
     from moiie_megatron.data.encode.chat_jinja import name_in
     from moiie_megatron.data.encode.encoding import Encoding
     from moiie_megatron.data.encode.images import ImageLoader
@@ -283,8 +282,9 @@ def open_samples(options: argparse.Namespace) -> tuple[LlavaDataset, list[tuple[
     from moiie_megatron.data.encode.tokenizers import load_tokenizer
     from moiie_megatron.data.records.llava import RecordFile
     from moiie_megatron.data.stream.dataset import LlavaDataset, Source
+    from moiie_megatron.exported.load import load_processor
 
-    processor: Any = AutoProcessor.from_pretrained(str(options.export), trust_remote_code=True)
+    processor = load_processor(options.export)
     tokenizer = load_tokenizer(options.export, processor.image_token)
     name = name_in(processor.chat_template or "") or "tokenizer"
     encoding = Encoding(

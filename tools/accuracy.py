@@ -100,6 +100,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace, dist_env: DistEnv) -> Non
     from moiie_megatron.evaluation.ask import ask
     from moiie_megatron.generation.checkpoint_config import checkpoint_config
     from moiie_megatron.generation.generator import Generator
+    from moiie_megatron.mcore.inference.stages import from_rank_0
 
     for name in ("device", "expert", "routing"):
         value = getattr(arguments, name)
@@ -118,7 +119,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace, dist_env: DistEnv) -> Non
         file, done = open_answers(arguments, checkpoint, questions, manifest_text(checkpoint))
 
     def body(context: ParallelContext) -> None:
-        first = number_of_rank_0(len(done), context)
+        first = from_rank_0(len(done), context)
         batches = ask(
             Generator.load(checkpoint, config, context),
             questions[first:],
@@ -283,15 +284,6 @@ def manifest_text(checkpoint: Path) -> str:
     """What changes with the weights of a checkpoint."""
     manifest = checkpoint / MANIFEST_FILE
     return manifest.read_text() if manifest.exists() else ""
-
-
-def number_of_rank_0(number: int, context: ParallelContext) -> int:
-    """The number that rank 0 has, on every rank."""
-    import torch
-
-    tensor = torch.tensor(number, device=context.device.torch_device)
-    torch.distributed.broadcast(tensor, src=0)
-    return int(tensor)
 
 
 def report(outcomes: list[Outcome], checkpoint: Path, arguments: argparse.Namespace) -> None:

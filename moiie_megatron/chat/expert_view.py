@@ -1,6 +1,6 @@
 """The experts of every token as HTML: coloured tokens, and a grid over each picture.
 
-Shapes: S tokens, K experts per token, P image tokens of a picture.
+Shapes: S tokens, E experts, K experts per token, P image tokens of a picture.
 """
 
 from __future__ import annotations
@@ -134,13 +134,15 @@ class _View:
 
     def _picture(self, number: int, positions: Tensor, picture: Picture) -> str:
         experts_PK, weights_PK = self._experts_SK[positions], self._weights_SK[positions]
-        shares = torch.zeros(len(self._names)).index_add_(
+        weights_E = torch.zeros(len(self._names)).index_add_(
             0, experts_PK.flatten(), weights_PK.flatten().float()
         )
         parts = (
-            f"{short_name(name)} {share:.0%}"
-            for name, share in zip(self._names, (shares / len(positions)).tolist(), strict=True)
-            if share > 0
+            f"{short_name(name)} {fraction:.0%}"
+            for name, fraction in zip(
+                self._names, (weights_E / len(positions)).tolist(), strict=True
+            )
+            if fraction > 0
         )
         width, height = _WIDTH * max(picture.aspect, 1.0), _WIDTH / min(picture.aspect, 1.0)
         scale = min(1.0, 1.5 * _WIDTH / max(width, height))

@@ -18,7 +18,7 @@ from moiie_megatron.utils.errors import UserError
 _FONTS: Final = ["ui-sans-serif", "system-ui", "sans-serif"]
 _MONO: Final = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 _HINT: Final = (
-    "<p style='opacity:.7'>After an answer, every token is shown here with its two experts.</p>"
+    "<p style='opacity:.7'>After an answer, every token is shown here with its experts.</p>"
 )
 STYLE: Final = """
 #status { color: #b3261e; }

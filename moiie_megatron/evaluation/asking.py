@@ -27,8 +27,13 @@ class Answering(Protocol[P]):
         """The answers with every image blanked."""
 
 
-def check_images(questions: Sequence[Question], images: str | Path) -> None:
+def check_images(questions: Sequence[Question], images: str | Path, name: str = "--images") -> None:
     """Refuse a directory that has none of the images: it is the wrong one.
+
+    Args:
+        questions: With paths of images.
+        images: The directory.
+        name: Of the option, for the message.
 
     Raises:
         UserError: No image of any question is there.
@@ -36,7 +41,7 @@ def check_images(questions: Sequence[Question], images: str | Path) -> None:
     paths = [path for question in questions for path in question.images]
     if paths and not any(Path(images, path).exists() for path in paths):
         raise UserError(
-            f"--images is {images}, which has none of the {len(paths)} images of the questions "
+            f"{name} is {images}, which has none of the {len(paths)} images of the questions "
             f"(the first is {paths[0]}): name the directory that image paths are relative to."
         )
 

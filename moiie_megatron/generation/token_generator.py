@@ -99,8 +99,8 @@ class TokenGenerator:
         logits = from_last_stage(logits[:, : self._vocab_size].contiguous(), context)
         if size == 1:
             return logits
-        share = -(-len(whole) // size)
-        padded = torch.nn.functional.pad(logits, (0, 0, 0, share - len(logits)))
+        most = -(-len(whole) // size)
+        padded = torch.nn.functional.pad(logits, (0, 0, 0, most - len(logits)))
         gathered = padded.new_empty(size, *padded.shape)
         dist.all_gather_into_tensor(gathered, padded.unsqueeze(0), group=context.groups.dp)
         return _in_order(gathered, len(whole))
@@ -130,7 +130,7 @@ class TokenGenerator:
 
 
 def _in_order(gathered: Tensor, prompts: int) -> Tensor:
-    """Rows in the order of the prompts: ``(DP, share, ...)`` to ``(b, ...)``.
+    """Rows in the order of the prompts: ``(DP, most prompts of a replica, ...)`` to ``(b, ...)``.
 
     Replica r has the prompts r, r + DP, r + 2 DP, ...
     """

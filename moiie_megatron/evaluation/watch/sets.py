@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moiie_megatron.config.schema import EvaluationConfig, EvaluationSet
+from moiie_megatron.evaluation.asking import check_images
 from moiie_megatron.evaluation.questions import Question, read_questions
 from moiie_megatron.utils.errors import UserError
 
@@ -46,13 +47,7 @@ def _read(given: EvaluationSet, max_new_tokens: int) -> QuestionSet:
             "records whose last turn is the expected answer."
         )
     images = Path(given.images)
-    paths = [path for question in questions for path in question.images]
-    if paths and not any((images / path).exists() for path in paths):
-        raise UserError(
-            f"evaluation.sets: images of {given.name} is {images}, which has none of the "
-            f"{len(paths)} images of the questions (the first is {paths[0]}): name the directory "
-            "that image paths are relative to."
-        )
+    check_images(questions, images, f"evaluation.sets: images of {given.name}")
     digest = hashlib.sha256(Path(given.records).read_bytes())
     digest.update(f"\0{given.limit}\0{max_new_tokens}".encode())
     return QuestionSet(given.name, images, tuple(questions), digest.hexdigest())

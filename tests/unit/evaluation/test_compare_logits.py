@@ -36,7 +36,9 @@ def _code_of_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     cache = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", list(sys.path))
+        # Tests before these may have imported from another place, which would be found first.
+        places = [place for place in sys.path if not Path(place, "transformers_modules").is_dir()]
+        patch.setattr(sys, "path", places)
         _forget_code()
         yield
         _forget_code()
