@@ -49,9 +49,7 @@ class RowCounts:
         self._num_local_experts = len(tokens_P) // len(rows_N)
         counts = torch.cat([rows_N, tokens_P])
         if groups.tp_ep.size() > 1:
-            gathered = counts.new_empty(groups.tp_ep.size() * counts.numel())
-            torch.distributed.all_gather_into_tensor(gathered, counts, group=groups.tp_ep)
-            counts = gathered
+            counts = gather_counts(counts, groups.tp_ep)
         stream = _copy_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -74,6 +72,13 @@ class RowCounts:
             etp_splits=rows[:, :, ep_rank].sum(dim=0).tolist(),
             tokens_per_expert=local.sum(dim=(0, 1)),
         )
+
+
+def gather_counts(counts: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """The counts of all ranks of the group, one after the other."""
+    gathered = counts.new_empty(group.size() * counts.numel())
+    torch.distributed.all_gather_into_tensor(gathered, counts, group=group)
+    return gathered
 
 
 def _copy_stream() -> torch.cuda.Stream:

@@ -35,14 +35,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.placement import Placement
 from moiie_megatron.layout.token_types import MODALITIES
 from moiie_megatron.routing_stats.load_stats import LayerSums
+from moiie_megatron.routing_stats.reading import VERSION
 
-VERSION: Final = 1
 _DIGITS = 9  # after the point; means are sums of fp32 numbers
 
 

@@ -11,15 +11,23 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 aten = torch.ops.aten
 
 
-def _attention(query: Any, key: Any, value: Any, dropout_p: float = 0.0, is_causal: bool = False,
-               **_: Any) -> int:
-    """torch's count, of the half that a causal mask leaves."""
+def _attention(
+    query: Any, key: Any, value: Any, dropout_p: float = 0.0, is_causal: bool = False, **_: Any
+) -> int:
+    """Torch's count, of the half that a causal mask leaves."""
     return sdpa_flop_count(query.shape, key.shape, value.shape) // (2 if is_causal else 1)
 
 
 def _attention_backward(
-    grad: Any, query: Any, key: Any, value: Any, out: Any, logsumexp: Any, dropout_p: float,
-    is_causal: bool, **_: Any,
+    grad: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    logsumexp: Any,
+    dropout_p: float,
+    is_causal: bool,
+    **_: Any,
 ) -> int:
     count = sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
     return count // (2 if is_causal else 1)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from moiie_megatron.planning.trace import MemorySample, MemoryTrace, Part, Pass
+from moiie_megatron.planning.trace import MemorySample, Part, Pass
 
 SAMPLES: Final = 400  # of a timeline
 

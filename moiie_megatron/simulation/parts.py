@@ -130,7 +130,7 @@ class PartTracker:
 
     def _begin(self, part: Part) -> None:
         """Nodes of autograd that are made from now on belong to a part."""
-        start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        start = torch.autograd._get_sequence_nr()
         if self._starts[-1] == start:
             self._parts[-1] = part
         elif self._parts[-1] != part:

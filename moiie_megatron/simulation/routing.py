@@ -1,9 +1,15 @@
-"""Experts of tokens, from how likely each expert is."""
+"""The experts of all tokens of a micro-batch, on this rank and on its peers."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from moiie_megatron.layout.placement import Placement
+from moiie_megatron.layout.token_types import IMAGE
+from moiie_megatron.planning.routing import RoutingAssumption
 
 
 def draw_experts(loads_E: Tensor, tokens: int, top_k: int) -> Tensor:
@@ -22,9 +28,63 @@ def draw_experts(loads_E: Tensor, tokens: int, top_k: int) -> Tensor:
     """
     ends_E = loads_E.cumsum(0)
     # Rounding must not leave a gap that an expert without load would fill.
-    ends_E = torch.where(ends_E > top_k - 1e-9, float(top_k), ends_E)
-    # The golden ratio visits [0, 1) evenly, whatever the number of tokens.
+    ends_E = torch.where(ends_E > top_k - 1e-5, float(top_k), ends_E)
+    # Multiples of the golden ratio visit [0, 1) evenly, whatever the number of tokens.
     offsets_T = (torch.arange(tokens, dtype=torch.float64) * 0.6180339887498949) % 1.0
     points_TK = offsets_T.unsqueeze(1) + torch.arange(top_k, dtype=torch.float64)
     chosen_TK = torch.searchsorted(ends_E, points_TK, right=True)
     return torch.zeros(tokens, len(loads_E), dtype=torch.bool).scatter_(1, chosen_TK, True)
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """The experts of the tokens of one micro-batch in one layer.
+
+    Attributes:
+        logical: bool ``(T, E)`` by tensor-parallel rank: under sequence parallelism each of them
+            has other tokens.  Ranks that differ in their data alone route alike.
+        physical: The same, with the experts in physical order.
+    """
+
+    logical: tuple[Tensor, ...]
+    physical: tuple[Tensor, ...]
+
+
+class SimulatedRouting:
+    """Routes tokens by an assumption, the same way every time.
+
+    Args:
+        assumption: How likely each expert is.
+        placement: Which expert is in which slot.
+    """
+
+    def __init__(self, assumption: RoutingAssumption, placement: Placement) -> None:
+        self._assumption = assumption
+        self._order = torch.tensor(placement.physical_to_logical)
+        self._routed: dict[tuple[object, ...], RoutedTokens] = {}
+
+    def route(self, layer: int, parts: tuple[Tensor, ...]) -> RoutedTokens:
+        """Experts of a micro-batch.
+
+        Args:
+            layer: Index of the decoder layer, from 0.
+            parts: Token types int8 ``(b, s)`` of every tensor-parallel rank.
+        """
+        loads = tuple(self._assumption.loads(layer, name) for name in ("vision", "text"))
+        # Most layers have the same loads, and most micro-batches the same tokens.
+        key = (loads, *(part.numpy().tobytes() for part in parts))
+        if key not in self._routed:
+            logical = tuple(self._map(loads, part.t().reshape(-1)) for part in parts)
+            physical = tuple(part.index_select(1, self._order) for part in logical)
+            self._routed[key] = RoutedTokens(logical, physical)
+        return self._routed[key]
+
+    def _map(self, loads: tuple[tuple[float, ...], ...], types_T: Tensor) -> Tensor:
+        top_k = self._assumption.layout.top_k
+        map_TE = torch.zeros(len(types_T), len(loads[0]), dtype=torch.bool)
+        is_image = types_T == IMAGE
+        for chosen, of_modality in ((is_image, loads[0]), (~is_image, loads[1])):
+            if number := int(chosen.sum()):
+                loads_E = torch.tensor(of_modality, dtype=torch.float64)
+                map_TE[chosen] = draw_experts(loads_E, number, top_k)
+        return map_TE

@@ -5,7 +5,8 @@ Everything else runs as it is.  A read that is not listed here raises ``ReadOfFa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Final
 
@@ -13,33 +14,23 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.tensor_parallel import random as parallel_random
-from torch._subclasses.fake_tensor import FakeTensor
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from torch.utils._python_dispatch import _disable_current_modes
-
-from moiie_megatron.moe.layer import MoIIELayer
-from moiie_megatron.moe.router import ModalityRouter
 from moiie_megatron.simulation.fake_values import RealStaysReal
+from moiie_megatron.simulation.replaced import replaced
 from moiie_megatron.training import step
 
-_INITIALIZERS: Final = ("normal_", "uniform_", "trunc_normal_", "xavier_uniform_", "zeros_", "ones_")
+_INITIALIZERS: Final = (
+    "normal_",
+    "uniform_",
+    "trunc_normal_",
+    "xavier_uniform_",
+    "zeros_",
+    "ones_",
+)
 
-# Gives the experts of tokens, bool (T, E), from the number of the layer and the token types.
-Router = Callable[[int, torch.Tensor], torch.Tensor]
-
-
-@contextmanager
-def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Attributes of a module or class have other values within the block."""
-    before = {name: vars(owner)[name] for name in attributes}
-    for name, value in attributes.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
+Shape = tuple[int, int, int]
 
 
 @contextmanager
@@ -54,59 +45,53 @@ def building() -> Iterator[None]:
 
 
 @contextmanager
-def stepping(values: RealStaysReal, route: Router) -> Iterator[None]:
+def stepping(values: RealStaysReal, shapes: Sequence[Shape]) -> Iterator[None]:
     """A step can run on fake tensors.
 
     Args:
-        route: Where tokens go.
+        values: Answers reads of fake tensors.
+        shapes: ``(s, b, h)`` of what pipeline stages send each other, by micro-batch.
     """
-    choose = ModalityRouter.choose
-    physical = MoIIELayer._physical
-    sum_over_ranks = step._sum_over_ranks
-    count_tokens = step.count_tokens
-    grad_norm = optimizer.get_grad_norm_fp32
-
-    def routed(router: ModalityRouter, hidden_TD: torch.Tensor, types_T: torch.Tensor) -> Any:
-        choice = choose(router, hidden_TD, types_T)
-        # Cloned by an operation, so that its memory counts like that of the router's own map.
-        with _disable_current_modes():
-            map_TE = route(router._layer, types_T)
-        return choice._replace(routing_map_TE=map_TE.clone())
-
-    def in_physical_order(layer: MoIIELayer, tensor_TE: torch.Tensor) -> torch.Tensor:
-        if isinstance(tensor_TE, FakeTensor) or layer.physical_to_logical is None:
-            return physical(layer, tensor_TE)
-        with _disable_current_modes():
-            order = torch.tensor(layer.physical_to_logical)
-        return tensor_TE.index_select(1, order)
+    sum_over_ranks, count_tokens = step._sum_over_ranks, step.count_tokens
+    norm_of = optimizer.get_grad_norm_fp32
+    exchange_shapes = P2PCommunicator._communicate_shapes
+    from_previous, from_next = itertools.cycle(shapes), itertools.cycle(shapes)
 
     def counted(*args: Any) -> Any:
-        with _disable_current_modes():
+        with unset_fake_temporarily():
             return count_tokens(*args)
-
-    def normed(*args: Any, **kwargs: Any) -> float:
-        with values.answering(1.0):
-            return grad_norm(*args, **kwargs)
 
     def summed(*args: Any) -> torch.Tensor:
         sums = sum_over_ranks(*args)
-        with _disable_current_modes():
+        with unset_fake_temporarily():
             return torch.zeros(sums.shape, dtype=sums.dtype)
+
+    def grad_norm(*args: Any, **kwargs: Any) -> float:
+        with values.answering(1.0):
+            return norm_of(*args, **kwargs)
+
+    def received_shapes(
+        communicator: Any, to_next: Any, to_previous: Any, recv_prev: bool, recv_next: bool
+    ) -> tuple[Shape | None, Shape | None]:
+        with values.answering(0):
+            exchange_shapes(communicator, to_next, to_previous, recv_prev, recv_next)
+        return (
+            next(from_previous) if recv_prev else None,
+            next(from_next) if recv_next else None,
+        )
 
     with ExitStack() as stack:
         stack.enter_context(_without_random_states())
-        stack.enter_context(replaced(ModalityRouter, choose=routed))
-        stack.enter_context(replaced(MoIIELayer, _physical=in_physical_order))
-        stack.enter_context(replaced(clip_grads, l2_norm_impl=_norm))
-        stack.enter_context(replaced(optimizer, get_grad_norm_fp32=normed))
         stack.enter_context(replaced(step, count_tokens=counted, _sum_over_ranks=summed))
+        stack.enter_context(replaced(clip_grads, l2_norm_impl=_norm))
+        stack.enter_context(replaced(optimizer, get_grad_norm_fp32=grad_norm))
+        stack.enter_context(replaced(P2PCommunicator, _communicate_shapes=received_shapes))
         yield
 
 
 @contextmanager
 def _without_random_states() -> Iterator[None]:
-    tracker = parallel_random.CudaRNGStatesTracker
-    with replaced(tracker, fork=lambda *_: nullcontext()):
+    with replaced(CudaRNGStatesTracker, fork=lambda *_: nullcontext()):
         yield
 
 

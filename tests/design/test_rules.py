@@ -27,15 +27,15 @@ LEVELS = (
     ("layout",),
     ("config",),
     ("families",),
-    ("planning", "mcore"),
+    ("mcore",),
     ("routing_stats",),
     ("moe", "data"),
-    ("vlm", "hf"),
+    ("vlm", "hf", "planning"),
     ("checkpoint",),
     ("convert",),
     ("training", "generation", "exported"),
     ("evaluation", "analysis"),
-    ("selftest", "chat"),
+    ("selftest", "chat", "simulation"),
     ("cli",),
 )
 LEVEL = {folder: level for level, row in enumerate(LEVELS) for folder in row}
