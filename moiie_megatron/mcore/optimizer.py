@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
 
 class SkipNonFiniteOptimizer(ChainedOptimizer):
@@ -44,4 +46,22 @@ class SkipNonFiniteOptimizer(ChainedOptimizer):
         """
         if not (math.isfinite(self._norm) and self._should_apply()):
             return False
-        return bool(super().step_with_ready_grads())
+        # Every part would gather the weights of the whole model: only the last one does.
+        with ExitStack() as stack:
+            for part in self.chained_optimizers[:-1]:
+                stack.enter_context(_without_gathers(part))
+            return bool(super().step_with_ready_grads())
+
+
+@contextmanager
+def _without_gathers(part: MegatronOptimizer) -> Iterator[None]:
+    """A part of the optimizer updates without gathering what it has updated."""
+    chunks: Any = getattr(part, "model_chunks", None)
+    if chunks is None:  # not distributed
+        yield
+        return
+    part.model_chunks = []
+    try:
+        yield
+    finally:
+        part.model_chunks = chunks

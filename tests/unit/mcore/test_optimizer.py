@@ -1,4 +1,4 @@
-"""Updates are skipped if the gradient is not finite or the caller says no."""
+"""Updates are skipped if the gradient is not finite or the caller says no; weights gather once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,18 @@ class Part:
 
     def step_with_ready_grads(self) -> bool:
         self.updates += 1
+        for chunk in self.model_chunks or ():
+            chunk.start_param_sync()
         return True
+
+
+class Chunk:
+    """A wrapper of a model; notes the gathers of its weights."""
+
+    gathers = 0
+
+    def start_param_sync(self) -> None:
+        self.gathers += 1
 
 
 def make(norm: float) -> tuple[SkipNonFiniteOptimizer, Part]:
@@ -66,3 +77,13 @@ def test_the_caller_is_not_asked_about_a_gradient_that_is_not_finite() -> None:
     asked = []
     optimizer.step_if(lambda: asked.append(1) is None)
     assert asked == []
+
+
+def test_weights_are_gathered_once() -> None:
+    optimizer, first = make(1.0)
+    second, chunk = Part(1.0), Chunk()
+    optimizer.chained_optimizers.append(second)
+    first.model_chunks = second.model_chunks = [chunk]
+    optimizer.step_if(lambda: True)
+    assert (first.updates, second.updates, chunk.gathers) == (1, 1, 1)
+    assert first.model_chunks == [chunk]
