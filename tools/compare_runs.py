@@ -4,7 +4,8 @@
 layouts, with every recompute mode, dispatcher and model variant, without packing.  It compares
 losses, balance losses, all gradients and the updated weights with those of a single process,
 checks that the ranks call collectives that fit together, and prints PASS or FAIL for each layout.
-``compare_runs.py losses A B --assert-equal`` compares the losses of two runs, step by step.
+``compare_runs.py losses A B --assert-equal`` compares the losses of two runs, step by step, and
+those of their validations.
 """
 
 from __future__ import annotations
@@ -283,11 +284,12 @@ def take_step(
 
 
 def compare_losses(arguments: argparse.Namespace) -> int:
-    """Compare the losses of two runs; return the exit code."""
+    """Compare the losses of two runs, also those of validations; return the exit code."""
     from moiie_megatron.analysis.records import read_metrics
+    from moiie_megatron.analysis.validations import read_validations
 
     check_range(arguments, "tolerance", 0)
-    runs = []
+    runs, validations = [], []
     for name in (arguments.a, arguments.b):
         path = Path(name)
         path = path / "metrics.jsonl" if path.is_dir() else path
@@ -295,22 +297,38 @@ def compare_losses(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"{path} does not exist: name two output directories or metrics.jsonl files."
             )
-        runs.append({line["step"]: line for line in read_metrics(path, ["lm_loss"])})
-    first, second = runs
-    common = sorted(first.keys() & second.keys())
-    print(f"{len(common)} common steps of {len(first)} and {len(second)}")
+        runs.append({f"step {x['step']}": x["lm_loss"] for x in read_metrics(path, ["lm_loss"])})
+        validations.append(
+            {
+                f"validation of step {line['step']}, {part}": loss
+                for line in read_validations(path.parent).curves
+                for part, loss in line.items()
+                if part != "step"
+            }
+        )
+    same = _compare("steps", runs[0], runs[1], arguments.tolerance)
+    if all(validations):
+        same &= _compare("validation losses", validations[0], validations[1], arguments.tolerance)
+    return 1 if arguments.assert_equal and not same else 0
+
+
+def _compare(
+    what: str, first: dict[str, float], second: dict[str, float], tolerance: float
+) -> bool:
+    """Print where the losses of two runs differ; return whether they have the same, all near."""
+    common = [name for name in first if name in second]
+    print(f"{len(common)} common {what} of {len(first)} and {len(second)}")
     worst = 0.0
-    for step in common:
-        a, b = (run[step]["lm_loss"] for run in runs)
+    for name in common:
+        a, b = first[name], second[name]
         if a == b or (math.isnan(a) and math.isnan(b)):
             continue
         difference = abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf
         worst = max(worst, difference)
-        if difference > arguments.tolerance:
-            print(f"step {step}: {a:.6f} and {b:.6f}")
+        if difference > tolerance:
+            print(f"{name}: {a:.6f} and {b:.6f}")
     print(f"largest difference {worst:.3e}")
-    same = bool(common) and first.keys() == second.keys() and worst <= arguments.tolerance
-    return 1 if arguments.assert_equal and not same else 0
+    return bool(common) and first.keys() == second.keys() and worst <= tolerance
 
 
 def main() -> int:

@@ -2,8 +2,9 @@
 
 ``prepare_data.py validate CONFIG`` reads every record and image of a run's sources as training
 would: it counts and measures the samples, names those that training would skip, and says what
-packing would gain (``--skip-images``: without opening image files).  ``--records`` and ``--images``
-take the place of a run's configuration.  ``prepare_data.py clean`` reads them in the same way and
+packing would gain (``--skip-images``: without opening image files).  ``--json`` writes all numbers,
+with the histogram that ``plan.py --data`` reads.  ``--records`` and ``--images`` take the place of
+a run's configuration.  ``prepare_data.py clean`` reads them in the same way and
 writes the records that can be used.  ``prepare_data.py jsonl FILE.json`` converts a JSON array
 to JSON lines.  ``prepare_data.py webdataset --records FILE --images DIR --out DIR`` writes tar
 shards.
@@ -49,10 +50,13 @@ def add_validate(commands: Any) -> None:
 
 def validate(arguments: argparse.Namespace) -> None:
     from moiie_megatron.data.audit.report import (
+        data_report,
+        image_fraction_lines,
         marker_lines,
         note_lines,
         packing_lines,
         summarize,
+        truncation_lines,
     )
 
     sources, encoding, max_skipped_fraction = _sources(arguments)
@@ -67,12 +71,13 @@ def validate(arguments: argparse.Namespace) -> None:
     for line in [
         *note_lines(summaries),
         *marker_lines(summaries),
+        *truncation_lines(summaries),
         *packing_lines(summaries),
+        *image_fraction_lines(summaries),
     ]:
         print(line)
     if arguments.json:
-        report = {"samples": samples, "skipped": len(skipped_samples), "sources": summaries}
-        _write_json(Path(arguments.json), report)
+        _write_json(Path(arguments.json), data_report(summaries, encoding))
     _report_skipped(skipped_samples, samples, max_skipped_fraction)
 
 

@@ -124,23 +124,8 @@ def evaluation_figure(
     names = list(dict.fromkeys(k for rs in scores.values() for r in rs for k in r if k != "step"))
     figure = new_figure(*size)
     axes = figure.subplots()
-    start = 0
-    for stage, records in stages.items():
-        for number, name in enumerate(names):
-            points = [(start + r["step"], r[name]) for r in scores[stage] if name in r]
-            if points:
-                steps, values = np.array(points, dtype=float).T
-                is_first = name not in axes.get_legend_handles_labels()[1]
-                axes.plot(
-                    steps,
-                    values,
-                    color=COLOURS[number % len(COLOURS)],
-                    linewidth=1.8,
-                    marker="o",
-                    markersize=3.5,
-                    label=name if is_first else None,
-                )
-        start += records[-1]["step"]
+    for number, name in enumerate(names):
+        _marked_curve(axes, stages, scores, name, COLOURS[number % len(COLOURS)])
     tidy(axes, "score")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylim(bottom=0)
@@ -148,6 +133,66 @@ def evaluation_figure(
     axes.legend(frameon=False, labelcolor=INK)
     _mark_stages([axes], stages)
     return figure
+
+
+def validation_figure(
+    stages: Mapping[str, Records], losses: Mapping[str, Records], size: tuple[float, float]
+) -> Figure:
+    """The loss on held-out samples over that of training; below it that of their parts, if any.
+
+    Args:
+        stages: As in ``plot_curves``.
+        losses: For each stage the curves of ``analysis/validations.py``.
+        size: Width in inches, and height of one panel.
+    """
+    names = list(dict.fromkeys(k for rs in losses.values() for r in rs for k in r if k != "step"))
+    whole, parts = names[:1], names[1:]
+    count = 2 if parts else 1
+    figure = new_figure(size[0], size[1] * count)
+    panels: Sequence[Axes] = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0].tolist()
+    _curve(panels[0], stages, "lm_loss", COLOURS[0], smooth=True, label="training")
+    for name in whole:
+        _marked_curve(panels[0], stages, losses, name, COLOURS[1], label="validation")
+    tidy(panels[0], "loss per answer token")
+    for number, name in enumerate(parts):
+        _marked_curve(panels[-1], stages, losses, name, COLOURS[number % len(COLOURS)])
+    if parts:
+        tidy(panels[-1], "validation loss")
+    for axes in panels:
+        _log_scale(axes)
+        _legend_above(axes)
+    panels[-1].set_xlabel("optimizer step, all stages", color=INK)
+    _mark_stages(panels, stages)
+    return figure
+
+
+def _marked_curve(
+    axes: Axes,
+    stages: Mapping[str, Records],
+    curves: Mapping[str, Records],
+    name: str,
+    colour: str,
+    *,
+    label: str | None = None,
+) -> None:
+    """One line per stage that has values of this name, with a marker at each."""
+    start = 0
+    label = label or name
+    for stage, records in stages.items():
+        points = [(start + r["step"], r[name]) for r in curves[stage] if name in r]
+        if points:
+            steps, values = np.array(points, dtype=float).T
+            is_first = label not in axes.get_legend_handles_labels()[1]
+            axes.plot(
+                steps,
+                values,
+                color=colour,
+                linewidth=1.8,
+                marker="o",
+                markersize=3.5,
+                label=label if is_first else None,
+            )
+        start += records[-1]["step"]
 
 
 def _log_scale(axes: Axes) -> None:

@@ -12,13 +12,19 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from moiie_megatron.analysis.answers import Answers, read_answers
-from moiie_megatron.analysis.curves import curves_figure, evaluation_figure, step_figure
+from moiie_megatron.analysis.curves import (
+    curves_figure,
+    evaluation_figure,
+    step_figure,
+    validation_figure,
+)
 from moiie_megatron.analysis.evaluations import Scores, read_scores_of
 from moiie_megatron.analysis.figure import svg_data
 from moiie_megatron.analysis.records import read_metrics
 from moiie_megatron.analysis.routing.groups import groups_figure
 from moiie_megatron.analysis.routing.load_map import load_map_figure
 from moiie_megatron.analysis.routing.pathways import pathways_figure
+from moiie_megatron.analysis.validations import Validations, read_validations
 from moiie_megatron.checkpoint.directory import (
     CONFIG_FILE,
     checkpoints_directory,
@@ -93,6 +99,7 @@ def _render(stages: Mapping[str, dict[str, Any]], answers: Answers | None) -> st
     metrics = {name: stage["metrics"] for name, stage in stages.items()}
     routed = [stage for stage in stages.values() if stage["routing"]]
     evaluated = {name: stage["evaluations"] for name, stage in stages.items()}
+    validated = {name: stage["validations"] for name, stage in stages.items()}
     source = resources.files("moiie_megatron.analysis") / "templates" / "report.html"
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -102,10 +109,24 @@ def _render(stages: Mapping[str, dict[str, Any]], answers: Answers | None) -> st
         stages=list(stages.values()),
         loss_figure=svg_data(curves_figure(metrics, (_WIDE, _TALL))),
         throughput_figure=svg_data(step_figure(metrics, (_WIDE, _LOW))),
+        validations=_validations(metrics, validated),
         evaluations=_evaluations(metrics, evaluated),
         routing=_routing(routed[-1]["name"], routed[-1]["routing"]) if routed else None,
         answers=answers,
     )
+
+
+def _validations(
+    metrics: Mapping[str, Records], validated: Mapping[str, Validations]
+) -> dict[str, Any] | None:
+    """The curves of the loss on held-out samples, and a table; None without any."""
+    if not any(one.rows for one in validated.values()):
+        return None
+    curves = {name: one.curves for name, one in validated.items()}
+    return {
+        "figure": svg_data(validation_figure(metrics, curves, (_WIDE, _LOW * 0.75))),
+        "rows": [{"stage": name} | row for name, one in validated.items() for row in one.rows],
+    }
 
 
 def _evaluations(
@@ -142,6 +163,7 @@ def _stage(name: str, directory: Path) -> dict[str, Any]:
         "figures": _figures(metrics),
         "written": written.strftime("%Y-%m-%d %H:%M UTC"),
         "metrics": metrics,
+        "validations": read_validations(directory),
         "evaluations": read_scores_of(directory, last_step=metrics[-1]["step"]),
         "routing": read_routing(routing, of_training=True) if has_routing else [],
         "problems": _problems(directory),

@@ -1,7 +1,8 @@
-"""The section about evaluation while a run trains."""
+"""The sections about validation and evaluation while a run trains."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -13,6 +14,43 @@ from moiie_megatron.config.section import (
     Section,
     Text,
 )
+
+
+class ValidationSource(Section):
+    """Held-out LLaVA records and the directory of their images."""
+
+    records: Text = Field(description="file of LLaVA records (.json or .jsonl)")
+    images: Text = Field(description="directory that image paths are relative to")
+    name: Text | None = Field(
+        None,
+        description="name in logs: letters, digits, ., - and _; null: the name of the file without "
+        "its suffix",
+    )
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return self.name or Path(self.records).stem
+
+
+class ValidationConfig(Section):
+    """The loss on held-out samples while the run trains.
+
+    See [training.md](training.md#validation-while-training).
+    """
+
+    sources: list[ValidationSource] = Field(
+        [],
+        description="held-out data sets, always plain records; a list, or the path of a YAML file "
+        "with a list; without any nothing is validated",
+    )
+    interval: PositiveInt = Field(
+        500, description="steps between validations; the last step is followed by one, too"
+    )
+    samples: PositiveInt | None = Field(
+        1000, description="only the first samples of each source; null: all"
+    )
+    at_start: bool = Field(False, description="validate before the first step, too")
 
 
 class EvaluationSet(Section):

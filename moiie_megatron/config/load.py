@@ -34,9 +34,9 @@ def load_config(
     replace those of the preset.  A file may name another one, ``base: phi3-stage2.yaml``
     (relative to its own directory), and is merged into it in the same way before presets are
     read.  ``data.sources`` may name a YAML file that holds the list
-    (``examples/configs/mixtures``).  ``${NAME}`` in a value is replaced by the environment
-    variable, ``$${NAME}`` is the text ``${NAME}``.  Other relative paths are relative to the
-    current directory.
+    (``examples/configs/mixtures``), and so may ``data.validation.sources``.  ``${NAME}`` in a
+    value is replaced by the environment variable, ``$${NAME}`` is the text ``${NAME}``.  Other
+    relative paths are relative to the current directory.
 
     Args:
         path: YAML file.
@@ -72,7 +72,9 @@ def _completed(
 ) -> RunConfig:
     for override in overrides:
         data = _override(data, override)
-    data = _read_sources(_expand(data, environ, ()), environ)
+    data = _expand(data, environ, ())
+    for keys in (("data", "sources"), ("data", "validation", "sources")):
+        data = _read_sources(data, keys, environ)
     data = {section: _apply_preset(section, value) for section, value in data.items()}
     try:
         config = RunConfig.model_validate(data)
@@ -124,20 +126,23 @@ def _text(path: Path, what: str) -> str:
         raise UserError(f"{what} {path} cannot be read: {reason}.") from None
 
 
-def _read_sources(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """``data`` with the sources read from a file, if ``data.sources`` names one."""
-    section = data.get("data")
-    if not isinstance(section, dict) or not isinstance(section.get("sources"), str):
+def _read_sources(
+    data: dict[str, Any], keys: tuple[str, ...], environ: Mapping[str, str]
+) -> dict[str, Any]:
+    """``data`` with a list of sources read from a file, if the value at ``keys`` names one."""
+    value: Any = data
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, str):
         return data
-    path = Path(section["sources"])
-    sources = yaml_text.parse(_text(path, "data.sources"), where=str(path))
+    name, path = ".".join(keys), Path(value)
+    sources = yaml_text.parse(_text(path, name), where=str(path))
     if not isinstance(sources, list):
         raise UserError(
-            f"data.sources is {str(path)!r}, which holds {show(sources)}: name a YAML file that "
+            f"{name} is {str(path)!r}, which holds {show(sources)}: name a YAML file that "
             "holds a list with records and images each."
         )
-    sources = _expand(sources, environ, ("data", "sources"))
-    return {**data, "data": {**section, "sources": sources}}
+    return _with_value(data, list(keys), _expand(sources, environ, keys), "")
 
 
 def _read_over_base(

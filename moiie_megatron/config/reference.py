@@ -63,9 +63,14 @@ def _sections(prefix: str, schema: dict[str, Any], defs: dict[str, Any]) -> Iter
         is_list = node.get("type") == "array"
         name = f"{prefix}{key}[]" if is_list else f"{prefix}{key}"
         yield f"{'###' if prefix else '##'} {name}\n"
-        yield textwrap.fill(_markdown(inner.get("description", "")), 100) + "\n"
+        yield _paragraph(inner.get("description", "")) + "\n"
         yield _table(inner, defs, list(inner["properties"]))
         yield from _sections(f"{name}.", inner, defs)
+
+
+def _paragraph(text: str) -> str:
+    """Lines of at most 100 characters; links, which may have hyphens, stay whole."""
+    return textwrap.fill(_markdown(text), 100, break_on_hyphens=False)
 
 
 def _fields(node: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any] | None:

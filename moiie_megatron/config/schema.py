@@ -11,7 +11,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from moiie_megatron.config.evaluation_schema import EvaluationConfig, EvaluationSet
+from moiie_megatron.config.evaluation_schema import (
+    EvaluationConfig,
+    EvaluationSet,
+    ValidationConfig,
+)
 from moiie_megatron.config.model_schema import (
     ConnectorConfig,
     LanguageConfig,
@@ -59,6 +63,7 @@ __all__ = [
     "SourceConfig",
     "StageConfig",
     "TrainConfig",
+    "ValidationConfig",
     "VisionConfig",
     "VisionFamilyName",
 ]
@@ -184,6 +189,9 @@ class DataConfig(Section):
     )
     max_skipped_fraction: Fraction = Field(
         0.01, description="stop if more than this fraction of the samples is unusable"
+    )
+    validation: ValidationConfig = Field(
+        ValidationConfig(), description="held-out samples, whose loss is logged"
     )
 
 

@@ -19,6 +19,7 @@ from moiie_megatron.config.validate_data import (
     check_loader,
     check_packing,
     check_source_paths,
+    check_validation,
 )
 from moiie_megatron.config.validate_model import check_experts, check_language, check_vision
 from moiie_megatron.config.validate_parallel import check_parallel, check_world
@@ -45,6 +46,7 @@ def check_config(config: RunConfig, *, world_size: int | None = None) -> None:
     check_data(config)
     check_packing(config)
     check_loader(config)
+    check_validation(config)
     _check_train(config)
     _check_evaluation(config)
     if world_size is not None:

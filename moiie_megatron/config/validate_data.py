@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -72,8 +73,23 @@ def check_loader(config: RunConfig) -> None:
             raise UserError(f"data.sources.{number}.images is missing: give a directory.")
 
 
+def check_validation(config: RunConfig) -> None:
+    """Refuse validation sources that logs could not tell apart.
+
+    Raises:
+        UserError: The first such source.
+    """
+    names = [source.label for source in config.data.validation.sources]
+    for number, name in enumerate(names):
+        key = f"data.validation.sources.{number}.name"
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise UserError(f"{key} is {name!r}: use letters, digits, ., - and _.")
+        if name in names[:number]:
+            raise UserError(f"{key} is {name!r}, as that of another source: rename one.")
+
+
 def check_source_paths(config: RunConfig) -> None:
-    """Refuse sources that do not exist, and a loader that is not installed.
+    """Refuse sources that do not exist, also of validation, and a loader that is not installed.
 
     Raises:
         UserError: The first missing package, file or directory, with its key.
@@ -98,6 +114,19 @@ def check_source_paths(config: RunConfig) -> None:
             )
         if source.images is not None:
             check_exists(f"{key}.images", source.images, "a directory", want="directory")
+    check_validation_paths(config)
+
+
+def check_validation_paths(config: RunConfig) -> None:
+    """Refuse validation sources that do not exist.
+
+    Raises:
+        UserError: A file or directory is missing.
+    """
+    for number, source in enumerate(config.data.validation.sources):
+        key = f"data.validation.sources.{number}"
+        check_exists(f"{key}.records", source.records, "a file", want="file")
+        check_exists(f"{key}.images", source.images, "a directory", want="directory")
 
 
 def check_exists(

@@ -11,20 +11,16 @@ import torch
 import torch.distributed as dist
 
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.data.encode.encoder import IGNORE, Encoded
 from moiie_megatron.data.records.record import BadRecord
 from moiie_megatron.data.stream.batch import Batch, collate
 from moiie_megatron.data.stream.dataset import LlavaDataset
-from moiie_megatron.data.stream.example import Example
-from moiie_megatron.layout.token_types import PADDING
+from moiie_megatron.data.stream.example import Example, filler
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.moe.router import recording
 from moiie_megatron.routing_stats.counters import RoutingCounters
 from moiie_megatron.training.step import run_schedule
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.vlm.model import MoIIEModel
-
-_EMPTY_LENGTH = 8  # tokens of a row of padding
 
 
 @torch.no_grad()
@@ -95,17 +91,13 @@ def _batch(config: RunConfig, dataset: LlavaDataset, examples: list[Example]) ->
     parallel = config.parallel
     full = config.data.sequence_length if config.data.padding == "sequence_length" else None
     return collate(
-        [*examples, *[_nothing(dataset)] * (config.train.micro_batch_size - len(examples))],
+        [
+            *examples,
+            *[filler(dataset.pad_id, dataset.image_size)]
+            * (config.train.micro_batch_size - len(examples)),
+        ],
         pad_id=dataset.pad_id,
         num_image_tokens=dataset.num_image_tokens,
         pad_to=full,
         multiple_of=parallel.tensor if parallel.sequence_parallel else 1,
     )
-
-
-def _nothing(dataset: LlavaDataset) -> Example:
-    tokens = torch.full((_EMPTY_LENGTH,), dataset.pad_id)
-    types = torch.full((_EMPTY_LENGTH,), PADDING, dtype=torch.int8)
-    encoded = Encoded(tokens, torch.full_like(tokens, IGNORE), types, ())
-    side = dataset.image_size
-    return Example(encoded, torch.empty(0, 3, side, side, dtype=torch.uint8), "")

@@ -44,12 +44,14 @@ def train(config: RunConfig, context: ParallelContext, stop: StopRequest | None 
             stop.taking_steps(),
             collect_every(config.train.gc_interval) as collect,
         ):
+            run.validate_before()
             while not run.is_over:
                 batches = run.next_batches()
                 result = run.step(batches)
                 run.report(batches, result)
                 evaluation.check()
                 run.save_if_due()
+                run.validate_if_due()
                 collect(run.progress.step)
             run.complete()
             if stop.reason is None:

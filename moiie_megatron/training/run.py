@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.convert.load_pretrained import load_pretrained
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.build import build_train_loader
+from moiie_megatron.data.stream.held_out import HeldOut, open_held_out
 from moiie_megatron.data.stream.order import SampleOrder
 from moiie_megatron.data.stream.stream_state import StreamState
 from moiie_megatron.mcore.gpu_environment import tf32_users
@@ -34,6 +36,7 @@ from moiie_megatron.training.skipped_samples import SkippedSampleLog
 from moiie_megatron.training.state import TrainState, prepare_training
 from moiie_megatron.training.step import StepResult, train_step
 from moiie_megatron.training.stop import StopRequest
+from moiie_megatron.training.validation.validator import Validator
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.files import atomic_write
 from moiie_megatron.vlm.build import build_chunks
@@ -76,7 +79,8 @@ class Run:
             parts["stream"] = stream
         if start.checkpoint is not None:
             load_checkpoint(start.checkpoint, context, parts)
-        self._announce(start)
+        held_out = open_held_out(config, start.dataset.encoding)
+        self._announce(start, held_out)
         self._loader = build_train_loader(
             config,
             start.dataset,
@@ -99,6 +103,7 @@ class Run:
         self._saver = CheckpointSaver(config, context, parts, self._log.saved, start.checkpoint)
         self._profiler = StepProfiler(config, context, stop.fail)
         self._counters = RoutingCounters(config, context, self._train_state.model)
+        self._validator = None if held_out is None else Validator(config, context, held_out)
         self._train_state.model.train()
 
     @property
@@ -185,9 +190,77 @@ class Run:
         if is_due or step % self.config.log.routing_interval == 0:
             self._log.routing(step, self._counters.record())
         if is_due:
-            with self._log.paused():
-                self._train_state.gather_weights()
-                self._saver.save(self.progress)
+            self._save()
+
+    def _save(self) -> None:
+        with self._log.paused():
+            self._train_state.gather_weights()
+            self._saver.save(self.progress)
+
+    def validate_before(self) -> None:
+        """Validate before the next step, where a run starts that wants it.
+
+        A run that goes on from a checkpoint does so if it was stopped in the validation that
+        followed it.
+
+        Raises:
+            UserError: See ``validate_if_due``.
+        """
+        step = self.progress.step
+        wanted = (
+            self.config.data.validation.at_start if step == 0 else self._is_validated_after(step)
+        )
+        if self._validator is None or not wanted:
+            return
+        known = [self._log.is_validated(step)]
+        dist.broadcast_object_list(known, src=0)
+        if not known[0]:
+            # A request to stop is for the end of the next step, where there is something to save.
+            self._validate(self._validator, any)
+
+    def validate_if_due(self) -> None:
+        """Validate every ``data.validation.interval`` steps and at the end; not when stopping.
+
+        A validation that is asked to stop leaves off.  The run is saved then, and begins with this
+        validation when it goes on.
+
+        Raises:
+            UserError: Held-out samples cannot be read, or a checkpoint could not be written.
+        """
+        step = self.progress.step
+        if self._validator is None or self._stop.reason or not self._is_validated_after(step):
+            return
+        is_saved = step % self.config.checkpoint.interval == 0 or self.is_over
+        self._validate(self._validator, self._is_stopped)
+        if self._stop.reason and not is_saved:
+            if step % self.config.log.routing_interval:
+                self._log.routing(step, self._counters.record())
+            self._save()
+
+    def _is_validated_after(self, step: int) -> bool:
+        return step % self.config.data.validation.interval == 0 or step == self._total_steps
+
+    def _is_stopped(self, flag_sums: list[float]) -> bool:
+        self._stop.resolve(flag_sums, self.config.train.exit_after_minutes)
+        return self._stop.reason is not None
+
+    def _validate(self, validator: Validator, is_stopped: Callable[[list[float]], bool]) -> None:
+        exit_after = self.config.train.exit_after_minutes
+        with self._log.paused():
+            self._train_state.gather_weights()
+            result = validator.measure(
+                self._train_state.model,
+                stop_flags=lambda: self._stop.flags(exit_after),
+                is_stopped=is_stopped,
+            )
+        if result is None:
+            return
+        try:
+            validator.check(result)
+        except UserError:
+            self._saver.drain()
+            raise
+        self._log.validated(self.progress.step, result)
 
     def complete(self) -> None:
         """Wait for the last save.
@@ -223,7 +296,7 @@ class Run:
             )
         return self._saver.newest
 
-    def _announce(self, start: RunStart) -> None:
+    def _announce(self, start: RunStart, held_out: HeldOut | None) -> None:
         """Leave the resolved configuration in the output directory and say what will happen."""
         config, context = self.config, self.context
         if context.rank == 0:
@@ -252,6 +325,12 @@ class Run:
                     ", ".join(rounded),
                 )
         LOGGER.info("%s", start.dataset.describe_epoch())
+        if held_out is not None:
+            LOGGER.info(
+                "validation every %d steps on %s",
+                config.data.validation.interval,
+                held_out.describe(),
+            )
         dist.barrier()
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -92,6 +92,17 @@ def forward_inputs(
     }
 
 
+class TokenGroups(Protocol):
+    """Groups of tokens, whose losses are summed apart."""
+
+    @property
+    def count(self) -> int:
+        """Number of groups."""
+
+    def of(self, batch: Batch) -> Tensor:
+        """int64 ``(b, s)`` on the CPU: the group of every token, -1 for none."""
+
+
 def run_schedule(
     config: RunConfig,
     context: ParallelContext,
@@ -100,6 +111,7 @@ def run_schedule(
     *,
     loss_scale: float,
     forward_only: bool = False,
+    groups: TokenGroups | None = None,
 ) -> Tensor:
     """Forward (and backward) of all micro-batches through Megatron's schedule.
 
@@ -108,19 +120,22 @@ def run_schedule(
             ``forward_only``.
         batches: A multiple of ``config.micro_batches_multiple_of``.
         loss_scale: Factor on the summed token losses of every micro-batch.
+        groups: Sum the losses of these groups apart.
 
     Returns:
         fp32, the summed token losses of each of this rank's micro-batches (0 before
-        the last stage).
+        the last stage); with groups fp64 ``(micro-batches, groups)``.
     """
 
-    def loss_function(losses_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_function(batch: Batch, losses_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         total = losses_bs.float().sum()
-        return total * loss_scale, {"loss_sum": total.detach()}
+        sums = total.detach() if groups is None else _sum_groups(groups, batch, losses_bs, context)
+        return total * loss_scale, {"loss_sum": sums}
 
     def forward_step(data: Iterator[Batch], chunk: Any) -> tuple[Tensor, partial[Any]]:
-        inputs = forward_inputs(config, next(data), context, chunk)
-        return chunk(**inputs), partial(loss_function)
+        batch = next(data)
+        inputs = forward_inputs(config, batch, context, chunk)
+        return chunk(**inputs), partial(loss_function, batch)
 
     model = list(chunks)
     rows, length = config.micro_batch_shape
@@ -134,9 +149,22 @@ def run_schedule(
         micro_batch_size=rows,
         forward_only=forward_only,
     )
-    if not reports:
-        return torch.zeros(len(batches), device=context.device.torch_device)
-    return torch.stack([report["loss_sum"] for report in reports])
+    if reports:
+        return torch.stack([report["loss_sum"] for report in reports])
+    device = context.device.torch_device
+    if groups is None:
+        return torch.zeros(len(batches), device=device)
+    return torch.zeros(len(batches), groups.count, dtype=torch.float64, device=device)
+
+
+def _sum_groups(
+    groups: TokenGroups, batch: Batch, losses_bs: Tensor, context: ParallelContext
+) -> Tensor:
+    """fp64 ``(groups,)``; a loss that is not finite spoils the sum of its own group alone."""
+    group_bs = context.device.copy(groups.of(batch))
+    losses = losses_bs.detach().double()
+    masks = (torch.where(group_bs == group, losses, 0.0) for group in range(groups.count))
+    return torch.stack([masked.sum() for masked in masks])
 
 
 class TokenCounts(NamedTuple):
@@ -222,22 +250,44 @@ def evaluate_loss(
 ) -> float:
     """The mean loss per label token over all ranks' batches, without training."""
     labels = count_tokens(batches, context).labels
+    return float(sum_losses(config, context, model, batches)) / max(labels, 1)
+
+
+@torch.no_grad()
+def sum_losses(
+    config: RunConfig,
+    context: ParallelContext,
+    model: ModelChunks,
+    batches: list[Batch],
+    *,
+    groups: TokenGroups | None = None,
+    also_sum: Sequence[float] = (),
+) -> Tensor:
+    """Sum the token losses over all ranks' batches, without training; every rank calls this.
+
+    Args:
+        groups: Sum those of each group apart.
+        also_sum: Further numbers, the same count on every rank.
+
+    Returns:
+        fp64: the sum of all losses, or that of each group; then the sums of ``also_sum``.
+    """
     was_training = model.training
     model.eval()
-    micro_batch_losses = run_schedule(
-        config, context, model, batches, loss_scale=1.0, forward_only=True
+    losses = run_schedule(
+        config, context, model, batches, loss_scale=1.0, forward_only=True, groups=groups
     )
     model.train(was_training)
-    return float(_sum_over_ranks(micro_batch_losses, [], context)) / max(labels, 1)
+    return _sum_over_ranks(losses, list(also_sum), context)
 
 
 def _sum_over_ranks(
     micro_batch_losses: Tensor, others: list[float], context: ParallelContext
 ) -> Tensor:
-    """fp64 ``(1 + len(others),)``: the loss summed over the global batch, then the others."""
-    total = micro_batch_losses.double().sum()  # 0 before the last stage
+    """fp64: the losses ``(micro-batches, ...)`` summed over the global batch, then the others."""
+    total = micro_batch_losses.double().sum(dim=0)  # 0 before the last stage
     if context.groups.tp.rank() != 0:  # tensor-parallel ranks hold the same losses
         total = torch.zeros_like(total)
-    sums = torch.cat([total.reshape(1), total.new_tensor(others)])
+    sums = torch.cat([total.reshape(-1), total.new_tensor(others)])
     dist.all_reduce(sums)
     return sums

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from moiie_megatron.planning.samples.data_report import read_report
 from tests.helpers.damaged_data import DAMAGES, DamagedData, write_damaged
 from tests.helpers.launch import ROOT, Finished, command, run
 from tests.helpers.tiny_run import tiny_values, write_config
@@ -94,6 +95,9 @@ def test_lengths_of_records_alone(digits: Path, tmp_path: Path) -> None:
     assert 0 < source["lengths"]["min"] < source["lengths"]["max"] <= 160
     packed = source["rows"]["packed"]
     assert f"71 samples into {packed} rows of 160 tokens" in finished.stdout
+    assert "moe.image_fraction=" in finished.stdout
+    (planned,) = read_report(report).sources
+    assert planned.samples.sum() == 71 and planned.tokens.sum() == source["lengths"]["total"]
     assert sorted(data.iterdir()) == before  # nothing is written beside the records
     unwritable = tmp_path / "none" / "report.json"
     assert_user_error(prepare("validate", *words, "--json", unwritable), "--json", unwritable)

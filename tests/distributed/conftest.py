@@ -24,6 +24,7 @@ from tests.distributed.joint_runs import (
     VIRTUAL,
     family_values,
     go_back,
+    held_out,
     joint_values,
     make_family,
     train_in_turn,
@@ -58,7 +59,7 @@ def single(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
         runs = {
             "seed": dense,
             "dense": again,
-            "moiie": joint("moiie"),
+            "moiie": joint("moiie", data=held_out(digits)),
             "vanilla": joint("vanilla", moe={"variant": "vanilla"}, train=one),
             "modality": joint("modality", moe={"variant": "modality"}, train=one),
             "moiie8": joint("moiie8", moe=eight, train=one),
@@ -106,9 +107,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path) -
             "pp2first": joint("pp2first", {"pipeline": 2, "pipeline_layers": FIRST_SMALL}),
             "pp2last": joint("pp2last", {"pipeline": 2, "pipeline_layers": LAST_SMALL}),
             # Also the undisturbed run of a resumed one.
-            "pp2virtual": joint("pp2virtual", VIRTUAL, checkpoint={"interval": SAVE_EVERY}),
-            "tp2": joint("tp2", {"tensor": 2}),
-            "dp2": joint("dp2", {}),
+            "pp2virtual": joint(
+                "pp2virtual", VIRTUAL, checkpoint={"interval": SAVE_EVERY}, data=held_out(digits)
+            ),
+            "tp2": joint("tp2", {"tensor": 2}, data=held_out(digits)),
+            "dp2": joint("dp2", {}, data=held_out(digits)),
             "tp2etp2": joint("tp2etp2", {"tensor": 2, "expert_tensor": 2}),
             "tp2ep2": joint("tp2ep2", {"tensor": 2, "expert": 2}),
             "one_layer": joint(
@@ -147,7 +150,11 @@ def quad(tmp_path_factory: pytest.TempPathFactory, digits: Path, single: Path, p
         connector["parallel"] = VIRTUAL
         runs = {
             "tp2ep2dp2": joint_values(
-                digits, folder / "tp2ep2dp2", seed, parallel={"tensor": 2, "expert": 2}
+                digits,
+                folder / "tp2ep2dp2",
+                seed,
+                parallel={"tensor": 2, "expert": 2},
+                data=held_out(digits),
             ),
             "resumed": joint_values(digits, resumed, seed, parallel={**both, **VIRTUAL}),
             "one_layer": joint_values(digits, one_layer, seed, parallel=both, moe=ONE_LAYER),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,6 +58,26 @@ def joint_values(digits: Path, output: Path, seed: Path, **sections: Mapping[str
     return values
 
 
+def held_out(digits: Path, interval: int = 3) -> dict[str, Any]:
+    """The ``data`` section of a run that validates.
+
+    Ten samples, of all modalities: a whole round of eight, and one of which most is padding.
+    """
+    pictures = str(digits / "data" / "images")
+    sources = [
+        {"records": str(digits / "data" / f"{name}.jsonl"), "images": pictures}
+        for name in ("train", "test")
+    ]
+    validation = {"sources": sources, "interval": interval, "samples": 5, "at_start": True}
+    return {"validation": validation}
+
+
+def read_validations(output: Path) -> list[dict[str, Any]]:
+    """The lines of ``validation.jsonl``, without their time."""
+    text = (output / "validation.jsonl").read_text()
+    return [json.loads(line) | {"seconds": 0.0} for line in text.splitlines()]
+
+
 # Families whose attention has what others lack, and how their tiny models show it.
 FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"head_dim": 16, "sliding_window": 20},
@@ -105,6 +126,33 @@ def go_back(output: Path, copy: Path, step: int) -> Path:
 # and Adam divides small gradients by their own size, which makes such differences grow from step
 # to step.  Measured: below 1e-5 in six steps.  A wrong factor on any gradient is 1e-2 and more.
 TOLERANCE = 1e-4
+
+
+def assert_same_validations(output: Path, reference: Path, tolerance: float = TOLERANCE) -> None:
+    """Two runs have validated after the same steps, on the same samples, with the same losses.
+
+    Before the first step weights are equal, and losses up to rounding.
+    """
+    found, wanted = read_validations(output), read_validations(reference)
+    assert len(found) > 1
+    for line, want in zip(found, wanted, strict=True):
+        assert _counts(line) == _counts(want)
+        near = pytest.approx(_losses(want), rel=1e-6 if line["step"] == 0 else tolerance)
+        assert _losses(line) == near, line["step"]
+
+
+def _losses(line: Any) -> list[float]:
+    """The losses of a line, of its sources and of their modalities, in order."""
+    parts = line.values() if isinstance(line, dict) else []
+    own = [line["loss"]] if "loss" in line else []
+    return own + [loss for part in parts if isinstance(part, dict) for loss in _losses(part)]
+
+
+def _counts(line: Any) -> Any:
+    """A line without its losses."""
+    if not isinstance(line, dict):
+        return line
+    return {key: _counts(value) for key, value in line.items() if key != "loss"}
 
 
 def assert_same_course(

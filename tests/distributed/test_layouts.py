@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from moiie_megatron.layout.token_types import MODALITIES
-from tests.distributed.joint_runs import FAMILIES, STEPS, TOLERANCE, assert_same_course
+from tests.distributed.joint_runs import (
+    FAMILIES,
+    STEPS,
+    TOLERANCE,
+    assert_same_course,
+    assert_same_validations,
+    read_validations,
+)
 from tests.helpers.tiny_run import read_metrics, read_routing
 
 # The time limit counts the runs, which the first test of a session waits for.
@@ -39,6 +46,17 @@ LAYOUTS = (
 def test_two_processes_train_like_one(layout: str, single: Path, pair: Path) -> None:
     assert_same_course(read_metrics(pair / layout), read_metrics(single / "moiie"))
     assert_same_routing(pair / layout, single / "moiie")
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2virtual", "tp2ep2dp2"])
+def test_every_layout_validates_like_one_process(
+    layout: str, single: Path, pair: Path, quad: Path
+) -> None:
+    folder = quad if layout == "tp2ep2dp2" else pair
+    assert_same_validations(folder / layout, single / "moiie")
+    first, _, last = read_validations(folder / layout)
+    assert first["loss"] - last["loss"] > 0.1
+    assert len(first["modalities"]) == 3
 
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2"])

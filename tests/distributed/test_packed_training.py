@@ -11,7 +11,9 @@ from tests.distributed.joint_runs import (
     TOLERANCE,
     VIRTUAL,
     assert_same_course,
+    assert_same_validations,
     go_back,
+    held_out,
     joint_values,
     train_in_turn,
 )
@@ -54,9 +56,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
             "seed": dense,
             "plain": packed(
                 digits, folder / "plain", seed, moe=UNBALANCED,
-                data={**two_workers, "packing": False},
+                data={**two_workers, "packing": False, **held_out(digits)},
             ),
-            "packed": packed(digits, folder / "packed", seed, moe=UNBALANCED, data=two_workers),
+            "packed": packed(
+                digits, folder / "packed", seed, moe=UNBALANCED,
+                data={**two_workers, **held_out(digits)},
+            ),
             "balanced": packed(
                 digits, folder / "balanced", seed, data=two_workers,
                 checkpoint={"interval": 1, "keep": STEPS},
@@ -80,8 +85,17 @@ def layouts(tmp_path_factory: pytest.TempPathFactory, digits: Path, alone: Path)
             "tp2": {"parallel": {"tensor": 2}},
             "resumed": {"parallel": {"tensor": 2}},
             "pp2rows": {"parallel": {"pipeline": 2}, "data": whole_rows},
-            "pp2virtual": {"parallel": VIRTUAL, "moe": UNBALANCED, "data": whole_rows},
-            "ep2": {"parallel": {"expert": 2}, "moe": UNBALANCED, "megatron": FULL},
+            "pp2virtual": {
+                "parallel": VIRTUAL,
+                "moe": UNBALANCED,
+                "data": {**whole_rows, **held_out(digits)},
+            },
+            "ep2": {
+                "parallel": {"expert": 2},
+                "moe": UNBALANCED,
+                "megatron": FULL,
+                "data": held_out(digits),
+            },
             "allgather": {
                 "parallel": {"expert": 2},
                 "moe": {**UNBALANCED, "dispatcher": "allgather"},
@@ -149,6 +163,14 @@ def test_ranks_that_share_their_samples(layout: str, alone: Path, layouts: Path)
     if layout == "pp2virtual":
         # Three rows are split into four: the schedule takes two at a time.
         assert whole_rows(steps) == [4, 4, 6]
+
+
+@pytest.mark.parametrize("layout", ["packed", "ep2", "pp2virtual"])
+def test_packed_samples_have_the_same_validation_loss(
+    layout: str, alone: Path, layouts: Path
+) -> None:
+    folder = alone if layout == "packed" else layouts
+    assert_same_validations(folder / layout, alone / "plain")
 
 
 def test_resume_in_the_middle(tmp_path: Path, alone: Path, layouts: Path) -> None:

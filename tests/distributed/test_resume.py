@@ -15,8 +15,11 @@ from tests.distributed.joint_runs import (
     STEPS,
     VIRTUAL,
     assert_same_course,
+    assert_same_validations,
     go_back,
+    held_out,
     joint_values,
+    read_validations,
 )
 from tests.helpers.checkpoints import plain_tensors
 from tests.helpers.launch import TRAIN, command, kill_group, run, started
@@ -33,7 +36,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(
 ) -> None:
     """SIGKILL for all processes between two checkpoints, then the same command again.
 
-    Communication overlaps with the passes, unlike in the undisturbed run.
+    Communication overlaps with the passes, and it validates, unlike the undisturbed run.
     """
     output = tmp_path / "killed"
     values = joint_values(
@@ -43,6 +46,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(
         parallel={"expert": 2},
         ddp=OVERLAP,
         checkpoint={"interval": SAVE_EVERY},
+        data=held_out(digits, interval=SAVE_EVERY + 1),
     )
     arguments = [write_config(tmp_path / "killed.yaml", values)]
     pause, log = Pause(tmp_path / "pause"), tmp_path / "log"
@@ -52,6 +56,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(
         pause.wait(2, log.read_text)
         kill_group(job)
     assert len(read_metrics(output)) == SAVE_EVERY + 1
+    assert [line["step"] for line in read_validations(output)] == [0, SAVE_EVERY + 1]
     checkpoints = output / "checkpoints"
     assert (checkpoints / "latest").read_text().strip() == f"step_{SAVE_EVERY:07d}"
     # What a kill in the middle of a save leaves behind, whether this one did or not.
@@ -72,6 +77,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(
     for key in ("lm_loss", "grad_norm", "aux_vision", "aux_text", "tokens"):
         assert [line[key] for line in steps] == [line[key] for line in undisturbed], key
     assert read_routing(output) == read_routing(pair / "ep2")
+    assert_same_validations(output, single / "moiie")
     before = plain_tensors(pair / "ep2" / "checkpoints" / f"step_{STEPS:07d}")
     after = plain_tensors(checkpoints / f"step_{STEPS:07d}")
     assert before.keys() == after.keys()

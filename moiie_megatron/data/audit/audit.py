@@ -33,6 +33,7 @@ class Audit:
         source: What was read.
         lengths: int32 (r,), tokens of every record before truncation; 0 if they cannot be counted.
         images: int32 (r,), images that every record names; 0 if it cannot be parsed.
+        labels: int32 (r,), tokens with a label of every record, after truncation.
         skipped_samples: Records that training would skip, in order.
         notes: What is not used of records, and of how many.
         markers: Special tokens in the text of conversations, and how many records have each.
@@ -41,6 +42,7 @@ class Audit:
     source: Source
     lengths: np.ndarray
     images: np.ndarray
+    labels: np.ndarray
     skipped_samples: tuple[SkippedSample, ...]
     notes: Mapping[str, int] = field(default_factory=dict)
     markers: Mapping[str, int] = field(default_factory=dict)
@@ -63,7 +65,7 @@ def audit(
 
     Args:
         source: Records and images.
-        encoding: As in training; None does not tokenize, so all lengths are 0.
+        encoding: As in training; None does not tokenize, so all lengths and labels are 0.
         decode_images: Decode every image as training does, or do not open images at all.
         workers: Processes; 1 works in this one.
         progress: Called with the records done and their total.
@@ -72,14 +74,15 @@ def audit(
         UserError: A worker process was killed.
     """
     total = len(source.records)
-    lengths, images = np.zeros(total, np.int32), np.zeros(total, np.int32)
+    lengths, images, labels = (np.zeros(total, np.int32) for _ in range(3))
     skipped_samples: list[SkippedSample] = []
     notes: Counter[str] = Counter()
     markers: Counter[str] = Counter()
     done = 0
     for portion in _measure_all(_Measurements(source, encoding, decode_images), workers):
         for measured in portion:
-            lengths[done], images[done] = measured.length, measured.num_images
+            lengths[done], labels[done] = measured.length, measured.num_labels
+            images[done] = measured.num_images
             markers.update(measured.markers)
             if measured.skipped is not None:
                 skipped_samples.append(measured.skipped)
@@ -91,6 +94,7 @@ def audit(
         source,
         lengths,
         images,
+        labels,
         tuple(skipped_samples),
         notes=dict(notes.most_common()),
         markers=dict(sorted(markers.items())),
@@ -99,9 +103,10 @@ def audit(
 
 @dataclass(frozen=True)
 class _Measured:
-    """One record: tokens, images, what is noted of it, and why it is skipped, if it is."""
+    """One record: tokens, labels, images, what is noted of it, and why it is skipped, if it is."""
 
     length: int
+    num_labels: int
     num_images: int
     notes: tuple[str, ...]
     markers: tuple[str, ...]
@@ -125,14 +130,14 @@ class _Measurements(Dataset[Any]):
         return [self._measure(i) for i in range(first, last)]
 
     def _measure(self, i: int) -> _Measured:
-        length = num_images = 0
+        length = num_labels = num_images = 0
         notes: tuple[str, ...] = ()
         markers: tuple[str, ...] = ()
         try:
             record = self.source.records[i]
             num_images, notes = len(record.images), record.notes
             if self._encoding is not None:
-                length = self._encoding.length(record)
+                length, num_labels = self._encoding.measure(record)
                 markers = self._encoding.markers(record)
                 if length > self._encoding.sequence_length:
                     self._encoding.encode(record)  # refuses a record that truncation spoils
@@ -140,8 +145,8 @@ class _Measurements(Dataset[Any]):
                 self.source.images.load(path)
         except BadRecord as error:
             skipped = SkippedSample(str(self.source.records.path), i, error.reason)
-            return _Measured(length, num_images, notes, markers, skipped)
-        return _Measured(length, num_images, notes, markers, None)
+            return _Measured(length, num_labels, num_images, notes, markers, skipped)
+        return _Measured(length, num_labels, num_images, notes, markers, None)
 
 
 def _measure_all(measurements: _Measurements, workers: int) -> Iterator[list[_Measured]]:

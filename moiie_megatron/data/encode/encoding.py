@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from moiie_megatron.data.encode.encoder import Encoded, encode, find_markers
+from moiie_megatron.data.encode.encoder import IGNORE, Encoded, encode, find_markers
 from moiie_megatron.data.encode.templates import Template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
 from moiie_megatron.data.records.record import Record
@@ -37,13 +37,15 @@ class Encoding:
         """
         return self._encode(record, self.sequence_length)
 
-    def length(self, record: Record) -> int:
-        """Number of tokens of a record before truncation.
+    def measure(self, record: Record) -> tuple[int, int]:
+        """Number of tokens of a record before truncation, and of its labels after it.
 
         Raises:
             BadRecord: The template cannot render the conversation, or it has no answer.
         """
-        return len(self._encode(record, _UNLIMITED).tokens)
+        whole = self._encode(record, _UNLIMITED)
+        labels = whole.labels[: self.sequence_length]
+        return len(whole.tokens), int((labels != IGNORE).sum())
 
     def markers(self, record: Record) -> tuple[str, ...]:
         """Special tokens in the text of a record that become their ids (``Encoded.markers``)."""

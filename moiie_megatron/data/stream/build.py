@@ -39,15 +39,24 @@ def build_sources(config: RunConfig) -> list[Source]:
     sources = []
     for source in config.data.sources:
         assert source.images is not None  # checked with the configuration
-        images = ImageLoader(
-            Path(source.images),
-            config.vision.image_size,
-            config.stage.image_mode,
-            _mean(config),
-            allow_outside=config.data.allow_outside_images,
-        )
+        images = image_loader(config, source.images)
         sources.append(Source(RecordFile(source.records), images, source.weight, source.name or ""))
     return sources
+
+
+def image_loader(config: RunConfig, directory: str) -> ImageLoader:
+    """How the run reads the images of a directory.
+
+    Raises:
+        UserError: It is missing or unreadable.
+    """
+    return ImageLoader(
+        Path(directory),
+        config.vision.image_size,
+        config.stage.image_mode,
+        _mean(config),
+        allow_outside=config.data.allow_outside_images,
+    )
 
 
 def _mean(config: RunConfig) -> tuple[float, float, float]:
@@ -145,12 +154,12 @@ def build_train_loader(  # noqa: PLR0913  # what a run knows of its stream
             read_steps(dataset, settings)
             if isinstance(dataset, LlavaDataset)
             else _energon_stream(config, dataset, replace(settings, pin_memory=False), list, state),
-            _packing_spec(config, dataset),
+            packing_spec(config, dataset),
             ranks,
             rows_multiple_of=config.micro_batches_multiple_of,
             pin_memory=pin_memory,
         )
-    make = _batch_maker(config, dataset)
+    make = batch_maker(config, dataset)
     if isinstance(dataset, LlavaDataset):
         micro_batches = build_loader(dataset, settings, make)
         return _group_by_step(micro_batches, settings.micro_batches_per_step)
@@ -158,7 +167,8 @@ def build_train_loader(  # noqa: PLR0913  # what a run knows of its stream
     return iter(_energon_stream(config, dataset, settings, make_all, state))
 
 
-def _packing_spec(config: RunConfig, dataset: LlavaDataset | EnergonDataset) -> PackingSpec:
+def packing_spec(config: RunConfig, dataset: LlavaDataset | EnergonDataset) -> PackingSpec:
+    """What all packed rows have in common."""
     return PackingSpec(
         capacity=config.micro_batch_shape[1],
         sequence_length=config.data.sequence_length,
@@ -169,7 +179,7 @@ def _packing_spec(config: RunConfig, dataset: LlavaDataset | EnergonDataset) -> 
     )
 
 
-def _batch_maker(
+def batch_maker(
     config: RunConfig, dataset: LlavaDataset | EnergonDataset
 ) -> Callable[[Sequence[Example]], Batch]:
     """Makes a micro-batch of its samples, without packing."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
+import torch
 from torch import Tensor
 
-from moiie_megatron.data.encode.encoder import Encoded
+from moiie_megatron.data.encode.encoder import IGNORE, Encoded
 from moiie_megatron.data.records.record import Record
+from moiie_megatron.layout.token_types import PADDING
+
+_FILLER_LENGTH: Final = 8  # tokens
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,23 @@ def notices(record: Record, encoded: Encoded, source: str) -> tuple[Notice, ...]
         for marker in encoded.markers
     ]
     return tuple(Notice(source, what) for what in (*record.notes, *markers))
+
+
+def filler(
+    pad_id: int, image_size: int, skipped_samples: tuple[SkippedSample, ...] = ()
+) -> Example:
+    """A sample of padding without id, which fills a micro-batch that lacks samples.
+
+    Its first token has a label: kernels for the loss need not cope with no label at all.
+
+    Args:
+        pad_id: Token at padded positions.
+        image_size: Height and width of the images that it has none of.
+        skipped_samples: What it stands for.
+    """
+    tokens = torch.full((_FILLER_LENGTH,), pad_id)
+    labels = torch.full_like(tokens, IGNORE)
+    labels[0] = pad_id
+    encoded = Encoded(tokens, labels, torch.full_like(tokens, PADDING, dtype=torch.int8), ())
+    pixels = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+    return Example(encoded, pixels, "", skipped_samples)

@@ -15,10 +15,11 @@ from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.routing_stats.counters import RouterLosses
 from moiie_megatron.routing_stats.scalars import routing_scalars
 from moiie_megatron.training.logging.evaluations import NewResults, read_evaluated
-from moiie_megatron.training.logging.jsonl import LostFn, StepLines, refuse
+from moiie_megatron.training.logging.jsonl import LostFn, StepLines, complete_lines, refuse
 from moiie_megatron.training.logging.scalars import Scalars
 from moiie_megatron.training.logging.throughput import Throughput, describe
 from moiie_megatron.training.step import StepResult
+from moiie_megatron.training.validation.result import VALIDATION_FILE, Validation
 
 LOGGER: Final = logging.getLogger(__name__)
 
@@ -49,13 +50,14 @@ class StepReport:
 
 
 class RunLog:
-    """Writes on rank 0: the operator's lines, ``metrics.jsonl``, ``routing.jsonl``, TensorBoard.
+    """Writes on rank 0: the operator's lines, the JSON lines of steps, TensorBoard.
 
     A line of ``metrics.jsonl`` holds the values of its own step, with these exceptions, which
     cover all steps since the line before: the mean balance and z-losses (``aux_ROUTER``,
     ``z_ROUTER``), ``seconds``, the rates (``throughput.py``) and, on GPUs, the peaks of memory
-    (``memory_*_gib``).  ``routing_stats/record.py`` describes ``routing.jsonl``.  A resumed run
-    drops what was logged after its checkpoint, so that the files read as if the run had never
+    (``memory_*_gib``).  ``routing_stats/record.py`` describes ``routing.jsonl``,
+    ``validation/result.py`` ``validation.jsonl``, which only runs that validate have.  A resumed
+    run drops what was logged after its checkpoint, so that the files read as if the run had never
     stopped.
 
     Args:
@@ -87,6 +89,11 @@ class RunLog:
         output = Path(config.output)
         self.metrics = StepLines(output / "metrics.jsonl", start_step, lost)
         self.routes = StepLines(output / "routing.jsonl", start_step, lost)
+        self.validations: StepLines | None = None
+        validation_file = output / VALIDATION_FILE
+        if config.data.validation.sources or validation_file.exists():
+            self.validations = StepLines(validation_file, start_step, lost)
+        self.validated_steps = {line["step"] for line in complete_lines(validation_file)}
         self.scalars = Scalars(config, start_step, lost)
         self.evaluations: NewResults | None = None
         if config.evaluation.interval:
@@ -147,6 +154,18 @@ class RunLog:
             self.routes.add({"step": step, **record})
             self.scalars.add(routing_scalars(record), step)
 
+    def validated(self, step: int, result: Validation) -> None:
+        """Log the losses on held-out samples after a step (0: before the first one)."""
+        if not self.active or self.validations is None:
+            return
+        self.validations.add({"step": step, **result.to_json()})
+        self.scalars.add(result.scalars(), step)
+        LOGGER.info("validation of step %d | %s", step, result)
+
+    def is_validated(self, step: int) -> bool:
+        """Whether the file had a step before this program; known to rank 0."""
+        return self.active and step in self.validated_steps
+
     def _line(self, report: StepReport, values: dict[str, Any], now: float) -> str:
         step, result = report.step, report.result
         per_step = (now - self.start_time) / (step - self.start_step)
@@ -181,6 +200,8 @@ class RunLog:
         if self.active:
             self.metrics.close()
             self.routes.close()
+            if self.validations is not None:
+                self.validations.close()
             self.scalars.close()
 
 

@@ -9,7 +9,9 @@ import pytest
 
 from moiie_megatron.analysis.records import read_metrics
 from moiie_megatron.analysis.scores import read_scores
+from moiie_megatron.analysis.validations import read_validations
 from moiie_megatron.routing_stats.reading import read_routing
+from moiie_megatron.training.validation.result import Part, Validation
 from tests.helpers.user_errors import user_error
 from tests.unit.routing_stats.routing_records import RECORDS
 
@@ -51,6 +53,26 @@ def test_a_foreign_routing_record(tmp_path: Path, key: str) -> None:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         with user_error(file, "line 2", key):
             read_routing(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"step": -1}, "step"),
+        ({"loss": "x"}, "loss"),
+        ({"sources": []}, "sources"),
+        ({"modalities": {"text_only": {"loss": 1.0}}}, "modalities.text_only.samples"),
+    ],
+)
+def test_a_foreign_validation(tmp_path: Path, changes: dict[str, object], part: str) -> None:
+    good = Validation({"a": [Part(), Part(3.0, 1, 2, 9, 4), Part()]}).to_json() | {"step": 1}
+    lines = [good, good | {"step": 2} | changes]
+    file = tmp_path / "validation.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with user_error(file, "line 2", part):
+        read_validations(tmp_path)
+    file.write_text(json.dumps(good) + "\n" + '{"step": 2, "lo')
+    assert read_validations(tmp_path).curves == [{"step": 1, "all samples": 1.5}]
 
 
 def test_foreign_scores(tmp_path: Path) -> None:

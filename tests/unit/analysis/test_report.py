@@ -11,7 +11,9 @@ from pathlib import Path
 from PIL import Image
 
 from moiie_megatron.analysis.report import write_report
+from moiie_megatron.analysis.validations import read_validations
 from moiie_megatron.training.logging.evaluations import Evaluated, append_evaluated
+from moiie_megatron.training.validation.result import Part, Validation
 from tests.helpers.user_errors import user_error
 from tests.unit.config.minimal import MINIMAL
 from tests.unit.routing_stats.routing_records import RECORDS
@@ -183,3 +185,28 @@ def test_evaluations_while_training(tmp_path: Path) -> None:
     cells = re.findall(r">([^<]+)</td>", row[0])
     assert cells == ["digits", "accuracy", "60.0%", "3", "70.0%", "2", "420", "3"]
     assert "1234.5" in page
+
+
+def test_validation_while_training(tmp_path: Path) -> None:
+    without, run = make_run(tmp_path / "without"), make_run(tmp_path / "run")
+    with (run / "validation.jsonl").open("w") as file:
+        for step, loss in ((0, 40.0), (2, 20.0), (3, 30.0)):
+            parts = {
+                "vqa": [Part(), Part(loss, 2, 10, 50, 30), Part()],
+                "all": [Part(2.0, 1, 4, 10, 0), Part(), Part()],
+            }
+            line = {"step": step, **Validation(parts).to_json()}
+            file.write(json.dumps(line) + "\n")
+    page = write_report([without, run], tmp_path / "report.html").read_text()
+    assert '<h2 id="validation">' in page and 'href="#validation"' in page
+    assert len(images(page)) == 2 + 3 + 1
+    (row,) = re.findall(r"<td>all samples</td>.*", page)
+    cells = re.findall(r">([^<]+)</td>", row)
+    assert cells == ["all samples", "2.2857", "3", "1.5714", "2", "3", "14", "50%"]
+    found = read_validations(run)
+    assert found.curves[0] == {
+        "step": 0, "all samples": 3.0, "vqa": 4.0, "all": 0.5, "text only": 0.5, "one image": 4.0,
+    }  # fmt: skip
+    assert [row["name"] for row in found.rows] == list(found.curves[0])[1:]
+    alone = write_report([without], tmp_path / "alone.html").read_text()
+    assert 'id="validation"' not in alone

@@ -44,3 +44,17 @@ def test_shards_are_a_folder_or_an_address(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "file").touch()
     with user_error("data.sources.0.records", "'file'", "directory"):
         check_paths(load_minimal(tmp_path, [*SHARDS, "data.sources=[{records: file}]"]))
+
+
+@pytest.mark.parametrize(
+    ("sources", "parts"),
+    [
+        ("[{records: a b.json, images: i}]", ["sources.0.name", "'a b'", "letters"]),
+        ("[{records: x/a.json, images: i}, {records: y/a.json, images: i}]", ["sources.1", "'a'"]),
+        ("[{records: a.json}]", ["sources.0.images"]),
+        ("[{records: a.json, images: i, weight: 2}]", ["sources.0.weight"]),
+    ],
+)
+def test_validation_sources(sources: str, parts: list[str], tmp_path: Path) -> None:
+    with user_error(*parts):
+        load_minimal(tmp_path, [f"data.validation.sources={sources}"])

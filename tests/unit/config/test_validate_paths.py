@@ -44,6 +44,34 @@ def test_paths(tmp_path: Path) -> None:
         check_paths(config(f"{key}={tmp_path}/images"))
 
 
+def test_held_out_samples(tmp_path: Path) -> None:
+    for name in ("tokenizer", "images"):
+        (tmp_path / name).mkdir()
+    records = tmp_path / "records.json"
+    records.touch()
+    base = [
+        f"data.sources=[{{records: {records}, images: {tmp_path}/images}}]",
+        f"data.tokenizer={tmp_path}/tokenizer",
+    ]
+
+    def config(records: str, images: str) -> RunConfig:
+        source = f"{{records: {tmp_path}/{records}, images: {tmp_path}/{images}}}"
+        return load_minimal(tmp_path, [*base, f"data.validation.sources=[{source}]"])
+
+    check_paths(config("records.json", "images"))
+    with user_error("data.validation.sources.0.records", tmp_path / "gone.json"):
+        check_paths(config("gone.json", "images"))
+    with user_error("data.validation.sources.0.images", tmp_path / "gone"):
+        check_paths(config("records.json", "gone"))
+    listed = tmp_path / "held_out.yaml"
+    listed.write_text("- {records: r.json, images: i}\n")
+    named = load_minimal(tmp_path, [*base, f"data.validation.sources={listed}"])
+    assert [source.label for source in named.data.validation.sources] == ["r"]
+    listed.write_text("records: r.json\n")
+    with user_error("data.validation.sources", listed, "a list"):
+        load_minimal(tmp_path, [*base, f"data.validation.sources={listed}"])
+
+
 def test_sets_to_evaluate(tmp_path: Path) -> None:
     """They are looked for where the run starts the process that evaluates, and only there."""
     for name in ("tokenizer", "images"):

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moiie_megatron.data.audit.audit import audit
+from moiie_megatron.data.encode.encoder import IGNORE
 from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageLoader
 from moiie_megatron.data.records.llava import RecordFile
@@ -29,6 +30,9 @@ def test_lengths_are_those_of_training(dataset: LlavaDataset) -> None:
     found = audit(dataset.sources[0], dataset.encoding)
     assert found.lengths.tolist() == [len(dataset[i].encoded.tokens) for i in range(23)]
     assert found.images.tolist() == [len(dataset[i].images) for i in range(23)]
+    assert found.labels.tolist() == [
+        int((dataset[i].encoded.labels != IGNORE).sum()) for i in range(23)
+    ]
     assert found.images.sum() == 16 and found.images[4] == 2
     assert found.skipped_samples == () and found.skipped_fraction == 0
     again = audit(dataset.sources[0], dataset.encoding, workers=2)
@@ -82,6 +86,7 @@ def test_what_is_skipped_is_what_training_skips(dataset: LlavaDataset, limit: in
             skipped.add(i)
         else:
             assert len(encoded.tokens) == min(limit, found.lengths[i])
+            assert int((encoded.labels != IGNORE).sum()) == found.labels[i]
     assert {sample.index for sample in found.skipped_samples} == skipped
     assert found.skipped_fraction == len(skipped) / 23
 
@@ -94,13 +99,13 @@ def test_a_limit_before_every_answer_skips_all(dataset: LlavaDataset) -> None:
 class Killed(Encoding):
     """An encoding in whose place the worker process is killed."""
 
-    def length(self, record: Record) -> int:
+    def measure(self, record: Record) -> tuple[int, int]:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError(record)
 
 
 class Buggy(Encoding):
-    def length(self, record: Record) -> int:
+    def measure(self, record: Record) -> tuple[int, int]:
         raise RuntimeError(f"bug at {record.id}")
 
 
@@ -119,4 +124,4 @@ def test_a_bug_in_a_worker_keeps_its_traceback(dataset: LlavaDataset) -> None:
 
 def test_lengths_are_integers_of_numpy(dataset: LlavaDataset) -> None:
     found = audit(dataset.sources[0], dataset.encoding, decode_images=False)
-    assert (found.lengths.dtype, found.images.dtype) == (np.int32, np.int32)
+    assert {x.dtype for x in (found.lengths, found.images, found.labels)} == {np.dtype(np.int32)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,14 @@ from rich.console import Console
 
 from moiie_megatron.data.audit.audit import Audit, audit
 from moiie_megatron.data.audit.report import (
+    data_report,
+    image_fraction_lines,
     marker_lines,
     note_lines,
     packing_lines,
     summarize,
     table,
+    truncation_lines,
 )
 from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.images import ImageLoader
@@ -57,17 +61,51 @@ def test_lengths_by_hand(dataset: LlavaDataset, measured: Audit) -> None:
     assert summary["total"] == lengths.sum()
 
 
+def test_what_planning_reads(dataset: LlavaDataset, measured: Audit) -> None:
+    """Every third sample has no image, one has two; none is truncated."""
+    summary = summarize(measured, dataset.encoding)
+    assert summary["images_each"] == {"min": 0, "median": 1, "p99": 1, "max": 2, "mean": 16 / 23}
+    assert summary["weight"] == 1.0
+    shapes = summary["shapes"]
+    assert sum(shapes["samples"]) == 23 and sum(shapes["tokens"]) == measured.lengths.sum()
+    assert sum(shapes["labels"]) == summary["label_tokens"] == measured.labels.sum() > 23
+    report = data_report([summary, summary], dataset.encoding)
+    assert report["encoding"] == {"sequence_length": 64, "num_image_tokens": 4}
+    assert (report["samples"], report["skipped"]) == (46, 0)
+    assert report["sources"] == [summary, summary] and json.loads(json.dumps(report)) == report
+    assert data_report([summary], None)["encoding"] is None
+
+
+def test_lines_that_recommend_settings(dataset: LlavaDataset, measured: Audit) -> None:
+    summary = summarize(measured, dataset.encoding)
+    assert truncation_lines([summary]) == []
+    (line,) = image_fraction_lines([summary])
+    fraction = 4 * 16 / measured.lengths.sum()
+    assert f"moe.image_fraction={fraction:.2f}" in line and line.startswith(f"{fraction:.0%} ")
+    # Text alone, three times as often, counts three times.
+    texts = {**summary, "weight": 3.0, "image_tokens": 0}
+    (mixed,) = image_fraction_lines([summary, texts])
+    assert f"moe.image_fraction={fraction / 4:.2f}" in mixed
+    assert image_fraction_lines([texts]) == []
+    limit = int(np.sort(measured.lengths)[15])
+    short = Encoding(dataset.encoding.tokenizer, dataset.encoding.template, 4, limit)
+    (line,) = truncation_lines([summarize(measured, short)])
+    p99 = np.sort(measured.lengths)[21]
+    assert line.startswith("records.jsonl: ") and f"data.sequence_length={p99} " in line
+
+
 def test_nothing_usable(dataset: LlavaDataset) -> None:
     tiny = Encoding(dataset.encoding.tokenizer, dataset.encoding.template, 4, 6)
     summary = summarize(audit(dataset.sources[0], tiny), tiny)
     assert summary["lengths"] is None and summary["rows"] is None
-    assert packing_lines([summary]) == []
+    assert packing_lines([summary]) == truncation_lines([summary]) == []
+    assert image_fraction_lines([summary]) == [] and summary["shapes"] is None
 
 
 def test_the_table_has_a_row_per_source(dataset: LlavaDataset, measured: Audit) -> None:
     source = Source(dataset.sources[0].records, dataset.sources[0].images, name="numbers")
     notes = {"key 'width' is not read": 23}
-    named = Audit(source, measured.lengths, measured.images, measured.skipped_samples, notes)
+    named = replace(measured, source=source, notes=notes)
     summary = summarize(named, dataset.encoding)
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(table([summary]))

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from moiie_megatron.data.encode.encoder import encode
+from moiie_megatron.data.encode.encoder import IGNORE, encode
 from moiie_megatron.data.encode.encoding import Encoding
 from moiie_megatron.data.encode.templates import load_template
 from moiie_megatron.data.encode.tokenizers import Tokenizer
@@ -25,8 +25,10 @@ def test_truncates_to_its_own_sequence_length(llama3: Tokenizer) -> None:
         assert torch.equal(encoded.tokens, expected.tokens) and len(encoded.tokens) == 6
         assert torch.equal(encoded.labels, expected.labels)
         assert torch.equal(encoded.token_types, expected.token_types)
-        assert one.length(RECORD) == len(encode(RECORD, llama3, template, 3, 999).tokens) == 11
+        tokens, labels = one.measure(RECORD)
+        assert tokens == len(encode(RECORD, llama3, template, 3, 999).tokens) == 11
+        assert labels == int((encoded.labels != IGNORE).sum()) == 3
     with pytest.raises(BadRecord):
         Encoding(llama3, template, 8, 6).encode(RECORD)
     with pytest.raises(BadRecord):
-        encoding.length(Record("r", (), (Turn("user", "q"),)))
+        encoding.measure(Record("r", (), (Turn("user", "q"),)))

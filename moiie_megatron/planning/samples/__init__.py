@@ -1,0 +1,1 @@
+"""What the samples of a run are, and which micro-batches a rank gets of them."""

@@ -1,0 +1,1 @@
+"""The loss on held-out samples (``data.validation``), while a run trains and afterwards."""
