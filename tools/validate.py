@@ -28,7 +28,7 @@ from moiie_megatron.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from moiie_megatron.mcore.parallel import ParallelContext
-    from moiie_megatron.training.validation.result import Part, Validation
+    from moiie_megatron.training.validation.result import GroupSums, Validation
 
 
 def main() -> int:
@@ -62,6 +62,7 @@ def validate(arguments: argparse.Namespace, dist_env: DistEnv) -> None:
     Raises:
         UserError: An option, the checkpoint or the samples cannot be used.
     """
+    check_source(arguments)
     # Imported here because torch and Megatron take seconds: --help answers at once.
     from moiie_megatron.checkpoint.directory import find_checkpoint
     from moiie_megatron.checkpoint.load_weights import load_weights
@@ -97,19 +98,23 @@ def validate(arguments: argparse.Namespace, dist_env: DistEnv) -> None:
     run_distributed(config, dist_env, body)
 
 
-def with_source(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
-    """The configuration with the records of the command line, if there are any.
+def check_source(arguments: argparse.Namespace) -> None:
+    """Refuse records without images, and the other way round.
 
     Raises:
-        UserError: Records without images, or the other way round.
+        UserError: One of them is missing.
     """
     records, images = arguments.records, arguments.images
     if (records is None) != (images is None):
         given, missing = ("--records", "--images") if images is None else ("--images", "--records")
         raise UserError(f"{given} is {records or images} but {missing} is missing: give both.")
-    if records is None:
+
+
+def with_source(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
+    """The configuration with the records of the command line, if there are any."""
+    if arguments.records is None:
         return config
-    source = ValidationSource(records=records, images=images)
+    source = ValidationSource(records=arguments.records, images=arguments.images)
     validation = config.data.validation.model_copy(update={"sources": [source]})
     data = config.data.model_copy(update={"validation": validation})
     return config.model_copy(update={"data": data})
@@ -119,8 +124,8 @@ def report(result: Validation, checkpoint: Path, out: str | None) -> None:
     """Print the losses, and write them as JSON."""
     from moiie_megatron.training.validation.result import shown
 
-    parts: dict[str, Part] = {"all samples": result.total, **result.sources}
-    parts |= {shown(name): part for name, part in result.modalities.items()}
+    parts: dict[str, GroupSums] = {"all samples": result.total, **result.sources}
+    parts |= {shown(name): part for name, part in result.image_counts.items()}
     width = max(map(len, parts))
     print(f"{checkpoint}:")
     for name, part in parts.items():

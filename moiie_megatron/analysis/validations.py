@@ -16,23 +16,23 @@ from moiie_megatron.utils.jsonl import Records, broken_line, read_records
 ALL = "all samples"  # a name that no source has
 
 
-class _Part(BaseModel):
+class _Group(BaseModel):
     loss: float
     samples: NonNegativeInt
     label_tokens: NonNegativeInt
     image_fraction: float
 
 
-class _Line(_Part):
+class _Line(_Group):
     step: NonNegativeInt
-    sources: dict[str, _Part]
-    modalities: dict[str, _Part]
+    sources: dict[str, _Group]
+    image_counts: dict[str, _Group]
 
-    def parts(self) -> dict[str, _Part]:
-        """All samples, then those of every source and modality, unless they are all samples."""
-        parts: dict[str, _Part] = {ALL: self}
-        modalities = {shown(name): one for name, one in self.modalities.items()}
-        for group in (self.sources, modalities):
+    def parts(self) -> dict[str, _Group]:
+        """All samples; those of every source, and by number of images, unless that is all."""
+        parts: dict[str, _Group] = {ALL: self}
+        image_counts = {shown(name): one for name, one in self.image_counts.items()}
+        for group in (self.sources, image_counts):
             parts |= group if len(group) > 1 else {}
         return parts
 
@@ -42,8 +42,8 @@ class Validations:
     """The validations of one run.
 
     Attributes:
-        curves: By step: ``step``, and the losses of all samples (``ALL``), of every source and of
-            every modality, by their names.
+        curves: By step: ``step``, and the losses of all samples (``ALL``), of every source and
+            by number of images, by their names.
         rows: For each of them its last and its lowest loss, and what it was measured on.
     """
 
@@ -63,7 +63,7 @@ def read_validations(run: Path) -> Validations:
     path = run / VALIDATION_FILE
     if not path.exists():
         return Validations([], [])
-    by_step: dict[int, dict[str, _Part]] = {}
+    by_step: dict[int, dict[str, _Group]] = {}
     for number, record in enumerate(read_records(path), start=1):
         try:
             line = _Line.model_validate(record)
@@ -80,7 +80,7 @@ def read_validations(run: Path) -> Validations:
     return Validations(curves, [_row(name, by_step) for name in names])
 
 
-def _row(name: str, by_step: Mapping[int, Mapping[str, _Part]]) -> dict[str, Any]:
+def _row(name: str, by_step: Mapping[int, Mapping[str, _Group]]) -> dict[str, Any]:
     found = {step: parts[name] for step, parts in sorted(by_step.items()) if name in parts}
     losses: Sequence[tuple[float, int]] = [(part.loss, step) for step, part in found.items()]
     finite = [one for one in losses if math.isfinite(one[0])]

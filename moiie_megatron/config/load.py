@@ -89,6 +89,18 @@ def dump_config(config: RunConfig) -> str:
     return yaml_text.write(_escape(config.model_dump()))
 
 
+def override_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """Overrides ``a.b=c`` as the mapping that a file would hold.
+
+    Raises:
+        UserError: One has another form, or its value is no YAML.
+    """
+    data: dict[str, Any] = {}
+    for override in overrides:
+        data = _override(data, override)
+    return data
+
+
 def preset_names(section: str) -> list[str]:
     """The presets of a section."""
     return sorted(name for name in preset_files() if section in _read_preset(name))

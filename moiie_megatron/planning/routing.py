@@ -31,7 +31,7 @@ _LAST_STEPS: Final = 50  # as in the figures of routing: what routers do now, no
 
 @dataclass(frozen=True)
 class RoutingAssumption:
-    """The expected load of every expert.
+    """The expected load of every expert; a dense layout has none.
 
     Attributes:
         layout: Which experts exist.
@@ -191,7 +191,8 @@ def _problem(layout: ExpertLayout, modality: Modality, loads: Sequence[float]) -
         return "a load of an expert that they may not use"
     if not all(-_SLACK <= load <= 1 + _SLACK for load in loads):
         return "a load above 1 per token"
-    if abs(sum(loads) - layout.top_k) > _SLACK * max(layout.num_experts, 1):
+    top_k = 0 if layout.is_dense else layout.top_k
+    if abs(sum(loads) - top_k) > _SLACK * max(layout.num_experts, 1):
         return f"loads that add up to {sum(loads):g}"
     return None
 

@@ -56,7 +56,7 @@ def test_every_layout_validates_like_one_process(
     assert_same_validations(folder / layout, single / "moiie")
     first, _, last = read_validations(folder / layout)
     assert first["loss"] - last["loss"] > 0.1
-    assert len(first["modalities"]) == 3
+    assert len(first["image_counts"]) == 3
 
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2"])

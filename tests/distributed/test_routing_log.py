@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from moiie_megatron.config.load import load_config
+from moiie_megatron.layout.token_types import MODALITIES
+from moiie_megatron.planning.expert_load import rows_per_token
+from moiie_megatron.planning.routing import replayed
 from tests.helpers.launch import command, run
 from tests.helpers.shared import made_once, session_folder
 from tests.helpers.tiny_run import read_routing, tiny_values, write_config
@@ -87,6 +91,20 @@ def test_the_log_is_the_count(name: str, folder: Path) -> None:
                 assert part["fraction"] == pytest.approx([x / tokens for x in load], abs=1e-6)
                 prob = total(counts, steps, number, kind, "prob")
                 assert part["prob"] == pytest.approx([x / tokens for x in prob], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_replay_expects_the_rows_of_the_run(name: str, folder: Path) -> None:
+    """Exactly: two of three experts, or a row per expert, leave no choice but the loads."""
+    config, records = load_config(folder / f"{name}.yaml", []), read_routing(folder / name)
+    file, layers = folder / name / "routing.jsonl", config.moe_layers
+    routing = replayed(file, config.moe.layout, layers, last=STEPS)
+    for layer in layers:
+        expected = rows_per_token(routing, layer, config.placement, config.moe.dispatcher)
+        for modality, per_token in zip(MODALITIES, expected.sum(axis=1), strict=True):
+            parts = [record["layers"][str(layer)][modality] for record in records]
+            tokens, rows = (sum(part[key] for part in parts) for key in ("tokens", "rows"))
+            assert tokens * per_token == pytest.approx(rows, abs=1e-3)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("full", 4 * 1 * 2 * STEPS), ("joint", 0)])

@@ -6,8 +6,8 @@ A line has ``step``, ``seconds``, ``skipped_samples`` (that could not be read), 
 - ``samples``, ``label_tokens``: how many there are;
 - ``image_fraction``: image tokens per token, without padding.
 
-The same four are in ``modalities`` (samples of text only, with one image, with several), in
-``sources`` by the name of the source, and there again in its ``modalities``.  A group without
+The same four are in ``image_counts`` (samples of text only, with one image, with several), in
+``sources`` by the name of the source, and there again in its ``image_counts``.  A group without
 samples is left out.
 """
 
@@ -15,17 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from moiie_megatron.data.stream.example import SkippedSample
+if TYPE_CHECKING:
+    from moiie_megatron.data.stream.example import SkippedSample
 
 VALIDATION_FILE: Final = "validation.jsonl"
-MODALITIES: Final = ("text_only", "one_image", "several_images")
+IMAGE_COUNTS: Final = ("text_only", "one_image", "several_images")
 COUNTS: Final = ("samples", "label_tokens", "tokens", "image_tokens")
 
 
 @dataclass(frozen=True)
-class Part:
+class GroupSums:
     """Some of the samples.
 
     Attributes:
@@ -39,8 +40,8 @@ class Part:
     tokens: int = 0
     image_tokens: int = 0
 
-    def __add__(self, other: Part) -> Part:
-        return Part(
+    def __add__(self, other: GroupSums) -> GroupSums:
+        return GroupSums(
             self.loss_sum + other.loss_sum,
             self.samples + other.samples,
             self.label_tokens + other.label_tokens,
@@ -72,28 +73,28 @@ class Validation:
     """The losses on all samples.
 
     Attributes:
-        by_source: For every source its parts by modality, in the order of ``MODALITIES``.
+        by_source: For every source the sums by number of images, in the order of ``IMAGE_COUNTS``.
         seconds: What it took.
         skipped: Samples that could not be read, in their order.
     """
 
-    by_source: Mapping[str, Sequence[Part]]
+    by_source: Mapping[str, Sequence[GroupSums]]
     seconds: float = field(default=0.0, compare=False)
     skipped: tuple[SkippedSample, ...] = ()
 
     @property
-    def total(self) -> Part:
+    def total(self) -> GroupSums:
         """All samples."""
         return _sum(part for parts in self.by_source.values() for part in parts)
 
     @property
-    def sources(self) -> dict[str, Part]:
+    def sources(self) -> dict[str, GroupSums]:
         """The samples of every source."""
         return {name: _sum(parts) for name, parts in self.by_source.items()}
 
     @property
-    def modalities(self) -> dict[str, Part]:
-        """The samples of every modality that has some, over all sources."""
+    def image_counts(self) -> dict[str, GroupSums]:
+        """The samples without, with one and with several images, over all sources, if any."""
         return _present([_sum(parts) for parts in zip(*self.by_source.values(), strict=True)])
 
     def to_json(self) -> dict[str, Any]:
@@ -101,11 +102,11 @@ class Validation:
         sources = self.sources
         return {
             **self.total.to_json(),
-            "modalities": {name: part.to_json() for name, part in self.modalities.items()},
+            "image_counts": {name: part.to_json() for name, part in self.image_counts.items()},
             "sources": {
                 name: {
                     **sources[name].to_json(),
-                    "modalities": {one: part.to_json() for one, part in _present(parts).items()},
+                    "image_counts": {one: part.to_json() for one, part in _present(parts).items()},
                 }
                 for name, parts in self.by_source.items()
             },
@@ -117,13 +118,13 @@ class Validation:
         """The losses by their name in TensorBoard."""
         losses = {"validation/loss": self.total.loss}
         losses |= {f"validation/source/{name}": p.loss for name, p in self.sources.items()}
-        return losses | {f"validation/{name}": p.loss for name, p in self.modalities.items()}
+        return losses | {f"validation/{name}": p.loss for name, p in self.image_counts.items()}
 
     def __str__(self) -> str:
         total = self.total
         losses = [f"loss {total.loss:.4f}"]
-        modalities = {shown(name): part for name, part in self.modalities.items()}
-        for parts in (self.sources, modalities):
+        image_counts = {shown(name): part for name, part in self.image_counts.items()}
+        for parts in (self.sources, image_counts):
             if len(parts) > 1:  # the only one is all
                 losses += [f"{name} {part.loss:.4f}" for name, part in parts.items()]
         skipped = f", {len(self.skipped)} could not be read" if self.skipped else ""
@@ -133,14 +134,14 @@ class Validation:
         )
 
 
-def shown(modality: str) -> str:
-    """The name of a modality for people."""
-    return modality.replace("_", " ")
+def shown(image_count: str) -> str:
+    """One of ``IMAGE_COUNTS`` for people."""
+    return image_count.replace("_", " ")
 
 
-def _sum(parts: Iterator[Part] | Sequence[Part]) -> Part:
-    return sum(parts, start=Part())
+def _sum(parts: Iterator[GroupSums] | Sequence[GroupSums]) -> GroupSums:
+    return sum(parts, start=GroupSums())
 
 
-def _present(parts: Sequence[Part]) -> dict[str, Part]:
-    return {name: part for name, part in zip(MODALITIES, parts, strict=True) if part.samples}
+def _present(parts: Sequence[GroupSums]) -> dict[str, GroupSums]:
+    return {name: part for name, part in zip(IMAGE_COUNTS, parts, strict=True) if part.samples}

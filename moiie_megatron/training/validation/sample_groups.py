@@ -12,14 +12,13 @@ from moiie_megatron.data.encode.encoder import IGNORE
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.data.stream.held_out import HeldOut
 from moiie_megatron.layout.token_types import IMAGE, PADDING
-from moiie_megatron.training.validation.result import COUNTS, MODALITIES
+from moiie_megatron.training.validation.result import COUNTS, IMAGE_COUNTS
 
 
 class SampleGroups:
-    """Groups the tokens of micro-batches (``training/step.py``): one group per source and modality.
+    """Groups the tokens of micro-batches (``training/step.py``): by source and number of images.
 
-    Group ``len(MODALITIES) * source + modality``; padding, and samples that stand for others, are
-    in none.
+    Group ``len(IMAGE_COUNTS) * source + min(images, 2)``.  Fillers and padding are in none.
 
     Args:
         samples: The held-out samples.
@@ -31,7 +30,7 @@ class SampleGroups:
     @property
     def count(self) -> int:
         """Number of groups."""
-        return len(self._samples.counts) * len(MODALITIES)
+        return len(self._samples.counts) * len(IMAGE_COUNTS)
 
     def of(self, batch: Batch) -> Tensor:
         """int64 ``(b, s)``: the group of every token."""
@@ -78,5 +77,5 @@ class SampleGroups:
         )
 
     def _group(self, number: int, images: int) -> int:
-        modality = min(images, len(MODALITIES) - 1)
-        return len(MODALITIES) * self._samples.source_of(number) + modality
+        image_count = min(images, len(IMAGE_COUNTS) - 1)
+        return len(IMAGE_COUNTS) * self._samples.source_of(number) + image_count

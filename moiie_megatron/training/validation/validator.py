@@ -17,7 +17,7 @@ from moiie_megatron.data.stream.held_out import HeldOut, held_out_rounds
 from moiie_megatron.data.stream.skipped_samples import SkippedSampleMonitor
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.step import sum_losses
-from moiie_megatron.training.validation.result import COUNTS, MODALITIES, Part, Validation
+from moiie_megatron.training.validation.result import COUNTS, IMAGE_COUNTS, GroupSums, Validation
 from moiie_megatron.training.validation.sample_groups import SampleGroups
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.progress import ProgressFn
@@ -127,10 +127,10 @@ class Validator:
         flat: list[float] = (counts.flatten() * is_counting).tolist()
         return flat
 
-    def _parts(self, sums: torch.Tensor) -> dict[str, list[Part]]:
+    def _parts(self, sums: torch.Tensor) -> dict[str, list[GroupSums]]:
         columns = sums.view(1 + len(COUNTS), -1).t().tolist()
-        parts = [Part(loss, *map(int, counts)) for loss, *counts in columns]
-        size = len(MODALITIES)
+        parts = [GroupSums(loss, *map(int, counts)) for loss, *counts in columns]
+        size = len(IMAGE_COUNTS)
         return {
             name: parts[size * source : size * (source + 1)]
             for source, name in enumerate(self._samples.names)

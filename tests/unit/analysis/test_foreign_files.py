@@ -11,7 +11,7 @@ from moiie_megatron.analysis.records import read_metrics
 from moiie_megatron.analysis.scores import read_scores
 from moiie_megatron.analysis.validations import read_validations
 from moiie_megatron.routing_stats.reading import read_routing
-from moiie_megatron.training.validation.result import Part, Validation
+from moiie_megatron.training.validation.result import GroupSums, Validation
 from tests.helpers.user_errors import user_error
 from tests.unit.routing_stats.routing_records import RECORDS
 
@@ -61,11 +61,13 @@ def test_a_foreign_routing_record(tmp_path: Path, key: str) -> None:
         ({"step": -1}, "step"),
         ({"loss": "x"}, "loss"),
         ({"sources": []}, "sources"),
-        ({"modalities": {"text_only": {"loss": 1.0}}}, "modalities.text_only.samples"),
+        ({"image_counts": {"text_only": {"loss": 1.0}}}, "image_counts.text_only.samples"),
     ],
 )
 def test_a_foreign_validation(tmp_path: Path, changes: dict[str, object], part: str) -> None:
-    good = Validation({"a": [Part(), Part(3.0, 1, 2, 9, 4), Part()]}).to_json() | {"step": 1}
+    good = Validation({"a": [GroupSums(), GroupSums(3.0, 1, 2, 9, 4), GroupSums()]}).to_json() | {
+        "step": 1
+    }
     lines = [good, good | {"step": 2} | changes]
     file = tmp_path / "validation.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -13,7 +13,7 @@ from PIL import Image
 from moiie_megatron.analysis.report import write_report
 from moiie_megatron.analysis.validations import read_validations
 from moiie_megatron.training.logging.evaluations import Evaluated, append_evaluated
-from moiie_megatron.training.validation.result import Part, Validation
+from moiie_megatron.training.validation.result import GroupSums, Validation
 from tests.helpers.user_errors import user_error
 from tests.unit.config.minimal import MINIMAL
 from tests.unit.routing_stats.routing_records import RECORDS
@@ -192,8 +192,8 @@ def test_validation_while_training(tmp_path: Path) -> None:
     with (run / "validation.jsonl").open("w") as file:
         for step, loss in ((0, 40.0), (2, 20.0), (3, 30.0)):
             parts = {
-                "vqa": [Part(), Part(loss, 2, 10, 50, 30), Part()],
-                "all": [Part(2.0, 1, 4, 10, 0), Part(), Part()],
+                "vqa": [GroupSums(), GroupSums(loss, 2, 10, 50, 30), GroupSums()],
+                "all": [GroupSums(2.0, 1, 4, 10, 0), GroupSums(), GroupSums()],
             }
             line = {"step": step, **Validation(parts).to_json()}
             file.write(json.dumps(line) + "\n")

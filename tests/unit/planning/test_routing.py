@@ -89,6 +89,10 @@ def brute_force(layout: ExpertLayout, factor: float, placement: Placement, share
     )
 
 
+def test_a_dense_model_has_no_loads() -> None:
+    assert balanced(ExpertLayout.from_variant("dense")).loads(1, "vision") == ()
+
+
 @pytest.mark.parametrize("factor", [0.9, float("nan")])
 def test_a_skew_below_one_is_refused(factor: float) -> None:
     placement = place_experts("contiguous", LAYOUT, 2, 0.7, None)

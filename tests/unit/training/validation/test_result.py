@@ -7,13 +7,13 @@ import json
 import pytest
 
 from moiie_megatron.data.stream.example import SkippedSample
-from moiie_megatron.training.validation.result import Part, Validation
+from moiie_megatron.training.validation.result import GroupSums, Validation
 
 # Two sources: one of text and of pictures, one of pictures alone.
 MIXED = Validation(
     {
-        "vqa": (Part(), Part(30.0, 3, 10, 100, 48), Part(8.0, 1, 2, 60, 32)),
-        "all": (Part(2.0, 1, 4, 40, 0), Part(), Part()),
+        "vqa": (GroupSums(), GroupSums(30.0, 3, 10, 100, 48), GroupSums(8.0, 1, 2, 60, 32)),
+        "all": (GroupSums(2.0, 1, 4, 40, 0), GroupSums(), GroupSums()),
     },
     seconds=1.26,
     skipped=(SkippedSample("a.json", 3, "gone"),),
@@ -28,17 +28,17 @@ def test_means_are_over_tokens() -> None:
     assert line["skipped_samples"] == 1 and line["seconds"] == 1.26
     sources = line["sources"]
     assert {name: one["loss"] for name, one in sources.items()} == {"vqa": 38 / 12, "all": 0.5}
-    assert {name: list(one["modalities"]) for name, one in sources.items()} == {
+    assert {name: list(one["image_counts"]) for name, one in sources.items()} == {
         "vqa": ["one_image", "several_images"],
         "all": ["text_only"],
     }
-    assert sources["vqa"]["modalities"]["several_images"] == {
+    assert sources["vqa"]["image_counts"]["several_images"] == {
         "loss": 4.0,
         "samples": 1,
         "label_tokens": 2,
         "image_fraction": pytest.approx(32 / 60),
     }
-    losses = {name: one["loss"] for name, one in line["modalities"].items()}
+    losses = {name: one["loss"] for name, one in line["image_counts"].items()}
     assert losses == {"text_only": 0.5, "one_image": 3.0, "several_images": 4.0}
 
 
@@ -57,6 +57,6 @@ def test_what_the_operator_and_tensorboard_get() -> None:
     }
 
 
-def test_the_only_source_and_modality_are_said_once() -> None:
-    one = Validation({"vqa": (Part(), Part(3.0, 1, 2, 9, 4), Part())}, seconds=0.5)
+def test_the_only_source_and_image_count_are_said_once() -> None:
+    one = Validation({"vqa": (GroupSums(), GroupSums(3.0, 1, 2, 9, 4), GroupSums())}, seconds=0.5)
     assert str(one) == "loss 1.5000 (1 samples, 2 label tokens, 0.5 s)"

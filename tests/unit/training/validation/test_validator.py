@@ -20,7 +20,7 @@ from moiie_megatron.data.stream.held_out import HeldOut, open_held_out
 from moiie_megatron.generation.checkpoint_config import checkpoint_config
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.training.step import evaluate_loss
-from moiie_megatron.training.validation.result import Part, Validation
+from moiie_megatron.training.validation.result import GroupSums, Validation
 from moiie_megatron.training.validation.validator import Validator
 from moiie_megatron.vlm.build import build_chunks
 from moiie_megatron.vlm.chunks import ModelChunks
@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_each_sample_alone(
         f"train.micro_batch_size={micro_batch_size}",
     )
     samples = open_samples(config)
-    wanted: dict[str, list[Part]] = {name: [Part()] * 3 for name in ("train", "test")}
+    wanted: dict[str, list[GroupSums]] = {name: [GroupSums()] * 3 for name in ("train", "test")}
     plain = config_of(run, digits, [digits / "test.jsonl"], "train.micro_batch_size=1")
     for number in range(2 * SAMPLES):
         example = samples[number]
@@ -91,7 +91,7 @@ def test_the_loss_is_that_of_each_sample_alone(
             num_image_tokens=samples.dataset.num_image_tokens,
         )
         labels = int((example.encoded.labels != IGNORE).sum())
-        one = Part(
+        one = GroupSums(
             evaluate_loss(plain, context, model, [batch]) * labels,
             1,
             labels,
@@ -100,7 +100,7 @@ def test_the_loss_is_that_of_each_sample_alone(
         )
         parts = wanted["train" if number < SAMPLES else "test"]
         parts[min(len(example.images), 2)] += one
-    assert all(part.samples for part in wanted["train"])  # every modality
+    assert all(part.samples for part in wanted["train"])  # none, one and several images
 
     result = measure(config, context, model)
 

@@ -104,12 +104,12 @@ def test_the_loss_is_logged(validated: RunConfig) -> None:
     assert [line["step"] for line in found] == [0, 3, STEPS]
     assert len({line["loss"] for line in found}) == 3
     assert all(line["samples"] == 3 for line in found)
-    assert list(found[0]["modalities"]) == ["text_only", "one_image", "several_images"]
+    assert list(found[0]["image_counts"]) == ["text_only", "one_image", "several_images"]
     board = EventAccumulator(str(Path(validated.output) / "tensorboard")).Reload()
     for tag, part in (
         ("validation/loss", lambda line: line),
         ("validation/source/train", lambda line: line["sources"]["train"]),
-        ("validation/several_images", lambda line: line["modalities"]["several_images"]),
+        ("validation/several_images", lambda line: line["image_counts"]["several_images"]),
     ):
         logged = {event.step: event.value for event in board.Scalars(tag)}
         assert logged == pytest.approx({line["step"]: part(line)["loss"] for line in found})

@@ -1,0 +1,1 @@
+"""What a step waits for: links, and what hides behind the computation."""
