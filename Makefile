@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Files that are Python as well as shell (pretrain_moiie_*.sh) are left out.
-SCRIPTS := $(filter-out examples/pretrain_%,$(wildcard examples/*.sh examples/slurm/*))
+SCRIPTS := $(filter-out examples/pretrain_%,$(wildcard examples/*.sh examples/slurm/* examples/kubernetes/*.sh))
 # One thread per process: tests and the demonstration start more processes than cores.
 export OMP_NUM_THREADS ?= 1
 

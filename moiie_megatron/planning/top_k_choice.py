@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Final
+from itertools import count
+from math import isqrt
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -21,6 +23,28 @@ _TOLERANCE: Final = 1e-9  # of loads
 _FIXED_POINT_STEPS: Final = 50
 _NEWTON_STEPS: Final = 100
 _MAX_LOG_STEP: Final = 5.0  # of the logarithm of a weight
+
+
+class UniformNumbers(Protocol):
+    """Where a sample takes its numbers from; numpy's ``Generator`` is one."""
+
+    def random(self, size: int) -> np.ndarray:
+        """Numbers from 0 up to 1, independent of those of other calls."""
+
+
+class EvenNumbers:
+    """Numbers that fill [0, 1) evenly, those of several calls together the cube.
+
+    Multiples of square roots of different primes, modulo 1 (a Kronecker sequence): counts differ
+    from their expectation by a few instead of by the root of their number.
+    """
+
+    def __init__(self) -> None:
+        self._primes = (n for n in count(2) if all(n % d for d in range(2, isqrt(n) + 1)))
+
+    def random(self, size: int) -> np.ndarray:
+        """The next coordinate of the first ``size`` points."""
+        return np.asarray((np.arange(size) * np.sqrt(next(self._primes))) % 1.0)
 
 
 class TopKChoice:
@@ -55,8 +79,12 @@ class TopKChoice:
         k = self._open_k
         return float(1 - _set_sums(others, k)[k] / _set_sums(self._weights_E, k)[k])
 
-    def sample(self, tokens: int, generator: np.random.Generator) -> np.ndarray:
+    def sample(self, tokens: int, generator: UniformNumbers) -> np.ndarray:
         """Draw a routing map.
+
+        Args:
+            tokens: T.
+            generator: numpy's, or ``EvenNumbers`` for loads without noise.
 
         Returns:
             bool (T, E): every token has ``top_k`` experts, drawn apart from other tokens.

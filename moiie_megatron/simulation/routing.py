@@ -10,30 +10,7 @@ from torch import Tensor
 from moiie_megatron.layout.placement import Placement
 from moiie_megatron.layout.token_types import IMAGE
 from moiie_megatron.planning.routing import RoutingAssumption
-
-
-def draw_experts(loads_E: Tensor, tokens: int, top_k: int) -> Tensor:
-    """Different experts for every token, which are as frequent as they are likely.
-
-    Nothing is random: tokens are spread evenly over the cumulated loads, so the counts are the
-    expected ones to within one token.
-
-    Args:
-        loads_E: fp64, the probability of each expert to be among the chosen; adds up to top_k,
-            none above 1.
-        tokens: T.
-
-    Returns:
-        bool ``(T, E)``, top_k in each row.
-    """
-    ends_E = loads_E.cumsum(0)
-    # Rounding must not leave a gap that an expert without load would fill.
-    ends_E = torch.where(ends_E > top_k - 1e-5, float(top_k), ends_E)
-    # Multiples of the golden ratio visit [0, 1) evenly, whatever the number of tokens.
-    offsets_T = (torch.arange(tokens, dtype=torch.float64) * 0.6180339887498949) % 1.0
-    points_TK = offsets_T.unsqueeze(1) + torch.arange(top_k, dtype=torch.float64)
-    chosen_TK = torch.searchsorted(ends_E, points_TK, right=True)
-    return torch.zeros(tokens, len(loads_E), dtype=torch.bool).scatter_(1, chosen_TK, True)
+from moiie_megatron.planning.top_k_choice import EvenNumbers, top_k_choice
 
 
 @dataclass(frozen=True)
@@ -80,11 +57,10 @@ class SimulatedRouting:
         return self._routed[key]
 
     def _map(self, loads: tuple[tuple[float, ...], ...], types_T: Tensor) -> Tensor:
-        top_k = self._assumption.layout.top_k
         map_TE = torch.zeros(len(types_T), len(loads[0]), dtype=torch.bool)
         is_image = types_T == IMAGE
         for chosen, of_modality in ((is_image, loads[0]), (~is_image, loads[1])):
             if number := int(chosen.sum()):
-                loads_E = torch.tensor(of_modality, dtype=torch.float64)
-                map_TE[chosen] = draw_experts(loads_E, number, top_k)
+                sample = top_k_choice(of_modality).sample(number, EvenNumbers())
+                map_TE[chosen] = torch.from_numpy(sample)
         return map_TE

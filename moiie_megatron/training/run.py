@@ -222,7 +222,7 @@ class Run:
         """Validate every ``data.validation.interval`` steps and at the end; not when stopping.
 
         A validation that is asked to stop leaves off.  The run is saved then, and begins with this
-        validation when it goes on.
+        validation when it goes on; after its last step it has been saved, and is over.
 
         Raises:
             UserError: Held-out samples cannot be read, or a checkpoint could not be written.
@@ -231,7 +231,7 @@ class Run:
         if self._validator is None or self._stop.reason or not self._is_validated_after(step):
             return
         is_saved = step % self.config.checkpoint.interval == 0 or self.is_over
-        self._validate(self._validator, self._is_stopped)
+        self._validate(self._validator, any if self.is_over else self._is_stopped)
         if self._stop.reason and not is_saved:
             if step % self.config.log.routing_interval:
                 self._log.routing(step, self._counters.record())
@@ -254,6 +254,7 @@ class Run:
                 is_stopped=is_stopped,
             )
         if result is None:
+            LOGGER.info("The validation of step %d was stopped.", self.progress.step)
             return
         try:
             validator.check(result)

@@ -295,6 +295,7 @@ def test_a_bug_is_no_bad_sample(
 def test_training_resumes_from_the_checkpoint(
     shards: dict[str, Path], digits: Path, tmp_path: Path
 ) -> None:
+    """The second time it validates, on plain records: training does not notice."""
     output = tmp_path / "run"
     values = values_of(shards, digits, output, "good", "broken", workers=1)
     values["train"] |= {"steps": 6}
@@ -303,7 +304,13 @@ def test_training_resumes_from_the_checkpoint(
     run(command(TRAIN, words, processes=2), timeout=200).check()
     whole = read_metrics(output)
     (output / "checkpoints" / "latest").write_text("step_0000003\n")
-    run(command(TRAIN, words, processes=2), timeout=200).check()
+    data = digits / "data"
+    held_out = f"[{{records: {data / 'test.jsonl'}, images: {data / 'images'}}}]"
+    validation = {"sources": held_out, "samples": 3, "interval": 3}
+    more = [f"data.validation.{key}={value}" for key, value in validation.items()]
+    run(command(TRAIN, [*words, *more], processes=2), timeout=200).check()
+    validated = (output / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in validated] == [3, 6]
     again = read_metrics(output)
     for key in ("step", "lm_loss", "grad_norm", "tokens", "skipped_samples"):
         assert [line[key] for line in again] == [line[key] for line in whole], key

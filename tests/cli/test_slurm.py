@@ -237,10 +237,11 @@ def test_a_missing_path_is_one_sentence(slurm: Slurm) -> None:
     assert slurm.calls("srun") == []
 
 
-def test_both_stages(slurm: Slurm) -> None:
+@pytest.mark.parametrize("nodes", ["", "8"])
+def test_both_stages(slurm: Slurm, nodes: str) -> None:
     result = subprocess.run(
         ["bash", "examples/slurm/submit.sh", "train.seed=2"],
-        env=slurm.environment(),
+        env=slurm.environment(NODES=nodes),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -249,9 +250,10 @@ def test_both_stages(slurm: Slurm) -> None:
 
     assert (result.returncode, result.stderr) == (0, "")
     first, second = (call["arguments"] for call in slurm.calls("sbatch"))
-    assert first == ["--parsable", "examples/slurm/stage1.sbatch", "train.seed=2"]
+    options = ["--parsable", *(["--nodes=8"] if nodes else [])]
+    assert first == [*options, "examples/slurm/stage1.sbatch", "train.seed=2"]
     assert second == [
-        "--parsable",
+        *options,
         "--dependency=afterok:41",
         "--kill-on-invalid-dep=yes",
         "examples/slurm/stage2.sbatch",

@@ -20,10 +20,9 @@ _DIRECTORY = re.compile(r"[\w.\-]+(/[\w.\-]+)*/")
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _KEY = re.compile(rf"({'|'.join(SECTIONS)})((\.[a-z_]\w*)+)(=.*|:.*)?", re.DOTALL)
 
-# A field of Kubernetes.
-# Of Kubernetes and of newer versions of Megatron-Core.
+# Of Kubernetes, NCCL and others' programs, and of newer versions of Megatron-Core.
 _ELSEWHERE = {
-    "terminationGracePeriodSeconds",
+    *("terminationGracePeriodSeconds", "emptyDir", "envFrom", "ConfigMap", "Terminating"),
     *("HybridModel", "TransformerBlock", "output_processor"),
 }
 

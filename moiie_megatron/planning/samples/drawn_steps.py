@@ -20,7 +20,7 @@ from moiie_megatron.planning.workload import MicroBatchShape, SampleShape, Workl
 
 # Steps that are drawn, and the samples beyond which they are fewer.
 _MAX_STEPS: Final = 64
-_MAX_SAMPLES: Final = 1 << 16
+_MAX_SAMPLES: Final = 1 << 14
 _MIN_STEPS: Final = 4
 
 Step = tuple[tuple[MicroBatchShape, ...], ...]  # by data-parallel rank, its micro-batches

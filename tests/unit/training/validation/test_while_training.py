@@ -129,6 +129,29 @@ def test_a_checkpoint_has_the_loss_that_the_run_has_logged(
     assert {"step": STEPS, **afterwards.to_json(), "seconds": 0} == lines(validated)[-1]
 
 
+def interrupted(stop: StopRequest, number: int) -> Any:
+    """``Validator.measure``, with a signal in the call of this number."""
+    measure, calls = Validator.measure, count()
+
+    def method(self: Validator, *words: Any, **options: Any) -> Any:
+        if next(calls) == number:
+            stop._note(signal.SIGTERM)
+        return measure(self, *words, **options)
+
+    return method
+
+
+def test_a_stop_in_the_last_validation(
+    folder: Path, context: ParallelContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is over, and saved."""
+    config = make_config(folder, "last", steps=1, validation={"at_start": False})
+    stop = StopRequest()
+    monkeypatch.setattr(Validator, "measure", interrupted(stop, number=0))
+    assert start(config, context, stop).name == "step_0000001"
+    assert stop.reason is None and not lines(config)
+
+
 def test_a_stop_in_a_validation(
     folder: Path,
     validated: RunConfig,
@@ -139,15 +162,8 @@ def test_a_stop_in_a_validation(
     """The run is saved at once, and begins with this validation when it goes on; what it had
     logged after its checkpoint is dropped."""
     config, stop = make_config(folder, "stopped", validation={}), StopRequest()
-    measure, calls = Validator.measure, count()
-
-    def interrupted(self: Validator, *words: Any, **options: Any) -> Any:
-        if next(calls) == 1:
-            stop._note(signal.SIGTERM)
-        return measure(self, *words, **options)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Validator, "measure", interrupted)
+        patch.setattr(Validator, "measure", interrupted(stop, number=1))
         last = start(config, context, stop)
     assert last.name == "step_0000003" and [one["step"] for one in lines(config)] == [0]
     # As if a kill had taken steps with it.
