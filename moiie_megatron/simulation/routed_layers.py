@@ -85,7 +85,7 @@ class _RoutedLayers:
 
         def gather_any(values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             gathered: Tensor = gather(values, *args, **kwargs)
-            if isinstance(values, FakeTensor):
+            if values.is_floating_point():  # hidden states and probabilities
                 return gathered
             with _disable_current_modes():
                 is_map = values.dtype == torch.bool

@@ -21,13 +21,13 @@ from moiie_megatron.simulation.fake_values import RealStaysReal
 from moiie_megatron.simulation.replaced import replaced
 from moiie_megatron.training import step
 
+# What torch's initialisers end in: libraries keep references to the initialisers themselves.
 _INITIALIZERS: Final = (
-    "normal_",
-    "uniform_",
-    "trunc_normal_",
-    "xavier_uniform_",
-    "zeros_",
-    "ones_",
+    "_no_grad_uniform_",
+    "_no_grad_normal_",
+    "_no_grad_trunc_normal_",
+    "_no_grad_fill_",
+    "_no_grad_zero_",
 )
 
 Shape = tuple[int, int, int]

@@ -26,12 +26,13 @@ def trace_step(
     context: ParallelContext,
     state: TrainState,
     batches: list[Batch],
-    routing: SimulatedRouting,
+    routing: SimulatedRouting | None,
 ) -> RankTrace:
     """Run one step of training, fake or real, and describe what this rank did.
 
     Args:
         state: After ``make_moments`` or a first step.
+        routing: None leaves the choice to the routers, in a real step.
     """
     watch = Watch(state.model, named_groups(context))
     mconfig: Any = state.model[0].config
@@ -41,7 +42,8 @@ def trace_step(
     with ExitStack() as stack:
         stack.enter_context(replaced(training_step, run_schedule=schedule))
         stack.enter_context(replaced(mconfig, finalize_model_grads_func=finalize))
-        stack.enter_context(routed_by(routing, context.groups))
+        if routing is not None:
+            stack.enter_context(routed_by(routing, context.groups))
         with watch:
             training_step.train_step(config, context, state, batches)
     return RankTrace(

@@ -30,7 +30,10 @@ def main() -> None:
         return
     if launch not in SETTINGS["real"]:
         sys.exit(UNFINISHED if "--is-done" in words else 0)
+    is_plan = PLAN in words
     words = [part for word in words for part in made_tiny(word, launch)]
+    if is_plan:  # enough samples for 64 ranks
+        words.append("train.global_batch_size=128")
     if TORCHRUN in words:
         words[words.index("--nproc-per-node") + 1] = "1"
     os.execv(SETTINGS["python"], [SETTINGS["python"], *words])
