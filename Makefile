@@ -48,14 +48,15 @@ CHROMIUM_STAMP := $(CHROMIUM_DIRECTORY)/.installed
 EVAL_ENVIRONMENT := .venv/lmms-eval-0.7.3
 EVAL_PYTHON ?= $(EVAL_ENVIRONMENT)/bin/python
 
-.PHONY: help install demo test test-fast test-te $(TE_TESTS) test-newest-core test-vllm \
-	chat-env test-chat eval-env test-eval check
+.PHONY: help install demo test test-fast test-full-size test-te $(TE_TESTS) test-newest-core \
+	test-vllm chat-env test-chat eval-env test-eval check
 
 help:
 	@echo "make install  .venv with all packages (also done on first use by the others)"
 	@echo "make demo     train and ask a tiny model on the CPU"
 	@echo "make test     all tests"
 	@echo "make test-fast  those that take less than ten seconds each, on one process"
+	@echo "make test-full-size  a step of the shipped configurations at full size, simulated"
 	@echo "make test-te  those of Transformer Engine's modules (also part of make test)"
 	@echo "make test-newest-core  all tests with the newest Megatron-Core that is accepted"
 	@echo "make test-vllm  an export in vLLM: answers, server, refusals"
@@ -99,6 +100,10 @@ $(TE_TESTS): test-te-%: .venv/transformer-engine-%/.installed
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not distributed"
+
+test-full-size: export MOIIE_TEST_FULL_SIZE = 1
+test-full-size: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/full_size
 
 # It declares a newer Python than it needs.
 $(CORE_STAMP): $(STAMP)

@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +31,6 @@ from megatron.core.dist_checkpointing.exchange_utils import (
     determine_main_replica_uniform_distribution,
 )
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moiie_megatron.checkpoint.optimizer_shards import (
@@ -43,14 +39,17 @@ from moiie_megatron.checkpoint.optimizer_shards import (
     without_copies,
 )
 from moiie_megatron.checkpoint.save_load import sharding_metadata
-from moiie_megatron.config.load import load_config
+from moiie_megatron.cli.plan_inputs import read_unset_config
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.mcore.parallel import DistEnv, ParallelContext, destroy_parallel, init_parallel
+from moiie_megatron.mcore.parallel import ParallelContext
+from moiie_megatron.simulation.fake_values import fake_tensors
+from moiie_megatron.simulation.fake_world import fake_world
+from moiie_megatron.simulation.substitutes import building
+from moiie_megatron.simulation.trace_step import named_groups
 from moiie_megatron.training.state import TrainState, prepare_training
 from moiie_megatron.vlm.build import build_chunks
 
 STATE = ("param", "exp_avg", "exp_avg_sq")  # what the optimizer keeps of a parameter, in fp32
-INITIALIZERS = ("normal_", "uniform_", "trunc_normal_", "xavier_uniform_", "zeros_", "ones_")
 Shards = list[ShardedTensor]
 
 
@@ -138,58 +137,15 @@ def group_ranks(config: RunConfig, world: int) -> list[dict[str, int]]:
     return places
 
 
-def named_groups(context: ParallelContext) -> dict[str, Any]:
-    found = {
-        field.name: getattr(context.groups, field.name, None)
-        for field in dataclasses.fields(context.groups)
-    }
-    return {name: group for name, group in found.items() if isinstance(group, dist.ProcessGroup)}
-
-
-@contextmanager
-def fake_world(config: RunConfig, rank: int, world: int) -> Iterator[ParallelContext]:
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield init_parallel(config.active_parallel, DistEnv(rank, world), device="cpu")
-    finally:
-        destroy_parallel()
-
-
 @contextmanager
 def built_stage(
     config: RunConfig, rank: int, world: int
 ) -> Iterator[tuple[ParallelContext, TrainState]]:
     """Model, buffers and optimizer of a rank at full size, without values."""
-    with ExitStack() as stack:
-        context = stack.enter_context(fake_world(config, rank, world))
-        # These read values, of random states and of what other ranks would send.
-        stack.enter_context(patch.object(CudaRNGStatesTracker, "fork", lambda *_: nullcontext()))
-        stack.enter_context(patch.object(torch.nn.Module, "to", converted))
-        stack.enter_context(patch.object(dist, "all_gather_object", echo))
-        for name in INITIALIZERS:
-            stack.enter_context(patch.object(torch.nn.init, name, first))
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model = build_chunks(config, context)
-            state = prepare_training(config, context, model, steps=10)
+    with fake_world(config, rank, world) as context, building():
+        with fake_tensors():
+            state = prepare_training(config, context, build_chunks(config, context), steps=10)
         yield context, state
-
-
-def first(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return tensor
-
-
-def echo(gathered: list[Any], value: Any, *_: Any, **__: Any) -> None:
-    gathered[:] = [value] * len(gathered)
-
-
-def converted(module: torch.nn.Module, *_: Any, **options: Any) -> torch.nn.Module:
-    """``Module.to``, which cannot exchange the values of fake parameters."""
-    if dtype := options.get("dtype"):
-        for part in module.modules():
-            for name, weight in part.named_parameters(recurse=False):
-                new = torch.nn.Parameter(weight.detach().to(dtype), weight.requires_grad)
-                setattr(part, name, new)
-    return module
 
 
 @contextmanager
@@ -237,13 +193,6 @@ def num_bytes(shard: ShardedTensor) -> int:
     return torch.Size(shard.local_shape).numel() * shard.dtype.itemsize
 
 
-def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
-    """A configuration; the paths in it are not looked at."""
-    for name in re.findall(r"\$\{(\w+)\}", path.read_text()):
-        os.environ.setdefault(name, "unused")
-    return load_config(path, [*overrides, "train.device=cpu"])
-
-
 def summary(world: int, plans: Sequence[RankPlan]) -> dict[str, Any]:
     values = {f.name: [getattr(p, f.name) for p in plans] for f in dataclasses.fields(RankPlan)}
     mean = statistics.mean(values["written"])
@@ -257,7 +206,7 @@ def main() -> None:
     parser.add_argument("--world", type=int, nargs="+", default=[8])
     parser.add_argument("--json", action="store_true", help="bytes of every rank")
     arguments = parser.parse_intermixed_args()
-    config = read_config(arguments.config, arguments.overrides)
+    config = read_unset_config(arguments.config, [*arguments.overrides, "train.device=cpu"])
     torch.set_num_threads(1)
     if not arguments.json:
         print("GB per rank (largest)  write  max/mean   read  host, front / back  gathered before")

@@ -96,7 +96,7 @@ CASES: Final = (
 )
 
 
-def workload(config: RunConfig) -> Workload:
+def workload(config: RunConfig, micro_batches: int = MICRO_BATCHES) -> Workload:
     """Micro-batches whose samples differ in length and in their number of images."""
     rows, length = config.micro_batch_shape
     if config.data.packing:
@@ -113,4 +113,4 @@ def workload(config: RunConfig) -> Workload:
             ),
             length,
         )
-    return Workload((shape,) * MICRO_BATCHES, "samples of several lengths")
+    return Workload((shape,) * micro_batches, "samples of several lengths")

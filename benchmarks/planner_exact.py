@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from planner_cases import CASES, workload
+from planner_cases import CASES, MICRO_BATCHES, workload
 from torch.distributed.distributed_c10d import Work
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,6 +33,7 @@ from moiie_megatron.mcore.process_lifetime import kill_children_on_exit
 from moiie_megatron.mcore.run import run_sequentially
 from moiie_megatron.planning.routing import balanced
 from moiie_megatron.planning.trace import RankTrace
+from moiie_megatron.planning.workload import Workload
 from moiie_megatron.simulation.batches import make_batch
 from moiie_megatron.simulation.flops import FORMULAS
 from moiie_megatron.simulation.rank import simulate_rank
@@ -68,13 +69,13 @@ class Profiled:
 
 
 def real_step(
-    config: RunConfig, context: ParallelContext, *, profiled: bool
+    config: RunConfig, context: ParallelContext, work: Workload, *, profiled: bool
 ) -> tuple[RankTrace, Profiled | None]:
     """Build this rank and let it take one step, or two."""
     state = prepare_training(config, context, build_chunks(config, context), steps=10)
     make_moments(state)
     state.model.train()
-    batches = [make_batch(config, shape) for shape in workload(config).micro_batches]
+    batches = [make_batch(config, shape) for shape in work.micro_batches]
     routing = SimulatedRouting(balanced(config.moe.layout), config.placement)
     with tensors_released_by_gloo():
         trace = trace_step(config, context, state, batches, routing)
@@ -179,11 +180,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--cases", help="names, with a semicolon between; default: all that fit")
+    parser.add_argument("--micro-batches", type=int, default=MICRO_BATCHES)
     parser.add_argument("--profile", action="store_true", help="also steps under the profiler")
     options = parser.parse_args()
     kill_children_on_exit()  # this process ends with torchrun, too
     torch.set_num_threads(1)
     launch = dist_env_from(os.environ)
+    count = options.micro_batches
     names = options.cases.split(";") if options.cases else None
     cases = [
         case
@@ -196,7 +199,7 @@ def main() -> None:
         configs,
         launch,
         lambda config, context: measured.append(
-            real_step(config, context, profiled=options.profile)
+            real_step(config, context, workload(config, count), profiled=options.profile)
         ),
     )
     for case, config, (real, profiled) in zip(cases, configs, measured, strict=True):
@@ -204,7 +207,7 @@ def main() -> None:
             config,
             world=case.world,
             rank=launch.rank,
-            workload=workload(config),
+            workload=workload(config, count),
             routing=balanced(config.moe.layout),
         )
         result = compare(simulated, real, profiled)

@@ -100,7 +100,8 @@ class Measured:
         bandwidth: Bytes per second of other kernels on one core, by round.
         latency: Seconds of a collective without content, by round.
         sending: Bytes per second that a rank sends, by round.
-        traces: Simulated, by layout; of this rank.
+        traces: Simulated, by layout; of this rank, where it is a pipeline stage of its own, and
+            otherwise by one of the two ranks, which are alike.
         smallest_trace: Of ``SMALLEST``.
     """
 
@@ -231,21 +232,24 @@ def measure_machine(measured: Measured, config: RunConfig) -> None:
 
 
 def machine(ranks: Sequence[Measured]) -> Hardware:
-    """This machine, by what its ranks measured: medians over rounds, means over ranks."""
+    """This machine, by what its ranks measured: the best of all rounds, means over ranks.
 
-    def mean(name: str) -> float:
-        return statistics.mean(statistics.median(getattr(rank, name)) for rank in ranks)
+    Other programs on the machine only ever take time away.
+    """
 
-    latency = mean("latency")
+    def mean(best: Callable[[list[float]], float], name: str) -> float:
+        return statistics.mean(best(getattr(rank, name)) for rank in ranks)
+
+    latency = mean(min, "latency")
     trace = ranks[0].smallest_trace
     assert trace is not None
     calls = sum(transfer.calls for transfer in trace.transfers)
     kernels = sum(compute.kernels for compute in trace.compute)
-    kernel = (statistics.median(ranks[0].smallest) - calls * latency) / kernels
+    kernel = (min(ranks[0].smallest) - calls * latency) / kernels
     rates = CpuRates(
-        flops_per_core=mean("flops"),
-        memory_bandwidth=mean("bandwidth") * WORLD,
-        gloo_bandwidth=mean("sending"),
+        flops_per_core=mean(max, "flops"),
+        memory_bandwidth=mean(max, "bandwidth") * WORLD,
+        gloo_bandwidth=mean(max, "sending"),
         kernel_seconds=kernel,
         collective_seconds=latency,
     )
@@ -258,7 +262,7 @@ def predictions(ranks: Sequence[Measured], hardware: Hardware) -> dict[str, floa
     result = {}
     for name, words in LAYOUTS.items():
         config = configuration(words)
-        stages = [rank.traces[name] for rank in ranks[: config.active_parallel.pipeline]]
+        stages = [rank.traces[name] for rank in ranks if name in rank.traces]
         result[name] = step_time(config, stages, workload_of(config), hardware).seconds.middle
     return result
 
@@ -291,11 +295,13 @@ def main() -> None:
         routing = balanced(config.moe.layout)
         return simulate_rank(config, world=WORLD, rank=launch.rank, workload=work, routing=routing)
 
-    measured.traces = {
-        name: simulated(config, workload_of(config)) for name, config in configs.items()
-    }
+    file = options.out / f"{launch.rank}.pickle"
+    file.write_bytes(pickle.dumps(measured))  # what cannot be had again
+    for number, (name, config) in enumerate(configs.items()):
+        if config.parallel.pipeline > 1 or number % WORLD == launch.rank:
+            measured.traces[name] = simulated(config, workload_of(config))
     measured.smallest_trace = simulated(smallest, smallest_workload())
-    (options.out / f"{launch.rank}.pickle").write_bytes(pickle.dumps(measured))
+    file.write_bytes(pickle.dumps(measured))
 
 
 if __name__ == "__main__":

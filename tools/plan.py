@@ -29,7 +29,12 @@ from moiie_megatron.mcore.dist_env import DistEnv
 from moiie_megatron.planning.hardware import CUSTOM, GPU_NAMES, Hardware, gpu
 from moiie_megatron.planning.plans.jobs import Inputs
 from moiie_megatron.planning.plans.plan import Plan, make_plan
-from moiie_megatron.planning.plans.plan_report import layout_text, plan_text, plan_values
+from moiie_megatron.planning.plans.plan_report import (
+    layout_text,
+    plan_summary,
+    plan_text,
+    plan_values,
+)
 from moiie_megatron.planning.search.scaling import (
     grown_configs,
     plan_scaling,
@@ -70,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--search", action="store_true", help="try other layouts, best first")
     parser.add_argument(
-        "--layouts", type=int, default=12, metavar="N", help="how many --search simulates; 12"
+        "--layouts", type=int, default=10, metavar="N", help="how many --search simulates; 10"
     )
     parser.add_argument(
         "--data", metavar="FILE", help="report of prepare_data.py validate --json about the data"
@@ -84,6 +89,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="HOW",
         help="balanced; skew=F: the most used expert of each modality has F times its balanced "
         "load; or the routing.jsonl of a run",
+    )
+    parser.add_argument(
+        "--summary", action="store_true", help="print the verdict and the largest numbers alone"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write a figure as PNG")
@@ -183,13 +191,14 @@ def answer(request: Request, simulate: Simulations) -> tuple[list[Plan], str, di
         plans = [point.plan for point in points]
         return plans, scaling_text(points), {"scaling": scaling_values(points)}
     (world,) = request.worlds
+    written = plan_summary if arguments.summary else plan_text
     if not arguments.search:
         plan = make_plan(config, world, request.hardware, inputs, simulate)
-        return [plan], plan_text(plan), plan_values(plan)
+        return [plan], written(plan), plan_values(plan)
     size = SearchSize(shallow=arguments.layouts)
     result = search(config, world, request.hardware, inputs, simulate, size)
     plans = [one.plan for one in result.found]
-    best = f"\n{plan_text(plans[0])}" if plans else ""
+    best = f"\n{written(plans[0])}" if plans else ""
     return plans, search_text(result) + best, search_values(result)
 
 

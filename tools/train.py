@@ -21,6 +21,7 @@ from moiie_megatron.layout.stages import describe_ranks
 from moiie_megatron.mcore.dist_env import dist_env_from
 from moiie_megatron.mcore.run import run_sequentially
 from moiie_megatron.planning.parameters import count_parameters, format_parameters
+from moiie_megatron.planning.plans.state_table import format_states
 from moiie_megatron.training.stop import StopRequest
 from moiie_megatron.utils.signals import SignalWatch
 
@@ -39,8 +40,8 @@ def main(signals: SignalWatch | None = None) -> int:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the configuration, tokenizer and template and print parameter counts, without "
-        "allocating anything",
+        help="check the configuration, tokenizer and template and print parameter counts and the "
+        "memory of weights, gradients and optimizer, without allocating anything",
     )
     parser.add_argument(
         "--is-done",
@@ -61,6 +62,7 @@ def main(signals: SignalWatch | None = None) -> int:
             for config in configs if dist_env.rank == 0 else ():
                 check_tokenizer(config)
                 print(format_parameters(count_parameters(config)))
+                print(format_states(config, dist_env.world_size))
                 if config.parallel.pipeline > 1 and config.pipeline_layers is not None:
                     print(
                         *describe_ranks(config.pipeline_layers, config.parallel.pipeline), sep="\n"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from moiie_megatron.config.load import load_config
 from moiie_megatron.config.schema import RunConfig
-from moiie_megatron.planning.data_report import read_report
-from moiie_megatron.planning.drawn_steps import BatchRules
 from moiie_megatron.planning.expert_load import RoutedTokens
 from moiie_megatron.planning.plans.jobs import Inputs
 from moiie_megatron.planning.routing import RoutingAssumption, balanced, replayed, skewed
-from moiie_megatron.planning.step_workload import workload_of
+from moiie_megatron.planning.samples.data_report import read_report
+from moiie_megatron.planning.samples.drawn_steps import BatchRules
+from moiie_megatron.planning.samples.step_workload import workload_of
 from moiie_megatron.planning.workload import Workload
 from moiie_megatron.utils.errors import UserError
 

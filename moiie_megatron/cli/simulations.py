@@ -65,7 +65,7 @@ def simulate_job(job: Job) -> Outcome:
 
     try:
         return simulate_rank(
-            on_cpu(job.config),
+            as_planned(job.config),
             world=job.world,
             rank=job.rank,
             workload=job.workload,
@@ -75,9 +75,9 @@ def simulate_job(job: Job) -> Outcome:
         return error
 
 
-def on_cpu(config: RunConfig) -> RunConfig:
-    """The run with what a machine without GPUs can build: Megatron-Core's local modules."""
-    changes = {"device": "cpu", "transformer_impl": "local"}
+def as_planned(config: RunConfig) -> RunConfig:
+    """The run on GPUs with Megatron-Core's local modules, which any machine can build."""
+    changes = {"device": "cuda", "transformer_impl": "local"}
     return config.model_copy(update={"train": config.train.model_copy(update=changes)})
 
 

@@ -68,4 +68,7 @@ def _optimizer_tensors(part: Any) -> Iterable[torch.Tensor]:
     for group in part.optimizer.param_groups:
         yield from group["params"]
     for values in part.optimizer.state.values():
-        yield from (value for value in values.values() if isinstance(value, torch.Tensor))
+        for name, value in values.items():
+            # The number of steps is a tensor of the host, or none, whatever the device.
+            if isinstance(value, torch.Tensor) and name != "step":
+                yield value

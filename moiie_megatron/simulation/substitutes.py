@@ -6,7 +6,7 @@ Everything else runs as it is.  A read that is not listed here raises ``ReadOfFa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moiie_megatron.simulation.fake_values import RealStaysReal
@@ -40,6 +41,8 @@ def building() -> Iterator[None]:
         stack.enter_context(_without_random_states())
         stack.enter_context(replaced(torch.nn.Module, to=_converted))
         stack.enter_context(replaced(dist, all_gather_object=_echo))
+        dispatcher = MoEAlltoAllTokenDispatcher
+        stack.enter_context(replaced(dispatcher, __init__=_with_values(dispatcher.__init__)))
         stack.enter_context(replaced(torch.nn.init, **dict.fromkeys(_INITIALIZERS, _unchanged)))
         yield
 
@@ -99,6 +102,16 @@ def _norm(chunk_size: int, overflow: Any, tensors: Any, *_: Any) -> tuple[torch.
     """The norm of gradients, without reading that of each."""
     norms = [torch.norm(tensor) for tensor in tensors[0]]
     return torch.norm(torch.stack(norms)).reshape(1), None
+
+
+def _with_values(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method whose tensors are real: the alltoall dispatcher's order of experts is read."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return method(*args, **kwargs)
+
+    return call
 
 
 def _unchanged(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

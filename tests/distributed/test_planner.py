@@ -1,4 +1,4 @@
-"""Real steps against their simulations, rank by rank, as ``benchmarks/planner.py`` compares them."""
+"""Real steps against their simulations, as ``benchmarks/planner.py`` compares them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def assert_alike(rank: dict[str, Any], name: str) -> None:
 
 @pytest.mark.parametrize("world", sorted(CASES))
 def test_a_simulated_step_is_a_real_one(world: int, tmp_path: Path) -> None:
-    words = ["--out", tmp_path, "--cases", ";".join(CASES[world])]
+    words = ["--out", tmp_path, "--micro-batches", "2", "--cases", ";".join(CASES[world])]
     run(command("benchmarks/planner_exact.py", words, world), 250).check()
     for name in CASES[world]:
         for rank in range(world):

@@ -41,13 +41,12 @@ PROGRAMS = {
     "kubectl": "kubectl.py",
     "hf": "hub.py",
     **dict.fromkeys(("sbatch", "srun", "scontrol"), "slurm.py"),
-    **dict.fromkeys(("enroot", "nvidia-smi"), "noted.py"),
 }
 PATHS = re.compile(r"(?<![\w/.\-])/(models|data|runs)\b")
 PLAN = re.compile(r"<!-- plan: (.*?) -->\n(.*?)<!-- end of plan -->", re.DOTALL)
 # Commands of the planner that run, without the name of the program; it has tests of its own.
-PLANS: list[str] = []
-STEPS = 3
+PLANS = ["examples/configs/llama3-stage2.yaml --gpus 8 --summary"]
+STEPS = 2
 OVERRIDES = [
     *("vision.preset=tiny-siglip", "data.sequence_length=256", "data.num_workers=0"),
     *(f"train.steps={STEPS}", "train.epochs=null", "train.precision=fp32", "train.device=cpu"),
@@ -156,12 +155,15 @@ def test_plans_are_marked(case: Case) -> None:
     assert len(marked) == text.count("<!-- plan:") == text.count("<!-- end of plan -->")
     commands = re.findall(r"^python tools/plan\.py (.*)$", text, re.MULTILINE)
     assert marked == [command for command in commands if "--data" not in command]
-    assert {command.split()[-1] for command in marked} == {"8", "64"}
+    assert {command.partition("--gpus ")[2] for command in marked} == {
+        "8 --summary",
+        "64 --summary",
+    }
     for found in PLAN.finditer(text):
         file, *_ = found[1].split()
         assert (ROOT / file).is_file()
-        # Nothing yet, or a block whose headings are not those of the page.
-        assert not found[2].strip() or re.fullmatch(r"\n*```text\n[^`]+```\n+", found[2])
+        # In a block, whose headings are not those of the page; tests/full_size compares it.
+        assert re.fullmatch(r"\n```text\n# \d+ x H100: [^`]+```\n\n", found[2])
 
 
 class Page:
@@ -174,7 +176,11 @@ class Page:
         programs = self._folder / "bin"
         programs.mkdir(parents=True)
         for name, script in PROGRAMS.items():
-            self._program(name, f'exec {sys.executable} {STANDINS / script} "$@"')
+            # -S: without the packages of the environment a stand-in starts at once.
+            options = "" if name == "kubectl" else "-S"
+            self._program(name, f'exec {sys.executable} {options} {STANDINS / script} "$@"')
+        self._program("enroot", '[ "$1" = import ]')
+        self._program("nvidia-smi", '[ "$1" != -L ]')  # finds no GPU
         self._program("torchrun", 'exec python -m torch.distributed.run "$@"')
         # What a user changes in a copy of the file of paths.
         self._program("edit", f"sed -i -E 's#=/(models|data|runs)/#={self.storage}/\\1/#' \"$@\"")
@@ -214,7 +220,7 @@ class Page:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=550,
         )
 
     def calls(self, *programs: str) -> list[dict[str, Any]]:
@@ -227,6 +233,7 @@ class Page:
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(600)
 def test_the_commands_of_a_page(case: Case, hub: Path, tmp_path: Path) -> None:
     page = Page(case, tmp_path, hub)
 

@@ -24,6 +24,7 @@ from moiie_megatron.planning.trace import (
 )
 from moiie_megatron.utils.errors import UserError
 
+_GROUPS = (1, 2)
 _VISION_LAYERS = (2, 3)  # that are run
 
 
@@ -37,12 +38,12 @@ class _Depth:
 
 @dataclass(frozen=True)
 class _Shallow:
-    """How to plan a deep run with shallow ones.
+    """How to plan a deep run with shallow ones, which have no virtual stages.
 
     Attributes:
         config: The deep run.
         layers_per_group: Decoder layers after which their kinds repeat.
-        groups: How many groups every stage has.
+        groups: How many groups every pipeline rank has.
     """
 
     config: RunConfig
@@ -50,14 +51,16 @@ class _Shallow:
     groups: int
 
     def at(self, depth: _Depth) -> RunConfig:
-        stages = self.config.parallel.stages
+        parallel = self.config.parallel.model_copy(update={"virtual_pipeline": 1})
         language = self.config.language.model_copy(
-            update={"num_layers": self.layers_per_group * depth.groups * stages}
+            update={"num_layers": self.layers_per_group * depth.groups * parallel.pipeline}
         )
         vision = self.config.vision
         after_features = vision.num_layers - vision.num_feature_layers
         vision = vision.model_copy(update={"num_layers": depth.vision + after_features})
-        return self.config.model_copy(update={"language": language, "vision": vision})
+        return self.config.model_copy(
+            update={"language": language, "vision": vision, "parallel": parallel}
+        )
 
 
 def simulate_shallow(jobs: Sequence[Job], simulate: Simulate) -> list[Outcome]:
@@ -86,7 +89,7 @@ def simulate_some_shallow(
         smaller, combine = _whole(job) if number < len(deep) else _plan(job)
         made.append((len(asked), len(smaller), combine))
         asked += smaller
-    outcomes = simulate(asked)
+    outcomes = _simulate_once(asked, simulate)
     results: list[Outcome] = []
     for start, count, combine in made:
         own = outcomes[start : start + count]
@@ -96,8 +99,20 @@ def simulate_some_shallow(
     return results
 
 
+def _simulate_once(jobs: Sequence[Job], simulate: Simulate) -> list[Outcome]:
+    """Run equal jobs once: layouts that differ in virtual stages alone have the same ones."""
+    unique: list[Job] = []
+    numbers = []
+    for job in jobs:
+        if job not in unique:
+            unique.append(job)
+        numbers.append(unique.index(job))
+    outcomes = simulate(unique)
+    return [outcomes[number] for number in numbers]
+
+
 def shallow_of(config: RunConfig) -> _Shallow | None:
-    """How to make a run shallow; None where its layers are not alike, or already few."""
+    """How to make a run shallow; None where stages are not alike, or its layers few already."""
     parallel, layers = config.parallel, config.language.num_layers
     moe = config.moe_layers
     if moe and config.moe.layers == "interleaved":
@@ -116,8 +131,11 @@ def shallow_of(config: RunConfig) -> _Shallow | None:
         return None
     if any(name.startswith("num_layers_in_") for name in fields):
         return None
-    groups = layers // (group * parallel.stages)
-    return _Shallow(config, group, groups) if groups > 2 else None
+    groups = layers // (group * parallel.pipeline)
+    vision = config.vision.num_feature_layers
+    is_shallow = groups <= _GROUPS[1] and vision <= _VISION_LAYERS[1]
+    is_plain = is_shallow and parallel.virtual_pipeline == 1
+    return None if is_plain else _Shallow(config, group, groups)
 
 
 def _whole(job: Job) -> tuple[list[Job], Callable[[Sequence[RankTrace]], RankTrace]]:
@@ -131,24 +149,39 @@ def _plan(job: Job) -> tuple[list[Job], Callable[[Sequence[RankTrace]], RankTrac
         return _whole(job)
     vision = job.config.vision.num_feature_layers
     is_first = job.rank < job.world // job.config.parallel.pipeline
-    base_vision = _VISION_LAYERS[0] if vision > _VISION_LAYERS[1] else vision
-    depths = [_Depth(1, base_vision), _Depth(2, base_vision)]
-    weights = [float(shallow.groups - 1)]
-    if is_first and base_vision < vision:
-        depths.append(_Depth(1, _VISION_LAYERS[1]))
-        weights.append(float(vision - base_vision))
+    few, more = _VISION_LAYERS if vision > _VISION_LAYERS[1] else (vision, vision)
+    one, two = _GROUPS if shallow.groups > _GROUPS[1] else (shallow.groups, shallow.groups)
+    depths = [_Depth(one, few)]
+    weights: list[float] = []
+    if two > one:
+        depths.append(_Depth(two, few))
+        weights.append(float(shallow.groups - one))
+    if is_first and more > few:
+        depths.append(_Depth(one, more))
+        weights.append(float(vision - few))
     jobs = [replace(job, config=shallow.at(depth)) for depth in depths]
-    groups, per_group = shallow.groups, shallow.layers_per_group
 
     def combine(traces: Sequence[RankTrace]) -> RankTrace:
         base, *others = traces
         trace = _linear(base, others, weights)
-        return replace(trace, expert_rows=_deeper_rows(base, job.config, groups * per_group))
+        return replace(
+            trace,
+            transfers=tuple(_through_stages(one, job.config) for one in trace.transfers),
+            expert_rows=_deeper_rows(base, job.config),
+        )
 
     return jobs, combine
 
 
-def _deeper_rows(base: RankTrace, config: RunConfig, layers: int) -> dict[int, tuple[int, ...]]:
+def _through_stages(transfer: Transfer, config: RunConfig) -> Transfer:
+    """With virtual stages a micro-batch passes every pipeline rank as many times."""
+    if transfer.operation not in ("send", "recv"):
+        return transfer
+    times = config.parallel.virtual_pipeline
+    return replace(transfer, calls=transfer.calls * times, bytes_sent=transfer.bytes_sent * times)
+
+
+def _deeper_rows(base: RankTrace, config: RunConfig) -> dict[int, tuple[int, ...]]:
     """Rows of the experts of every layer: like those of the first layers."""
     if not base.expert_rows:
         return {}

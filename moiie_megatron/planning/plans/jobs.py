@@ -109,4 +109,27 @@ def enough_micro_batches(config: RunConfig, workload: Workload) -> Workload:
     """
     parallel = config.parallel
     rounds = 2 if parallel.virtual_pipeline > 1 else 1
-    return replace(workload, micro_batches=workload.micro_batches[: rounds * parallel.pipeline])
+    return first_micro_batches(workload, rounds * parallel.pipeline)
+
+
+def first_micro_batches(workload: Workload, count: int) -> Workload:
+    """The first micro-batches of a step."""
+    return replace(workload, micro_batches=workload.micro_batches[:count])
+
+
+def micro_batches_at_once(config: RunConfig, stage: int, count: int) -> float:
+    """Micro-batches whose activations a pipeline rank holds at the same time.
+
+    With virtual stages a fraction: the rank holds chunks of them (Megatron's schedules,
+    ``get_pp_rank_microbatches``).
+
+    Args:
+        config: The run.
+        stage: Pipeline rank.
+        count: Micro-batches of a step.
+    """
+    pipeline, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
+    behind = pipeline - stage - 1
+    if virtual == 1:
+        return min(count, behind + 1)
+    return min(count * virtual, 2 * behind + (virtual - 1) * pipeline + 1) / virtual

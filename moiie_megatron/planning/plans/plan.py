@@ -11,7 +11,7 @@ import numpy as np
 from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.planning.expert_load import RoutedTokens, rows_per_token
 from moiie_megatron.planning.hardware import GIB, Hardware
-from moiie_megatron.planning.plans.extrapolate import simulate_some_shallow
+from moiie_megatron.planning.plans.extrapolate import shallow_of, simulate_some_shallow
 from moiie_megatron.planning.plans.jobs import (
     Inputs,
     Job,
@@ -19,6 +19,7 @@ from moiie_megatron.planning.plans.jobs import (
     Simulate,
     alike_stages,
     enough_micro_batches,
+    first_micro_batches,
     rank_of_stage,
 )
 from moiie_megatron.planning.plans.state_bytes import StateBytes, state_bytes
@@ -34,6 +35,8 @@ MARGIN: Final = 0.10
 # Of 454 runs on A100s and H100s none ran out of memory whose estimate was below this (Fujii et
 # al., arXiv 2411.06465; language models without experts).
 SAFE: Final = 0.80
+
+_TYPICAL: Final = 4  # micro-batches that are simulated where they differ
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
@@ -159,18 +162,25 @@ def plan_jobs(config: RunConfig, world: int, inputs: Inputs) -> PlanJobs:
     """
     typical, worst = inputs.workloads(config, world)
     routing = inputs.routing(config, typical)
-    loads = rank_loads(config, routing, typical)
-    ranks = [
-        rank_of_stage(config, world, stage, loads) for stage in sorted(set(alike_stages(config)))
-    ]
+    stages = sorted(set(alike_stages(config)))
 
     def jobs(workload: Workload) -> tuple[Job, ...]:
-        short = enough_micro_batches(config, workload)
-        return tuple(Job(config, world, rank, short, routing) for rank in ranks)
+        # Of these micro-batches: rows with many images load other experts than the rest does.
+        loads = rank_loads(config, routing, workload)
+        ranks = [rank_of_stage(config, world, stage, loads) for stage in stages]
+        return tuple(Job(config, world, rank, workload, routing) for rank in ranks)
 
-    for_memory, for_time = jobs(worst), jobs(typical)
-    is_same = for_memory[0].workload.micro_batches == for_time[0].workload.micro_batches
+    for_memory, for_time = jobs(enough_micro_batches(config, worst)), jobs(_some(config, typical))
+    is_same = worst.micro_batches == typical.micro_batches
     return PlanJobs(config, world, typical, worst, routing, for_memory, () if is_same else for_time)
+
+
+def _some(config: RunConfig, typical: Workload) -> Workload:
+    """Micro-batches that stand for all of a step: the first ones, or one if they are alike."""
+    if shallow_of(config) is None:
+        return enough_micro_batches(config, typical)  # the schedule may need that many
+    alike = len(set(typical.micro_batches)) == 1
+    return first_micro_batches(typical, 1 if alike else _TYPICAL)
 
 
 def make_plan(

@@ -97,6 +97,11 @@ def layout_text(config: RunConfig) -> str:
     )
 
 
+def term_name(term: str) -> str:
+    """A part or another term of a step, as tables call it."""
+    return _NAMES.get(term, term)
+
+
 def plan_text(plan: Plan) -> str:
     """The plan in Markdown."""
     config = plan.config
@@ -108,9 +113,34 @@ def plan_text(plan: Plan) -> str:
         *_section("Sent by a rank in a step, GB", _traffic_table(plan)),
         *_section("TFLOP of a rank in a step", _flops_table(plan)),
         *_section("Step", _time_table(plan)),
-        "The largest term is " + plan.time.bound + ".",
+        f"The largest term is {term_name(plan.time.bound)}.",
         "## Assumptions",
         "\n".join(f"- {sentence}" for sentence in assumptions(plan)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def plan_summary(plan: Plan) -> str:
+    """The verdict and the largest numbers, in Markdown."""
+    time = plan.time
+    memory = {
+        "weights, GiB": [stage.memory.weights for stage in plan.stages],
+        "gradients": [stage.memory.gradients for stage in plan.stages],
+        "optimizer": [stage.memory.optimizer for stage in plan.stages],
+        "activations at the peak": [stage.memory.peak.total for stage in plan.stages],
+        "free beside the margin": [stage.free(plan.hardware) for stage in plan.stages],
+    }
+    rows = [[name, *(f"{value / GIB:.1f}" for value in values)] for name, values in memory.items()]
+    step = [
+        _row("step, s", time.seconds, "{:.2f}"),
+        _row("tokens/s of all GPUs", time.tokens_per_second, "{:,.0f}"),
+        _row("MFU", time.mfu, "{:.1%}"),
+    ]
+    parts = [
+        f"# {plan.world} x {plan.hardware.name}: {layout_text(plan.config)}",
+        plan.sentence,
+        table(["", *(_stage_name(plan, stage) for stage in plan.stages)], rows),
+        table(["", "low", "high"], step),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -156,7 +186,7 @@ def _memory_table(plan: Plan) -> str:
         row("optimizer", [m.optimizer for m in memory]),
         row("activations at the peak", [m.peak.total for m in memory]),
         *(
-            row(f"- {_NAMES.get(part, part)}", [m.peak.activations.get(part, 0) for m in memory])
+            row(f"- {term_name(part)}", [m.peak.activations.get(part, 0) for m in memory])
             for part in parts
         ),
         row("sum", [m.total for m in memory]),
@@ -248,7 +278,7 @@ def _flops_table(plan: Plan) -> str:
     count = len(plan.typical.micro_batches)
     by_stage = [step_flops(stage.trace, count) for stage in plan.stages]
     rows = [
-        [_NAMES.get(part, part), *(_flops_cell(part, flops) for flops in by_stage)]
+        [term_name(part), *(_flops_cell(part, flops) for flops in by_stage)]
         for part in PARTS
         if any(flops.get((part, when)) for flops in by_stage for when in _PASSES)
     ]
@@ -271,7 +301,7 @@ def _time_table(plan: Plan) -> str:
     rows = [
         _row("step, s", time.seconds, "{:.2f}"),
         *(
-            _row(f"- {_NAMES.get(name, name)}", value, "{:.3f}")
+            _row(f"- {term_name(name)}", value, "{:.3f}")
             for name, value in terms
             if value.high >= 5e-4
         ),

@@ -1,8 +1,8 @@
 """Search for the fastest layout of a run that fits.
 
 1. Every layout is checked as a run checks it, and by the bytes of its states.
-2. The first ones by a rough time (``screening.py``) are simulated with few layers, each with more
-   and more recomputation until it fits, and extrapolated to the depth of the run.
+2. The first ones by a rough time (``screening.py``) are planned from small simulations
+   (``rough_plans.py``), each with more and more recomputation until it fits.
 3. The fastest are simulated as they are.
 """
 
@@ -12,14 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moiie_megatron.config.schema import RunConfig
+from moiie_megatron.layout.stages import layers_of_ranks
 from moiie_megatron.planning.hardware import Hardware
-from moiie_megatron.planning.plans.extrapolate import simulate_shallow
-from moiie_megatron.planning.plans.jobs import Inputs, Job, Outcome, Simulate
-from moiie_megatron.planning.plans.plan import Plan, make_plan, plan_jobs, plan_of
+from moiie_megatron.planning.plans.extrapolate import shallow_of
+from moiie_megatron.planning.plans.jobs import Inputs, Simulate
+from moiie_megatron.planning.plans.plan import Plan, make_plan
 from moiie_megatron.planning.plans.plan_report import layout_text
 from moiie_megatron.planning.search.layouts import Refused, layouts, recomputations
+from moiie_megatron.planning.search.rough_plans import rough_plans
 from moiie_megatron.planning.search.screening import screening
-from moiie_megatron.utils.errors import UserError
+
+_UNLIKE = (
+    "Its virtual stages do not all have the same layers with and without experts, so some pipeline "
+    "ranks have more to do than others."
+)
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,12 @@ class SearchSize:
     """How much is simulated.
 
     Attributes:
-        shallow: Layouts with few layers.
+        shallow: Layouts with few layers and micro-batches.
         deep: Layouts as they are.
     """
 
-    shallow: int = 12
-    deep: int = 3
+    shallow: int = 10
+    deep: int = 2
 
 
 def search(
@@ -85,6 +91,8 @@ def search(
     every = list(layouts(config, world, hardware))
     refused = [layout for layout in every if isinstance(layout, Refused)]
     possible = [layout for layout in every if isinstance(layout, RunConfig)]
+    refused += [Refused(layout_text(one), _UNLIKE) for one in possible if _is_unlike(one)]
+    possible = [layout for layout in possible if not _is_unlike(layout)]
     size = size or SearchSize()
     rough = screening(config, world, hardware, inputs)
     by_time = sorted(((rough.seconds(layout), i) for i, layout in enumerate(possible)))
@@ -94,9 +102,19 @@ def search(
         Refused(layout_text(possible[i]), _late(seconds, slowest, len(chosen)))
         for seconds, i in by_time[size.shallow :]
     )
-    fitting, too_large = _shallow_plans(chosen, world, hardware, inputs, simulate)
+    fitting, too_large = _rough_plans(chosen, world, hardware, inputs, simulate)
     found, failed = _deep_plans(fitting, size.deep, simulate, inputs)
     return SearchResult(tuple(found), (*refused, *too_large, *failed), late)
+
+
+def _is_unlike(layout: RunConfig) -> bool:
+    """Whether virtual stages differ in their layers."""
+    if layout.parallel.virtual_pipeline == 1 or layout.pipeline_layers is None:
+        return False
+    moe = set(layout.moe_layers)
+    ranks = layers_of_ranks(layout.pipeline_layers, layout.parallel.pipeline)
+    kinds = {(len(chunk), len(moe & set(chunk))) for chunks in ranks for chunk in chunks}
+    return len(kinds) > 1
 
 
 def _late(seconds: float, slowest: float, count: int) -> str:
@@ -106,7 +124,7 @@ def _late(seconds: float, slowest: float, count: int) -> str:
     )
 
 
-def _shallow_plans(
+def _rough_plans(
     chosen: Sequence[RunConfig],
     world: int,
     hardware: Hardware,
@@ -114,36 +132,22 @@ def _shallow_plans(
     simulate: Simulate,
 ) -> tuple[list[Plan], list[Refused]]:
     """The plans of layouts that fit, with as little recomputation as possible, and the others."""
-
-    def shallow(jobs: Sequence[Job]) -> Sequence[Outcome]:
-        return simulate_shallow(jobs, simulate)
-
     fitting: list[Plan] = []
-    last: dict[int, Refused] = {}
+    refused: dict[int, Refused] = {}
     # All layouts in each round, so that simulations run side by side.
-    open_layouts = {number: recomputations(layout) for number, layout in enumerate(chosen)}
-    while open_layouts:
-        tried = {number: choices[0] for number, choices in open_layouts.items()}
-        prepared = {n: plan_jobs(layout, world, inputs) for n, layout in tried.items()}
-        jobs = [job for one in prepared.values() for job in one.jobs]
-        outcomes = iter(shallow(jobs))
-        for number, one in prepared.items():
-            own = [next(outcomes) for _ in one.jobs]
-            error = next((o for o in own if isinstance(o, UserError)), None)
-            text = layout_text(tried[number])
-            if error is not None:
-                last[number] = Refused(text, str(error))
+    left = {number: recomputations(layout) for number, layout in enumerate(chosen)}
+    while left := {number: choices for number, choices in left.items() if choices}:
+        tried = {number: choices.pop(0) for number, choices in left.items()}
+        plans = rough_plans(list(tried.values()), world, hardware, inputs, simulate)
+        for number, plan in zip(tried, plans, strict=True):
+            if isinstance(plan, Plan) and plan.verdict != "does not fit":
+                fitting.append(plan)
+                refused.pop(number, None)
+                left[number] = []
             else:
-                plan = plan_of(one, hardware, [o for o in own if not isinstance(o, UserError)])
-                if plan.verdict != "does not fit":
-                    fitting.append(plan)
-                    last.pop(number, None)
-                    del open_layouts[number]
-                    continue
-                last[number] = Refused(text, plan.sentence)
-            open_layouts[number] = open_layouts[number][1:]
-        open_layouts = {n: choices for n, choices in open_layouts.items() if choices}
-    return fitting, list(last.values())
+                reason = plan.sentence if isinstance(plan, Plan) else str(plan)
+                refused[number] = Refused(layout_text(tried[number]), reason)
+    return fitting, list(refused.values())
 
 
 def _deep_plans(
@@ -154,6 +158,9 @@ def _deep_plans(
     found = [Found(plan, is_deep=False) for plan in ordered[count:]]
     refused = []
     for plan in ordered[:count]:
+        if shallow_of(plan.config) is None:  # was simulated as it is
+            found.append(Found(plan, is_deep=True))
+            continue
         deep = make_plan(plan.config, plan.world, plan.hardware, inputs, simulate)
         if deep.verdict == "does not fit":
             refused.append(Refused(layout_text(plan.config), deep.sentence))

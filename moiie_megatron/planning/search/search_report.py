@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from moiie_megatron.planning.plans.markdown import table
-from moiie_megatron.planning.plans.plan_report import layout_text, layout_values, plan_values
+from moiie_megatron.planning.plans.plan_report import (
+    layout_text,
+    layout_values,
+    plan_values,
+    term_name,
+)
 from moiie_megatron.planning.search.search import Found, SearchResult
 
 
@@ -56,6 +61,6 @@ def _row(number: int, found: Found) -> list[str]:
         f"{time.seconds.low:.2f} to {time.seconds.high:.2f}",
         f"{time.tokens_per_second.low:,.0f} to {time.tokens_per_second.high:,.0f}",
         f"{time.mfu.low:.0%} to {time.mfu.high:.0%}",
-        time.bound,
+        term_name(time.bound),
         "all" if found.is_deep else "few",
     ]

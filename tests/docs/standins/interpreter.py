@@ -1,4 +1,4 @@
-"""In place of ``python``: training gets what makes it tiny; of some launches it is only noted.
+"""In place of ``python``: makes training tiny; of some launches it keeps the words alone.
 
 ``SETTINGS["real"]`` lists the launches that train, by LAUNCH (``common.new_launch``); ``host`` are
 commands outside of them.

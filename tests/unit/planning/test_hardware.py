@@ -24,13 +24,13 @@ def test_a_gpu_by_its_numbers() -> None:
     assert (found.memory, found.flops) == (48 * GIB, 362e12)
     assert (found.node_link, found.network_link) == (32e9, 12.5e9)
     h100 = gpu("h100")
-    assert found.flops / found.memory_bandwidth == pytest.approx(
-        h100.flops / h100.memory_bandwidth
-    )
+    assert found.flops / found.memory_bandwidth == pytest.approx(h100.flops / h100.memory_bandwidth)
     assert [found.node_of(rank) for rank in (0, 3, 4, 11)] == [0, 0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["h1000", "80,989,450", "80,989,450,x", "80,989,450,-1", "1,2,3,nan"])
+@pytest.mark.parametrize(
+    "name", ["h1000", "80,989,450", "80,989,450,x", "80,989,450,-1", "1,2,3,nan"]
+)
 def test_other_gpus_are_refused(name: str) -> None:
     with user_error("--gpu", name):
         gpu(name)

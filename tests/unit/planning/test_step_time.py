@@ -20,7 +20,8 @@ from moiie_megatron.planning.step_time import (
 from moiie_megatron.planning.trace import RankTrace
 from tests.unit.planning.traces import compute, rows, shipped, trace, transfer
 
-CONFIG = shipped("llama3-stage2", "parallel.tensor=1", "parallel.expert=1")
+PLAIN = ("parallel.tensor=1", "parallel.expert=1")
+CONFIG = shipped("llama3-stage2", *PLAIN)
 WORKLOAD = rows(CONFIG, 1)  # 128 micro-batches
 H100 = gpu("h100")
 FAST, SLOW = H100.fast, H100.slow
@@ -61,9 +62,10 @@ def test_a_trace_may_have_fewer_micro_batches_than_the_step() -> None:
         micro_batches=2,
         compute=(compute(flops=2 * 10**12), compute("optimizer", "update", bytes=10**9)),
     )
-    assert step_time(CONFIG, [one], WORKLOAD, H100).seconds == step_time(
-        CONFIG, [two], WORKLOAD, H100
-    ).seconds
+    assert (
+        step_time(CONFIG, [one], WORKLOAD, H100).seconds
+        == step_time(CONFIG, [two], WORKLOAD, H100).seconds
+    )
 
 
 def test_recomputation_takes_time_and_is_no_model_flop() -> None:
@@ -83,7 +85,7 @@ def test_recomputation_takes_time_and_is_no_model_flop() -> None:
 @pytest.mark.parametrize(("pipeline", "virtual"), [(2, 1), (4, 1), (4, 2)])
 def test_the_bubble_of_equal_stages(pipeline: int, virtual: int) -> None:
     degrees = (f"parallel.pipeline={pipeline}", f"parallel.virtual_pipeline={virtual}")
-    config = shipped("llama3-stage2", "parallel.tensor=1", "parallel.expert=1", *degrees)
+    config = shipped("llama3-stage2", *PLAIN, *degrees)
     stages = [
         trace(compute(flops=10**12), rank=rank, stage=rank, world=pipeline)
         for rank in range(pipeline)
@@ -97,7 +99,7 @@ def test_the_bubble_of_equal_stages(pipeline: int, virtual: int) -> None:
 
 
 def test_the_slowest_stage_sets_the_pace() -> None:
-    config = shipped("llama3-stage2", "parallel.tensor=1", "parallel.expert=1", "parallel.pipeline=2")
+    config = shipped("llama3-stage2", *PLAIN, "parallel.pipeline=2")
     stages = [
         trace(compute(flops=10**12), world=2),
         trace(compute("output_layer", flops=3 * 10**12), rank=1, stage=1, world=2),
@@ -134,9 +136,7 @@ def test_data_parallel_communication_hides_at_best() -> None:
 
 
 def test_data_parallel_communication_of_a_run_that_does_not_overlap() -> None:
-    config = shipped(
-        "llama3-stage2", "parallel.tensor=1", "parallel.expert=1", "ddp.overlap_grad_reduce=false"
-    )
+    config = shipped("llama3-stage2", *PLAIN, "ddp.overlap_grad_reduce=false")
     found = step_time(config, [data_parallel(10**16)], rows(CONFIG, 8), H100)
     assert found.terms[GRADIENTS].low == pytest.approx(1 / FAST.links)
     assert found.terms[WEIGHTS].low == pytest.approx(1 / FAST.links)
@@ -176,7 +176,7 @@ def test_ranks_that_share_cores_wait_for_them() -> None:
 
 def test_pipeline_ranks_compute_while_others_wait_on_shared_cores() -> None:
     """With as few cores as one, a bubble costs nothing."""
-    config = shipped("llama3-stage2", "parallel.tensor=1", "parallel.expert=1", "parallel.pipeline=2")
+    config = shipped("llama3-stage2", *PLAIN, "parallel.pipeline=2")
     stages = [trace(compute(flops=25 * 10**9), rank=r, stage=r, world=2) for r in range(2)]
     one = cpu_machine(1, 1 << 34, CpuRates(50e9, 40e9, 1e9, 0.0, 0.0))
     found = step_time(config, stages, rows(config, 2), one)

@@ -111,10 +111,8 @@ class MadeSimulation:
         peak = MemorySample(
             "backward",
             0,
-            {
-                "attention": int(layers * per_row * MIB * cut) * min(held, count),
-                "vision": 10 * MIB * vision,
-            },
+            {"attention": int(layers * per_row * MIB * cut) * min(held, count)}
+            | ({"vision": 10 * MIB * vision} if vision else {}),
         )
         first = stage * size
         members = tuple(range(first, first + parallel.tensor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,12 @@ from moiie_megatron.planning.hardware import GIB, gpu
 from moiie_megatron.planning.plans.extrapolate import shallow_of, simulate_shallow
 from moiie_megatron.planning.plans.jobs import alike_stages, enough_micro_batches, rank_of_stage
 from moiie_megatron.planning.plans.plan import MARGIN, Plan, make_plan, plan_jobs
-from moiie_megatron.planning.plans.plan_report import layout_text, plan_text, plan_values, sent_bytes
+from moiie_megatron.planning.plans.plan_report import (
+    layout_text,
+    plan_text,
+    plan_values,
+    sent_bytes,
+)
 from moiie_megatron.planning.plans.state_bytes import state_bytes
 from moiie_megatron.utils.errors import UserError
 from tests.unit.planning.traces import MadeSimulation, inputs, rows, shipped, trace, transfer
@@ -43,9 +49,7 @@ def test_the_rank_with_most_to_do() -> None:
 @pytest.mark.parametrize(
     ("pipeline", "virtual", "count"), [(1, 1, 1), (4, 1, 4), (4, 2, 8), (8, 1, 8)]
 )
-def test_as_many_micro_batches_as_are_held_at_once(
-    pipeline: int, virtual: int, count: int
-) -> None:
+def test_as_many_micro_batches_as_are_held_at_once(pipeline: int, virtual: int, count: int) -> None:
     config = shipped(
         "llama3-stage2",
         f"parallel.pipeline={pipeline}",
@@ -100,18 +104,11 @@ def test_few_layers_tell_of_many() -> None:
     jobs = plan_jobs(config, 64, inputs()).jobs
     deep = made(jobs)
     made.jobs.clear()
-    assert simulate_shallow(jobs, made) == [
-        # Of memory the peak alone is known.
-        one.__class__(**{**vars(one), "memory": _peak_only(one.memory)})
-        for one in deep
-    ]
+    # Of memory the peak alone is known.
+    peaks = [replace(one, memory=replace(one.memory, timeline=(one.memory.peak,))) for one in deep]
+    assert simulate_shallow(jobs, made) == peaks
     assert [job.config.language.num_layers for job in made.jobs] == [4, 8, 4, 4, 8]
     assert [job.config.vision.num_feature_layers for job in made.jobs] == [2, 2, 3, 2, 2]
-
-
-def _peak_only(memory: object) -> object:
-    values = vars(memory)
-    return memory.__class__(**{**values, "timeline": (values["peak"],)})
 
 
 @pytest.mark.parametrize(
@@ -142,7 +139,9 @@ def test_a_plan_as_text_and_as_values() -> None:
     plan = made_plan("parallel.pipeline=4", "checkpoint.asynchronous=true")
     text = plan_text(plan)
     assert text.startswith("# 64 x H100: TP 2, PP 4, EP 4, micro-batch 1, recompute mlp\n")
-    assert "| stage 0 (rank 0) | stage 1-2 (rank 16) | stage 3 (rank 48) |" in " ".join(text.split())
+    ranks = [stage.trace.rank for stage in plan.stages]
+    header = "| stage 0 (rank {}) | stage 1-2 (rank {}) | stage 3 (rank {}) |".format(*ranks)
+    assert header in " ".join(text.split())
     for sentence in plan.time.assumptions:
         assert f"- {sentence}" in text
     values = json.loads(json.dumps(plan_values(plan)))
@@ -160,7 +159,9 @@ def test_a_plan_as_text_and_as_values() -> None:
 
 def test_a_layout_in_words() -> None:
     degrees = "parallel={tensor: 4, pipeline: 2, virtual_pipeline: 4, expert: 2, expert_tensor: 2}"
-    full = "megatron={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"
+    full = (
+        "megatron={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"
+    )
     assert layout_text(shipped("llama3-stage2", degrees, full)) == (
         "TP 4, PP 2, VPP 4, EP 2, ETP 2, micro-batch 1, recompute full, uniform 1"
     )
