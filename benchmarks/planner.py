@@ -4,7 +4,7 @@
 
 Prints tables in Markdown; a difference is the simulation less the real run, the worst of all ranks.
 
-exact    24 layouts on one to four Gloo processes, tokens routed by an assumption in both: bytes of
+exact    26 layouts on one to four Gloo processes, tokens routed by an assumption in both: bytes of
          weights, gradients and optimizer, activation peak (by the same tracker, and by torch's
          profiler), rows of every expert, calls and bytes of every collective, FLOPs (also those of
          torch's profiler).
@@ -147,11 +147,13 @@ def summary(ranks: Sequence[Json]) -> Json:
 
 
 def wire_by_kind(rank: Json) -> str:
+    """Real megabytes by group and collective; counts and flags of some bytes are left out."""
     sizes: Counter[str] = Counter()
     for key, (_, (_, size)) in rank["wire"].items():
         group, operation = key.split()[:2]
-        sizes[f"{group} {operation}"] += size
-    return ", ".join(f"{key} {size / 1e6:.3f}" for key, size in sizes.items() if size)
+        name = operation.replace("_single", "").replace("_coalesced", "").replace("_", "-")
+        sizes[f"{group} {name}"] += size
+    return ", ".join(f"{key} {size / 1e6:.2f}" for key, size in sizes.items() if size >= 5000)
 
 
 def natural(folder: Path) -> Json:
@@ -189,7 +191,7 @@ def ranking(folder: Path, rounds: int) -> Json:
     """Predicted and measured step times."""
     launch("planner_ranking.py", planner_ranking.WORLD, folder, "--rounds", str(rounds))
     ranks = [
-        pickle.loads((folder / f"{rank}.pickle").read_bytes())
+        planner_ranking.Measured(**pickle.loads((folder / f"{rank}.pickle").read_bytes()))
         for rank in range(planner_ranking.WORLD)
     ]
     hardware = planner_ranking.machine(ranks)

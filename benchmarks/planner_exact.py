@@ -37,13 +37,13 @@ from moiie_megatron.planning.workload import Workload
 from moiie_megatron.simulation.batches import make_batch
 from moiie_megatron.simulation.flops import FORMULAS
 from moiie_megatron.simulation.rank import simulate_rank
-from moiie_megatron.simulation.replaced import replaced
 from moiie_megatron.simulation.routed_layers import routed_by
 from moiie_megatron.simulation.routing import SimulatedRouting
 from moiie_megatron.simulation.states import make_moments
 from moiie_megatron.simulation.trace_step import trace_step
 from moiie_megatron.training.state import prepare_training
 from moiie_megatron.training.step import train_step
+from moiie_megatron.utils.replaced import replaced
 from moiie_megatron.vlm.build import build_chunks
 
 _RELEASE_SECONDS: Final = 0.003

@@ -44,7 +44,7 @@ from moiie_megatron.vlm.build import build_chunks
 
 WORLD: Final = 2
 SAMPLES: Final = 32
-STEPS: Final = 2  # timed, of every layout in every round
+STEPS: Final = 3  # timed, of every layout in every round
 ALLTOALL: Final = ("moe.dispatcher=alltoall",)
 FIXED: Final = ("data.padding=sequence_length",)
 
@@ -98,10 +98,10 @@ class Measured:
         smallest: Of steps of ``SMALLEST``.
         flops: FLOP/s of matrix products, by round.
         bandwidth: Bytes per second of other kernels on one core, by round.
-        latency: Seconds of a collective without content, by round.
+        latency: Seconds of a collective without content, between products, by round.
         sending: Bytes per second that a rank sends, by round.
-        traces: Simulated, by layout; of this rank, where it is a pipeline stage of its own, and
-            otherwise by one of the two ranks, which are alike.
+        traces: Simulated, by layout; of this rank, where it differs from the other one, and else
+            by one of the two.
         smallest_trace: Of ``SMALLEST``.
     """
 
@@ -216,8 +216,20 @@ def measure_machine(measured: Measured, config: RunConfig) -> None:
 
     sizes = size * (3 + 3 + 2 + 2 + 2 + 2 + 4)
     measured.bandwidth.append(sizes / statistics.median(timed(others, repeats=20)))
-    little = torch.zeros(1)
-    latency = statistics.median(timed(lambda: dist.all_reduce(little), repeats=40))
+    # As in a step: between products, from which the ranks come a little apart.
+    little, (left, right) = torch.zeros(1), factors[0]
+
+    def computing(then: Callable[[], object]) -> Callable[[], None]:
+        def body() -> None:
+            for _ in range(20):
+                left @ right
+                then()
+
+        return body
+
+    alone = statistics.median(timed(computing(lambda: None), repeats=10))
+    both = statistics.median(timed(computing(lambda: dist.all_reduce(little)), repeats=10))
+    latency = (both - alone) / 20
     measured.latency.append(latency)
     much, gathered = torch.zeros(1 << 18), torch.zeros(1 << 19)
 
@@ -226,7 +238,7 @@ def measure_machine(measured: Measured, config: RunConfig) -> None:
         dist.all_gather_into_tensor(gathered, much)
         dist.all_to_all_single(gathered[: 1 << 18], much)
 
-    seconds = statistics.median(timed(collectives, repeats=10)) - 3 * latency
+    seconds = min(timed(collectives, repeats=10))
     # A ring of two sends the whole twice over two; the whole; half of it.
     measured.sending.append(much.nbytes * 2.5 / seconds)
 
@@ -262,8 +274,13 @@ def predictions(ranks: Sequence[Measured], hardware: Hardware) -> dict[str, floa
     result = {}
     for name, words in LAYOUTS.items():
         config = configuration(words)
-        stages = [rank.traces[name] for rank in ranks if name in rank.traces]
-        result[name] = step_time(config, stages, workload_of(config), hardware).seconds.middle
+        traces = [rank.traces[name] for rank in ranks if name in rank.traces]
+        # Of ranks that hold other experts the slower one sets the pace.
+        pipelines = [traces] if config.parallel.pipeline > 1 else [[trace] for trace in traces]
+        result[name] = max(
+            step_time(config, stages, workload_of(config), hardware).seconds.middle
+            for stages in pipelines
+        )
     return result
 
 
@@ -296,12 +313,13 @@ def main() -> None:
         return simulate_rank(config, world=WORLD, rank=launch.rank, workload=work, routing=routing)
 
     file = options.out / f"{launch.rank}.pickle"
-    file.write_bytes(pickle.dumps(measured))  # what cannot be had again
+    file.write_bytes(pickle.dumps(vars(measured)))  # what cannot be had again
     for number, (name, config) in enumerate(configs.items()):
-        if config.parallel.pipeline > 1 or number % WORLD == launch.rank:
+        differ = max(config.parallel.pipeline, config.parallel.expert) > 1
+        if differ or number % WORLD == launch.rank:
             measured.traces[name] = simulated(config, workload_of(config))
     measured.smallest_trace = simulated(smallest, smallest_workload())
-    file.write_bytes(pickle.dumps(measured))
+    file.write_bytes(pickle.dumps(vars(measured)))
 
 
 if __name__ == "__main__":

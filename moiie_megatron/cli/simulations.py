@@ -54,9 +54,10 @@ def simulations(processes: int) -> Iterator[Simulations]:
         pool.submit(int).result()  # starts all of them
         yield Simulations(pool)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         for process in list((pool._processes or {}).values()):
             process.kill()  # they hold nothing
+        # Waits for the thread that talks to them: at the end of the program it would fail.
+        pool.shutdown(cancel_futures=True)
 
 
 def simulate_job(job: Job) -> Outcome:

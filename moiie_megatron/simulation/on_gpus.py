@@ -10,7 +10,7 @@ from moiie_megatron.mcore.config import overlaps_grad_reduce
 from moiie_megatron.mcore.device import Device
 from moiie_megatron.moe import grouped_mlp
 from moiie_megatron.moe.expert_ffn import grouped_ffn
-from moiie_megatron.simulation.replaced import replaced
+from moiie_megatron.utils.replaced import replaced
 
 
 def as_on_gpus(config: RunConfig) -> RunConfig:

@@ -17,8 +17,8 @@ from moiie_megatron.moe import row_counts
 from moiie_megatron.moe.dispatcher import destinations
 from moiie_megatron.moe.layer import MoIIELayer
 from moiie_megatron.moe.router import ModalityRouter
-from moiie_megatron.simulation.replaced import replaced
 from moiie_megatron.simulation.routing import RoutedTokens, SimulatedRouting
+from moiie_megatron.utils.replaced import replaced
 from moiie_megatron.vlm.model import MoIIEModel
 
 

@@ -19,8 +19,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moiie_megatron.simulation.fake_values import RealStaysReal
-from moiie_megatron.simulation.replaced import replaced
 from moiie_megatron.training import step
+from moiie_megatron.utils.replaced import replaced
 
 # What torch's initialisers end in: libraries keep references to the initialisers themselves.
 _INITIALIZERS: Final = (

@@ -12,13 +12,13 @@ from moiie_megatron.config.schema import RunConfig
 from moiie_megatron.data.stream.batch import Batch
 from moiie_megatron.mcore.parallel import ParallelContext
 from moiie_megatron.planning.trace import RankTrace
-from moiie_megatron.simulation.replaced import replaced
 from moiie_megatron.simulation.routed_layers import routed_by
 from moiie_megatron.simulation.routing import SimulatedRouting
 from moiie_megatron.simulation.states import state_bytes
 from moiie_megatron.simulation.watch import Watch
 from moiie_megatron.training import step as training_step
 from moiie_megatron.training.state import TrainState
+from moiie_megatron.utils.replaced import replaced
 
 
 def trace_step(

@@ -43,6 +43,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "stage.learning_rates.moe": None,
         "stage.moe": False,
         "stage.name": "dense",
+        "megatron.recompute_granularity": None,
+        "megatron.recompute_modules": None,
     },
     "full": {
         "moe.layers": "all",

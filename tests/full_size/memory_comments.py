@@ -20,7 +20,7 @@ class Figures(NamedTuple):
     """A line such as ``# 8 GPUs: 41.4 GiB of states, 22.1 GiB of activations``.
 
     Attributes:
-        overrides: Of another layout: ``# expert 4, 8 GPUs: 34.6 GiB of states``.
+        overrides: Of another layout: ``# expert 4, 8 GPUs: 34.7 GiB of states``.
         world: Number of GPUs.
         states: GiB of weights, gradients and optimizer states.
         activations: GiB at the peak, if the line says them.

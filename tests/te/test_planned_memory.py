@@ -18,10 +18,10 @@ from moiie_megatron.planning.workload import MicroBatchShape, SampleShape, Workl
 from moiie_megatron.simulation.rank import simulate_rank
 from tests.helpers.launch import ROOT
 
-LAYERS = 4  # of 32, half of them with experts
 ROWS = MicroBatchShape(((SampleShape(4096, 1, 1000),),), 4096)
-# Activations with local modules over those with Transformer Engine's: on the safe side.
-LEAST, MOST = 1.15, 1.6
+# Bytes that a layer keeps with local modules over those with Transformer Engine's, without any
+# recomputation: planned memory is on the safe side.
+LEAST, MOST = 1.2, 1.8
 
 
 def _scale(chunk_size: int, overflow: Any, tensors: Any, factor: float) -> None:
@@ -30,10 +30,10 @@ def _scale(chunk_size: int, overflow: Any, tensors: Any, factor: float) -> None:
         target.copy_(source * factor)
 
 
-def simulate(modules: str) -> RankTrace:
+def simulate(modules: str, layers: int) -> RankTrace:
     path = ROOT / "examples/configs/llama3-stage2.yaml"
     # Few logits: the stand-in for the fused cross-entropy keeps more than the real one.
-    sizes = [f"language.num_layers={LAYERS}", "language.vocab_size=1024", "vision.num_layers=4"]
+    sizes = [f"language.num_layers={layers}", "language.vocab_size=1024", "vision.num_layers=3"]
     config = read_unset_config(path, [*sizes, "megatron={}"])
     train = config.train.model_copy(update={"transformer_impl": modules})
     return simulate_rank(
@@ -46,13 +46,14 @@ def simulate(modules: str) -> RankTrace:
 
 
 def test_local_modules_keep_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two more layers keep, a dense one and one with experts.
+
+    Not the peaks of few layers: most of these is what the backward pass of one layer needs.
+    """
     monkeypatch.setattr(clip_grads, "multi_tensor_scale_impl", _scale)
-    local, te = simulate("local"), simulate("auto")
-    assert te.memory.states == local.memory.states
-    assert te.expert_rows == local.expert_rows
-    ratio = local.memory.peak.total / te.memory.peak.total
-    assert LEAST <= ratio <= MOST
-    assert all(
-        te.memory.peak.activations[part] < local.memory.peak.activations[part]
-        for part in ("attention", "dense_ffn", "experts")
-    )
+    kept = {}
+    for modules in ("local", "auto"):
+        few, more = (simulate(modules, layers) for layers in (2, 4))
+        kept[modules] = more.memory.peak.total - few.memory.peak.total
+        assert more.memory.states > few.memory.states
+    assert LEAST <= kept["local"] / kept["auto"] <= MOST

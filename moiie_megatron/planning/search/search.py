@@ -3,7 +3,7 @@
 1. Every layout is checked as a run checks it, and by the bytes of its states.
 2. The first ones by a rough time (``screening.py``) are planned from small simulations
    (``rough_plans.py``), each with more and more recomputation until it fits.
-3. The fastest are simulated as they are.
+3. The fastest one is simulated as it is; if it does not fit, the next one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from moiie_megatron.planning.search.rough_plans import rough_plans
 from moiie_megatron.planning.search.screening import screening
 
 _UNLIKE = (
-    "Its virtual stages do not all have the same layers with and without experts, so some pipeline "
-    "ranks have more to do than others."
+    "Its pipeline stages have different numbers of layers with experts, so some have more to do "
+    "than others."
 )
 
 
@@ -62,11 +62,11 @@ class SearchSize:
 
     Attributes:
         shallow: Layouts with few layers and micro-batches.
-        deep: Layouts as they are.
+        deep: Layouts that fit as they are.
     """
 
     shallow: int = 10
-    deep: int = 2
+    deep: int = 1
 
 
 def search(
@@ -108,13 +108,14 @@ def search(
 
 
 def _is_unlike(layout: RunConfig) -> bool:
-    """Whether virtual stages differ in their layers."""
-    if layout.parallel.virtual_pipeline == 1 or layout.pipeline_layers is None:
+    """Whether pipeline stages differ in their layers, and not because the user wants it."""
+    parallel = layout.parallel
+    if parallel.stages == 1 or parallel.pipeline_layers is not None:
         return False
+    assert layout.pipeline_layers is not None  # see config/validate_parallel.py
     moe = set(layout.moe_layers)
-    ranks = layers_of_ranks(layout.pipeline_layers, layout.parallel.pipeline)
-    kinds = {(len(chunk), len(moe & set(chunk))) for chunks in ranks for chunk in chunks}
-    return len(kinds) > 1
+    ranks = layers_of_ranks(layout.pipeline_layers, parallel.pipeline)
+    return len({len(moe & set(chunk)) for chunks in ranks for chunk in chunks}) > 1
 
 
 def _late(seconds: float, slowest: float, count: int) -> str:
@@ -153,15 +154,16 @@ def _rough_plans(
 def _deep_plans(
     fitting: Sequence[Plan], count: int, simulate: Simulate, inputs: Inputs
 ) -> tuple[list[Found], list[Refused]]:
-    """The fastest plans again with the whole model, then all that fit in order."""
-    ordered = sorted(fitting, key=lambda plan: plan.time.seconds.middle)
-    found = [Found(plan, is_deep=False) for plan in ordered[count:]]
+    """The fastest plans again with the whole model, until ``count`` of them fit, then the rest."""
+    found: list[Found] = []
     refused = []
-    for plan in ordered[:count]:
-        if shallow_of(plan.config) is None:  # was simulated as it is
-            found.append(Found(plan, is_deep=True))
+    for plan in sorted(fitting, key=lambda plan: plan.time.seconds.middle):
+        if sum(one.is_deep for one in found) == count:
+            found.append(Found(plan, is_deep=False))
             continue
-        deep = make_plan(plan.config, plan.world, plan.hardware, inputs, simulate)
+        deep = plan
+        if shallow_of(plan.config) is not None:  # else it was simulated as it is
+            deep = make_plan(plan.config, plan.world, plan.hardware, inputs, simulate)
         if deep.verdict == "does not fit":
             refused.append(Refused(layout_text(plan.config), deep.sentence))
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moiie_megatron.cli.plan_inputs import InputOptions, make_inputs, read_unset_config
-from moiie_megatron.cli.simulations import on_cpu
+from moiie_megatron.cli.simulations import as_planned
 from tests.helpers.user_errors import user_error
 from tests.unit.planning.traces import CONFIGS, shipped
 
@@ -17,8 +17,8 @@ CONFIG = shipped("llama3-stage2")
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_can_be_planned_without_its_variables(path: Path) -> None:
     config = read_unset_config(path, ["train.device=cuda"])
-    planned = on_cpu(config)
-    assert planned.train.device == "cpu" and planned.train.transformer_impl == "local"
+    planned = as_planned(config)
+    assert planned.train.device == "cuda" and planned.train.transformer_impl == "local"
     assert planned.model_copy(update={"train": config.train}) == config
 
 

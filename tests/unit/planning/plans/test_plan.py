@@ -138,7 +138,7 @@ def test_bytes_of_a_step() -> None:
 def test_a_plan_as_text_and_as_values() -> None:
     plan = made_plan("parallel.pipeline=4", "checkpoint.asynchronous=true")
     text = plan_text(plan)
-    assert text.startswith("# 64 x H100: TP 2, PP 4, EP 4, micro-batch 1, recompute mlp\n")
+    assert text.startswith("# 64 x H100: TP 2, PP 4, EP 4, micro-batch 1, recompute moe\n")
     ranks = [stage.trace.rank for stage in plan.stages]
     header = "| stage 0 (rank {}) | stage 1-2 (rank {}) | stage 3 (rank {}) |".format(*ranks)
     assert header in " ".join(text.split())

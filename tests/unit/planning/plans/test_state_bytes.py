@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from moiie_megatron.planning.parameters import count_parameters
+from moiie_megatron.planning.plans.extrapolate import simulate_shallow
+from moiie_megatron.planning.plans.jobs import Job
 from moiie_megatron.planning.plans.state_bytes import state_bytes
 from moiie_megatron.planning.routing import balanced
+from moiie_megatron.planning.trace import RankTrace
 from moiie_megatron.selftest.checks.models import tiny_config
 from moiie_megatron.simulation.rank import simulate_rank
 from tests.unit.planning.traces import rows, shipped
@@ -14,27 +19,42 @@ from tests.unit.planning.traces import rows, shipped
 PADDING = 0.01  # of gradient buffers, and counters of routers, at these sizes
 
 
-def test_a_rank_that_is_built_has_as_many() -> None:
-    """In a layout with all kinds of parallelism: the first stage, with part of everything."""
+def simulated(jobs: Sequence[Job]) -> list[RankTrace]:
+    return [
+        simulate_rank(
+            job.config, world=job.world, rank=job.rank, workload=job.workload, routing=job.routing
+        )
+        for job in jobs
+    ]
+
+
+def test_a_rank_that_is_built() -> None:
+    """It holds what arithmetic says, and does what ranks with fewer layers tell of it."""
     config = tiny_config(1, "bf16")
-    degrees = {"tensor": 2, "expert": 2, "expert_tensor": 2, "pipeline": 2}
+    degrees = {"tensor": 2, "expert": 2, "expert_tensor": 2}
+    changes = {"global_batch_size": 2, "micro_batch_size": 1}
     config = config.model_copy(
         update={
-            "language": config.language.model_copy(update={"num_layers": 4, "vocab_size": 500}),
+            "language": config.language.model_copy(update={"num_layers": 6, "vocab_size": 500}),
             "moe": config.moe.model_copy(update={"layers": "interleaved"}),
             "parallel": config.parallel.model_copy(update=degrees),
-            "data": config.data.model_copy(update={"padding": "sequence_length"}),
-            "train": config.train.model_copy(
-                update={"global_batch_size": 2, "micro_batch_size": 1}
-            ),
+            "train": config.train.model_copy(update=changes),
         }
     )
-    workload, routing = rows(config, 8), balanced(config.moe.layout)
-    built = simulate_rank(config, world=8, rank=0, workload=workload, routing=routing).memory
-    expected = state_bytes(config, 8)[0]
-    assert built.weights == pytest.approx(expected.weights, rel=PADDING)
-    assert built.gradients == pytest.approx(expected.gradients, rel=PADDING)
-    assert built.optimizer == pytest.approx(expected.optimizer, rel=PADDING)
+    job = Job(config, 4, 0, rows(config, 4), balanced(config.moe.layout))
+    (built,) = simulated([job])
+    (expected,) = state_bytes(config, 4)
+    assert built.memory.weights == pytest.approx(expected.weights, rel=PADDING)
+    assert built.memory.gradients == pytest.approx(expected.gradients, rel=PADDING)
+    assert built.memory.optimizer == pytest.approx(expected.optimizer, rel=PADDING)
+    (told,) = simulate_shallow([job], simulated)
+    assert {(c.part, c.when): c for c in told.compute if c.part != "optimizer"} == {
+        (c.part, c.when): c for c in built.compute if c.part != "optimizer"
+    }
+    # What the optimizer updates has padding, which is not linear.
+    micro_batch = [[t for t in one.transfers if t.per_micro_batch] for one in (told, built)]
+    assert micro_batch[0] == micro_batch[1]
+    assert told.memory.peak.total == pytest.approx(built.memory.peak.total, rel=PADDING)
 
 
 def test_all_ranks_together_hold_the_model() -> None:
