@@ -18,8 +18,8 @@ from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.placement import contiguous
 from moiie_megatron.layout.token_types import MODALITIES
 from moiie_megatron.routing_stats.load_stats import LayerSums
-from moiie_megatron.routing_stats.reading import VERSION
 from moiie_megatron.routing_stats.record import routing_record
+from moiie_megatron.routing_stats.version import VERSION
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.files import write_output
 from moiie_megatron.utils.jsonl import Records, read_records

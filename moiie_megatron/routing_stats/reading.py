@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -15,10 +15,9 @@ from pydantic import (
     ValidationError,
 )
 
+from moiie_megatron.routing_stats.version import VERSION
 from moiie_megatron.utils.errors import UserError
 from moiie_megatron.utils.jsonl import Records, broken_line, read_records
-
-VERSION: Final = 1  # of routing records; raised when older readers would misread them
 
 ExpertName = Annotated[str, Field(pattern=r"^(vision|shared|text)\.[0-9]{1,4}$")]
 LayerName = Annotated[str, Field(pattern=r"^[0-9]{1,6}$")]

@@ -41,7 +41,7 @@ from moiie_megatron.layout.experts import ExpertLayout
 from moiie_megatron.layout.placement import Placement
 from moiie_megatron.layout.token_types import MODALITIES
 from moiie_megatron.routing_stats.load_stats import LayerSums
-from moiie_megatron.routing_stats.reading import VERSION
+from moiie_megatron.routing_stats.version import VERSION
 
 _DIGITS = 9  # after the point; means are sums of fp32 numbers
 

@@ -17,6 +17,8 @@ from moiie_megatron.planning.hardware import GIB, gpu
 from moiie_megatron.planning.plans.plan import StagePlan, checked, plan_jobs, stage_plans
 from moiie_megatron.planning.plans.state_bytes import state_bytes
 from tests.full_size.memory_comments import EXAMPLES, read_figures
+from tests.full_size.planned_pages import plan_blocks
+from tests.helpers.launch import ROOT
 
 GPU = gpu("h100", 8)
 ROUNDING = 0.05  # of figures with one digit after the point
@@ -37,7 +39,7 @@ def plans(config: RunConfig, world: int) -> tuple[StagePlan, ...]:
     inputs = make_inputs(config, InputOptions(None, None, "balanced"))
     jobs = plan_jobs(config, world, inputs).for_memory
     traces = checked([simulate_job(job) for job in jobs])
-    return stage_plans(config, world, traces, [trace.memory for trace in traces])
+    return stage_plans(config, world, traces, traces)
 
 
 @pytest.mark.timeout(600)
@@ -81,3 +83,17 @@ def test_comments_have_no_other_figures(name: str) -> None:
         comment = line.partition("#")[2]
         if " of states" not in comment:
             assert not re.search(r"\d ?(GB|GiB)\b", comment.replace("80 GB", "")), line
+
+
+def test_plans_in_pages_have_the_same_figures() -> None:
+    blocks = list(plan_blocks())
+    assert len(blocks) == 6
+    for block in blocks:
+        file, _, world, _ = block.command.split()
+        found = read_figures(ROOT / file)
+        (figures,) = [f for f in found if f.world == int(world) and not f.overrides]
+        sentence = (
+            f"{figures.states} GiB of weights, gradients and optimizer states and "
+            f"{figures.activations} GiB of activations"
+        )
+        assert sentence in block.text, block.command

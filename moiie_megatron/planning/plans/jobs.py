@@ -75,8 +75,7 @@ def rank_of_stage(
 ) -> int:
     """The rank of a pipeline rank with the most to do.
 
-    On the first one that is a rank with the most images (tensor-parallel rank 0), among the others
-    one with the most loaded experts.
+    It has the most loaded experts, and among equals the most images (tensor-parallel rank 0).
 
     Args:
         config: The run.
@@ -88,7 +87,7 @@ def rank_of_stage(
     size = world // parallel.pipeline
     # Megatron numbers ranks by tensor, then data, then pipeline parallelism; within a pipeline
     # rank experts by their tensor, then expert, then data parallelism.
-    ranks = range(stage * size, (stage + 1) * size, parallel.tensor if stage == 0 else 1)
+    ranks = range(stage * size, (stage + 1) * size)
     if loads is None:
         return ranks[0]
     return max(

@@ -48,15 +48,21 @@ class StagePlan:
     Attributes:
         stages: The pipeline ranks that it stands for.
         trace: What its rank does with typical micro-batches.
-        memory: What it holds with the worst ones.
+        fullest: What another rank does with the worst ones, the one that they load most; it may be
+            the same.
         states: The same bytes of weights, gradients and optimizer by arithmetic, and what it
             writes of a checkpoint.
     """
 
     stages: tuple[int, ...]
     trace: RankTrace
-    memory: MemoryTrace
+    fullest: RankTrace
     states: StateBytes
+
+    @property
+    def memory(self) -> MemoryTrace:
+        """What the fullest rank holds."""
+        return self.fullest.memory
 
     def margin(self, hardware: Hardware) -> int:
         """Bytes for what the trace does not know."""
@@ -215,13 +221,13 @@ def plan_of(prepared: PlanJobs, hardware: Hardware, traces: Sequence[RankTrace])
         prepared.typical,
         prepared.worst,
         prepared.routing,
-        stage_plans(config, world, for_time, [trace.memory for trace in for_memory]),
+        stage_plans(config, world, for_time, for_memory),
         time_of(config, for_time, prepared.typical, hardware),
     )
 
 
 def stage_plans(
-    config: RunConfig, world: int, traces: Sequence[RankTrace], memory: Sequence[MemoryTrace]
+    config: RunConfig, world: int, traces: Sequence[RankTrace], fullest: Sequence[RankTrace]
 ) -> tuple[StagePlan, ...]:
     """Pipeline ranks that differ, with what their ranks do.
 
@@ -229,17 +235,17 @@ def stage_plans(
         config: The run.
         world: Number of ranks.
         traces: Of one rank of each, in order.
-        memory: What they hold in the worst case.
+        fullest: Of the fullest rank of each in the worst case.
     """
     alike, states = alike_stages(config), state_bytes(config, world)
     return tuple(
         StagePlan(
             stages=tuple(stage for stage, first in enumerate(alike) if first == number),
             trace=trace,
-            memory=held,
+            fullest=full,
             states=states[number],
         )
-        for number, trace, held in zip(sorted(set(alike)), traces, memory, strict=True)
+        for number, trace, full in zip(sorted(set(alike)), traces, fullest, strict=True)
     )
 
 

@@ -139,7 +139,7 @@ def plan_summary(plan: Plan) -> str:
     parts = [
         f"# {plan.world} x {plan.hardware.name}: {layout_text(plan.config)}",
         plan.sentence,
-        table(["", *(_stage_name(plan, stage) for stage in plan.stages)], rows),
+        table(["", *(_stage_name(plan, stage, stage.fullest) for stage in plan.stages)], rows),
         table(["", "low", "high"], step),
     ]
     return "\n\n".join(parts) + "\n"
@@ -161,15 +161,15 @@ def _section(title: str, lines: str) -> list[str]:
     return [f"## {title}", lines]
 
 
-def _stage_name(plan: Plan, stage: StagePlan) -> str:
+def _stage_name(plan: Plan, stage: StagePlan, trace: RankTrace) -> str:
     if plan.config.parallel.pipeline == 1:
-        return f"rank {stage.trace.rank}"
+        return f"rank {trace.rank}"
     numbers = stage.stages
     first, last = numbers[0], numbers[-1]
     which = f"{first}" if first == last else f"{first}-{last}"
     if len(numbers) > 1 and last - first + 1 != len(numbers):
         which = ",".join(map(str, numbers))
-    return f"stage {which} (rank {stage.trace.rank})"
+    return f"stage {which} (rank {trace.rank})"
 
 
 def _memory_table(plan: Plan) -> str:
@@ -197,7 +197,7 @@ def _memory_table(plan: Plan) -> str:
         row("checkpoint written", [stage.states.written for stage in stages]),
         row("copy of it in host memory", [_host_copy(plan, stage) for stage in stages]),
     ]
-    return table(["", *(_stage_name(plan, stage) for stage in stages)], rows)
+    return table(["", *(_stage_name(plan, stage, stage.fullest) for stage in stages)], rows)
 
 
 def _host_copy(plan: Plan, stage: StagePlan) -> int:
@@ -270,7 +270,9 @@ def _traffic_table(plan: Plan) -> str:
         [group, operation, *(f"{sent.get((group, operation), 0) / 1e9:.3f}" for sent in by_stage)]
         for group, operation in keys
     ]
-    return table(["group", "operation", *(_stage_name(plan, s) for s in plan.stages)], rows)
+    return table(
+        ["group", "operation", *(_stage_name(plan, s, s.trace) for s in plan.stages)], rows
+    )
 
 
 def _flops_table(plan: Plan) -> str:
@@ -285,7 +287,7 @@ def _flops_table(plan: Plan) -> str:
     totals = [sum(flops.values()) for flops in by_stage]
     rows.append(["sum", *(f"{total / 1e12:.1f}" for total in totals)])
     return table(
-        ["(of which recomputed)", *(_stage_name(plan, stage) for stage in plan.stages)], rows
+        ["(of which recomputed)", *(_stage_name(plan, s, s.trace) for s in plan.stages)], rows
     )
 
 
@@ -324,6 +326,7 @@ def _stage_values(plan: Plan, stage: StagePlan) -> dict[str, Any]:
     return {
         "stages": list(stage.stages),
         "rank": stage.trace.rank,
+        "fullest_rank": stage.fullest.rank,
         "verdict": stage.verdict(plan.hardware),
         "memory": {
             "weights": memory.weights,
