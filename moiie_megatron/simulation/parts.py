@@ -149,9 +149,13 @@ def _modules(chunk: MoIIEModel) -> Iterator[tuple[torch.nn.Module, Part, bool]]:
     # Its own operations are those around logits and cross-entropy.
     yield language, "output_layer", False
     yield language.decoder, "other", True
-    for name, part in (("embedding", "embedding"), ("output_layer", "output_layer")):
+    ends: tuple[tuple[str, Part], ...] = (
+        ("embedding", "embedding"),
+        ("output_layer", "output_layer"),
+    )
+    for name, part in ends:
         if hasattr(language, name):
-            yield getattr(language, name), part, False  # type: ignore[misc]
+            yield getattr(language, name), part, False
     if getattr(language.decoder, "final_layernorm", None) is not None:
         yield language.decoder.final_layernorm, "output_layer", False
     for layer in language.decoder.layers:

@@ -44,15 +44,20 @@ def test_paths(tmp_path: Path) -> None:
         check_paths(config(f"{key}={tmp_path}/images"))
 
 
-def test_held_out_samples(tmp_path: Path) -> None:
+def _existing_data(folder: Path) -> list[str]:
+    """Overrides with records, images and a tokenizer that exist."""
     for name in ("tokenizer", "images"):
-        (tmp_path / name).mkdir()
-    records = tmp_path / "records.json"
+        (folder / name).mkdir()
+    records = folder / "records.json"
     records.touch()
-    base = [
-        f"data.sources=[{{records: {records}, images: {tmp_path}/images}}]",
-        f"data.tokenizer={tmp_path}/tokenizer",
+    return [
+        f"data.sources=[{{records: {records}, images: {folder}/images}}]",
+        f"data.tokenizer={folder}/tokenizer",
     ]
+
+
+def test_held_out_samples(tmp_path: Path) -> None:
+    base = _existing_data(tmp_path)
 
     def config(records: str, images: str) -> RunConfig:
         source = f"{{records: {tmp_path}/{records}, images: {tmp_path}/{images}}}"
@@ -74,15 +79,7 @@ def test_held_out_samples(tmp_path: Path) -> None:
 
 def test_sets_to_evaluate(tmp_path: Path) -> None:
     """They are looked for where the run starts the process that evaluates, and only there."""
-    for name in ("tokenizer", "images"):
-        (tmp_path / name).mkdir()
-    records = tmp_path / "records.json"
-    records.touch()
-    base = [
-        f"data.sources=[{{records: {records}, images: {tmp_path}/images}}]",
-        f"data.tokenizer={tmp_path}/tokenizer",
-        "checkpoint.interval=10",
-    ]
+    base = [*_existing_data(tmp_path), "checkpoint.interval=10"]
 
     def config(questions: str, images: str, *overrides: str) -> RunConfig:
         one = f"{{name: a, records: {tmp_path}/{questions}, images: {tmp_path}/{images}}}"
